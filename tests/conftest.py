@@ -1,0 +1,60 @@
+"""The stricter world that tests live in; users never see it.
+
+Before JAX starts: eight virtual CPU devices, no compilation cache, and an error where arrays of different rank would
+broadcast. On every import of ours: beartype checks the jaxtyping annotations of each call.
+
+What a user's process would see is another matter: a test that starts one passes the `user_env` fixture to it.
+"""
+
+import os
+import sys
+
+import pytest
+
+if "jax" in sys.modules:
+    raise pytest.UsageError(
+        "tests/conftest.py must run before jax is imported: a pytest plugin imported it first."
+    )
+
+_USER_ENV = dict(os.environ)
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+)
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import hypothesis  # noqa: E402  the environment above must be there before anything imports jax
+import jaxtyping  # noqa: E402
+
+# Stays in force until the process ends. Traps: an annotation must be importable when the function is called, so names
+# that only exist under TYPE_CHECKING fail; pytree dataclasses fail under tree.map, so states are NamedTuples.
+jaxtyping.install_import_hook(["trix_jax", "trix_kernels"], "beartype.beartype")
+
+# Compilation makes the first example of a JAX property slow, and its time says nothing about the property.
+hypothesis.settings.register_profile(
+    "trix",
+    deadline=None,
+    max_examples=25,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.register_profile(
+    "trix-ci", hypothesis.settings.get_profile("trix"), derandomize=True, database=None
+)
+hypothesis.settings.load_profile("trix-ci" if os.environ.get("CI") else "trix")
+
+
+@pytest.fixture
+def no_type_hook():
+    """Switches the checks of annotations off: they would answer before our own ValueErrors do."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.fixture
+def user_env() -> dict[str, str]:
+    """The environment for a subprocess that should run as a user's would: one CPU device, JAX's own defaults."""
+    return {**_USER_ENV, "JAX_PLATFORMS": "cpu", "MPLBACKEND": "agg"}

@@ -1,0 +1,228 @@
+"""Imports point one way (DESIGN section 3), and what the base install lacks stays out of the layers."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("trix_jax", "kernels", "tests", "examples", "experiments", "docs")
+
+CORE = {
+    f"trix_jax.{name}"
+    for name in ("typing", "ternary", "routing", "dispatch", "ops", "frozen")
+}
+UPPER = {"trix_jax.lm", "trix_jax.cli", "trix_jax.interop"}
+MAY_IMPORT_KERNELS = {
+    "trix_kernels",
+    "trix_jax.ops",
+    "trix_jax.interop",
+    "trix_jax.lm.compile",
+    "trix_jax.lm.bench",
+    "trix_jax.cli",
+}
+BASE = {"trix_kernels", "trix_jax.nn", *CORE}
+BASE_PACKAGES = {
+    "jax",
+    "jaxlib",
+    "flax",
+    "numpy",
+    "jaxtyping",
+    "trix_jax",
+    "trix_kernels",
+}
+PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve"}
+
+
+def within(module: str, packages: set[str]) -> bool:
+    """Whether `module` is one of `packages` or lies in one."""
+    return any(
+        module == package or module.startswith(f"{package}.") for package in packages
+    )
+
+
+def module_name(path: str) -> str:
+    """The import name of a file, given relative to the repository's root."""
+    parts = Path(path).with_suffix("").parts
+    parts = parts[1:] if parts[:2] == ("kernels", "trix_kernels") else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(
+    tree: ast.Module, module: str, is_package: bool
+) -> Iterator[tuple[int, str]]:
+    """Line and absolute name of everything imported at any depth; for `from a import b` both `a` and `a.b`."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import():
+                yield from ((node.lineno, alias.name) for alias in node.names)
+            case ast.ImportFrom():
+                base = module.split(".")[: None if is_package else -1]
+                base = base[: len(base) - node.level + 1] if node.level else []
+                origin = ".".join([*base, *([node.module] if node.module else [])])
+                yield node.lineno, origin
+                yield from (
+                    (node.lineno, f"{origin}.{alias.name}") for alias in node.names
+                )
+            case ast.Call(
+                func=ast.Name(id=name) | ast.Attribute(attr=name),
+                args=[ast.Constant(value=str(target)), *_],
+            ):
+                if name in ("import_module", "__import__", "importorskip"):
+                    yield node.lineno, target
+
+
+def broken_rule(module: str, name: str) -> str | None:
+    """Why `module` may not import `name`, or None if it may."""
+    ours, top = module.startswith(("trix_jax", "trix_kernels")), name.split(".")[0]
+    rules = {
+        "trix_kernels imports nothing of ours": within(module, {"trix_kernels"})
+        and top == "trix_jax",
+        "the core never imports nn, lm, cli or interop": module in CORE
+        and within(name, {"trix_jax.nn", *UPPER}),
+        "nn never imports lm, cli or interop": within(module, {"trix_jax.nn"})
+        and within(name, UPPER),
+        "kernels are reached through trix_jax.ops": (
+            module.startswith("trix_jax")
+            and top == "trix_kernels"
+            and not within(module, MAY_IMPORT_KERNELS)
+        ),
+        "only lm/data imports grain": ours
+        and top == "grain"
+        and not within(module, {"trix_jax.lm.data"}),
+        "only lm/checkpoint.py imports orbax": ours
+        and top == "orbax"
+        and module != "trix_jax.lm.checkpoint",
+        "nothing imports experiments": top == "experiments",
+        "no pickle": top in PICKLES,
+        "the base install has jax, flax, numpy and jaxtyping only": (
+            within(module, BASE)
+            and top not in BASE_PACKAGES
+            and top not in sys.stdlib_module_names
+        ),
+    }
+    return next((rule for rule, broken in rules.items() if broken), None)
+
+
+def violations(path: str, source: str) -> list[str]:
+    """The rules that a file breaks, as `path:line: rule (name)`."""
+    tree, module = ast.parse(source), module_name(path)
+    found = [
+        f"{path}:{line}: {rule} ({name})"
+        for line, name in imported(tree, module, Path(path).name == "__init__.py")
+        if (rule := broken_rule(module, name))
+    ]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            if not (isinstance(node.value, ast.Constant) and node.value.value is False):
+                found.append(f"{path}:{node.value.lineno}: no pickle (allow_pickle)")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "rule"),
+    [
+        (
+            "kernels/trix_kernels/packing.py",
+            "import trix_jax.ternary",
+            "nothing of ours",
+        ),
+        ("trix_jax/routing.py", "from trix_jax import nn", "core never"),
+        ("trix_jax/frozen.py", "def f():\n    from .lm import train", "core never"),
+        ("trix_jax/nn/block.py", "from ..lm.config import Config", "nn never"),
+        ("trix_jax/nn/__init__.py", "from ..cli import main", "nn never"),
+        (
+            "trix_jax/nn/linear.py",
+            "from trix_kernels import packing",
+            "through trix_jax.ops",
+        ),
+        ("trix_jax/lm/train.py", "import trix_kernels", "through trix_jax.ops"),
+        ("trix_jax/lm/train.py", "import grain.python as grain", "only lm/data"),
+        (
+            "trix_jax/lm/train.py",
+            "from orbax.checkpoint import v1",
+            "only lm/checkpoint",
+        ),
+        ("trix_jax/lm/report.py", "import experiments.quality", "experiments"),
+        ("trix_jax/lm/data/store.py", "import pickle", "no pickle"),
+        ("tests/test_x.py", "np.load(path, allow_pickle=True)", "no pickle"),
+        ("trix_jax/nn/linear.py", "import optax", "base install"),
+        (
+            "trix_jax/dispatch.py",
+            "import importlib\nimportlib.import_module('rich')",
+            "base install",
+        ),
+    ],
+)
+def test_violations_forbidden_import_is_named(path, source, rule):
+    (*_, last) = violations(path, source)
+    assert rule in last
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("trix_jax/ops.py", "from trix_kernels import packing"),
+        ("trix_jax/lm/bench.py", "import trix_kernels.packing"),
+        ("trix_jax/lm/data/pipeline.py", "import grain.python as grain"),
+        ("trix_jax/lm/checkpoint.py", "from orbax.checkpoint import v1 as ocp"),
+        (
+            "trix_jax/nn/block.py",
+            "from . import linear\nfrom ..routing import select\nimport jax.numpy as jnp",
+        ),
+        ("kernels/trix_kernels/aot.py", "import subprocess\nfrom . import packing"),
+        (
+            "trix_jax/lm/data/store.py",
+            "np.load(path, mmap_mode='r', allow_pickle=False)",
+        ),
+    ],
+)
+def test_violations_allowed_import_passes(path, source):
+    assert violations(path, source) == []
+
+
+def test_sources_follow_the_rules():
+    files = [
+        path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))
+    ]
+    names = {path.relative_to(ROOT).as_posix() for path in files}
+    expected = {
+        "trix_jax/__init__.py",
+        "trix_jax/routing.py",
+        "trix_jax/ops.py",
+        "kernels/trix_kernels/packing.py",
+    }
+    assert expected <= names
+    assert any(name.startswith("trix_jax/nn/") for name in names)
+    assert any(name.startswith("trix_jax/lm/data/") for name in names)
+    found = [
+        line
+        for path in files
+        for line in violations(
+            path.relative_to(ROOT).as_posix(), path.read_text("utf-8")
+        )
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_import_trix_jax_brings_nothing_of_the_lm_extra(user_env):
+    """`import trix_jax` works on the base install: it loads no third-party package that jax and flax do not load."""
+    script = (
+        "import sys, jax, flax.linen, jaxtyping\n"
+        "before = {name.split('.')[0] for name in sys.modules}\n"
+        "import trix_jax\n"
+        "new = {name.split('.')[0] for name in sys.modules} - before - set(sys.stdlib_module_names)\n"
+        "print(*sorted(new - {'trix_jax', 'trix_kernels'}), any(n.startswith('trix_jax.lm') for n in sys.modules))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        env=user_env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["False"]

@@ -1,0 +1,32 @@
+"""Ternary, sparse, router-free feed-forward layers for JAX: "don't learn what you can read".
+
+>>> import jax
+>>> from trix_jax import HierarchicalTriXFFN
+>>> x = jax.random.normal(jax.random.key(0), (2, 128, 512))
+>>> ffn = HierarchicalTriXFFN(d_model=512, num_tiles=16, tiles_per_cluster=4)
+>>> variables = ffn.init(jax.random.key(1), x)
+>>> output, routing_info, aux_losses = ffn.apply(variables, x)
+"""
+
+from trix_jax import routing as routing
+from trix_jax.frozen import freeze as freeze
+from trix_jax.nn import HierarchicalTriXBlock as HierarchicalTriXBlock
+from trix_jax.nn import HierarchicalTriXFFN as HierarchicalTriXFFN
+from trix_jax.nn import SparseLookupBlock as SparseLookupBlock
+from trix_jax.nn import SparseLookupFFN as SparseLookupFFN
+from trix_jax.nn import SparseTriXBlock as SparseTriXBlock
+from trix_jax.nn import SparseTriXFFN as SparseTriXFFN
+from trix_jax.nn import TransformerConfig as TransformerConfig
+from trix_jax.nn import TransformerLM as TransformerLM
+from trix_jax.nn import TriXLinear as TriXLinear
+from trix_jax.routing import RoutingConfig as RoutingConfig
+from trix_jax.ternary import TernaryConfig as TernaryConfig
+
+__version__ = "0.1.0"
+
+
+def load_run(*args, **kwargs):
+    """Restores a trained run: `(model, variables, tokenizer)`. See `trix_jax.lm.evaluate.load_run`; needs the `lm` extra."""
+    from trix_jax.lm.evaluate import load_run as load
+
+    return load(*args, **kwargs)

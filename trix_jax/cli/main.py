@@ -1,0 +1,59 @@
+"""`trix-jax VERB`: finds the verb, and turns what goes wrong into a sentence and an exit code."""
+
+import importlib
+import sys
+
+VERBS = {
+    "demo": "train a small TriX and its dense twin, compare, pack, generate, report: minutes on a laptop, no download",
+    "prepare": "text to a tokenizer and a verified token store",
+    "train": "train a preset, or go on with the run in --workdir",
+    "eval": "restore and evaluate",
+    "generate": "restore and sample",
+    "export": "write packed safetensors, config and tokenizer",
+    "doctor": "check the installation and say what runs where",
+}
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 75
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a verb; returns the exit code: 0 done, 1 failed, 2 bad usage or input, 75 interrupted after saving."""
+    argv = sys.argv[1:] if argv is None else argv
+    verb, *rest = argv or ["--help"]
+    if verb in ("-h", "--help"):
+        print(_usage())
+        return DONE
+    if verb not in VERBS:
+        print(f"trix-jax: {verb!r} is no verb.\n\n{_usage()}", file=sys.stderr)
+        return BAD_INPUT
+    try:
+        return importlib.import_module(f"trix_jax.cli.{verb}").main(rest) or DONE
+    except SystemExit as stop:  # the parser has said what is wrong, or printed help
+        return stop.code if isinstance(stop.code, int) else BAD_INPUT
+    except ModuleNotFoundError as error:
+        if error.name and error.name.startswith("trix"):
+            raise
+        print(f"trix-jax {verb} needs {error.name}, which the lm extra brings: pip install 'trix-jax[lm]'.", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("trix-jax: stopped.", file=sys.stderr)
+        return 130
+    except (ValueError, ArithmeticError, OSError, RuntimeError, NotImplementedError) as error:
+        return _explain(verb, error)
+
+
+def _usage() -> str:
+    rows = "\n".join(f"  {verb:<9} {text}" for verb, text in VERBS.items())
+    return f"usage: trix-jax VERB [options]\n\n{rows}\n\n`trix-jax VERB --help` lists a verb's options."
+
+
+def _explain(verb: str, error: Exception) -> int:
+    from trix_jax.cli.common import Interrupted
+
+    print(f"trix-jax {verb}: {error}", file=sys.stderr)
+    if isinstance(error, Interrupted):
+        return INTERRUPTED
+    return BAD_INPUT if isinstance(error, ValueError | FileNotFoundError) else FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""`trix-jax train CONFIG.yaml --workdir DIR`."""
+
+import dataclasses
+from typing import Annotated, Literal
+
+from trix_jax.cli.common import be_deterministic, parse_preset, print_json, say
+
+
+def main(argv: list[str]) -> None:
+    """Trains, or goes on with the run in the workdir."""
+    import tyro
+
+    from trix_jax.lm.config import RunConfig
+    from trix_jax.lm.train import train
+
+    @dataclasses.dataclass(frozen=True)
+    class Args:
+        """Train a preset, or go on with the run in --workdir."""
+
+        config: Annotated[RunConfig, tyro.conf.arg(name="")]
+        workdir: str = "runs/train"
+        """The run directory."""
+        resume: Literal["auto", "never", "must"] = "auto"
+        """Go on with a run that is there; refuse one; demand one."""
+        deterministic: bool = False
+        """Bit-identical repeats on a GPU too (slower)."""
+        json: bool = False
+        """End standard output with the summary as one line of JSON."""
+
+    args, reference = parse_preset(Args, argv, "train")
+    if args.deterministic:
+        be_deterministic()
+    summary = train(args.config, args.workdir, resume=args.resume, reference=reference, report=say(args.json))
+    if args.json:
+        print_json(summary)

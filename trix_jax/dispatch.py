@@ -1,0 +1,98 @@
+"""Tokens to tile-sorted blocks and back, with static shapes and nothing dropped.
+
+The A = T * K assignments are sorted by tile and each tile's run is padded to whole blocks of R rows, so that every block
+belongs to one tile. However the tokens are routed, `floor((A + N (R - 1)) / R)` blocks are enough: the shapes do not depend
+on the routing, one trace serves all of it, and a tile may take every token or none.
+
+The moves are gathers both ways, forward and backward: `to_blocks` and `from_blocks` are each other's transpose.
+
+References:
+    Gale et al., 2022, "MegaBlocks: Efficient Sparse Training with Mixture-of-Experts", https://arxiv.org/abs/2211.15841.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trix_jax.typing import Array, Float, Integer
+
+
+class Plan(NamedTuple):
+    """Where every assignment goes.
+
+    Attributes:
+        block_tile: the tile of each block (any tile for an unused block, whose rows are zero).
+        source: the assignment `t * K + k` in each row of the blocks; A marks padding.
+        slot: the row of each assignment, the inverse of `source`.
+    """
+
+    block_tile: Integer[Array, "M"]
+    source: Integer[Array, "M R"]
+    slot: Integer[Array, "T K"]
+
+
+def block_rows(assignments: int, num_tiles: int) -> int:
+    """Rows in a block: about half a tile's mean load, a power of two up to 128; 1 when tiles outnumber assignments."""
+    mean = assignments / num_tiles
+    return 1 if mean <= 1 else int(np.clip(2 ** int(np.log2(mean)) // 2, 1, 128))
+
+
+def num_blocks(assignments: int, num_tiles: int, rows: int) -> int:
+    """The most blocks that any routing needs: the largest possible sum of `ceil(count_n / rows)`."""
+    return min(assignments, (assignments + num_tiles * (rows - 1)) // rows)
+
+
+def make_plan(tiles: Integer[Array, "T K"], num_tiles: int, rows: int | None = None) -> Plan:
+    """Sorts assignments by tile, in token order within a tile, into blocks of `rows` rows.
+
+    Args:
+        tiles: the chosen tiles, each in 0..N-1.
+        num_tiles: N.
+        rows: rows in a block; None takes `block_rows`.
+    """
+    assignments = tiles.size
+    rows = rows or block_rows(assignments, num_tiles)
+    blocks = num_blocks(assignments, num_tiles, rows)
+    flat = tiles.reshape(-1).astype(jnp.int32)
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    sorted_tile = flat[order]
+    end_N = jnp.searchsorted(sorted_tile, jnp.arange(num_tiles, dtype=jnp.int32), side="right").astype(jnp.int32)
+    start_N = jnp.concatenate([jnp.zeros(1, jnp.int32), end_N[:-1]])
+    blocks_N = (end_N - start_N + rows - 1) // rows
+    last_block_N = jnp.cumsum(blocks_N)
+    first_row_N = (last_block_N - blocks_N) * rows
+    sorted_slot = first_row_N[sorted_tile] + jnp.arange(assignments, dtype=jnp.int32) - start_N[sorted_tile]
+    source = jnp.full(blocks * rows, assignments, jnp.int32).at[sorted_slot].set(order, unique_indices=True)
+    slot = jnp.zeros(assignments, jnp.int32).at[order].set(sorted_slot, unique_indices=True)
+    block_tile = jnp.searchsorted(last_block_N, jnp.arange(blocks, dtype=jnp.int32), side="right")
+    block_tile = jnp.minimum(block_tile, num_tiles - 1).astype(jnp.int32)
+    return Plan(block_tile, source.reshape(blocks, rows), slot.reshape(tiles.shape))
+
+
+@jax.custom_vjp
+def to_blocks(x: Float[Array, "T D"], plan: Plan) -> Float[Array, "M R D"]:
+    """Copies every token to the row of each of its assignments; padding rows are zero."""
+    return _rows(x, plan.source // plan.slot.shape[-1])
+
+
+@jax.custom_vjp
+def from_blocks(y: Float[Array, "M R D"], plan: Plan) -> Float[Array, "T K D"]:
+    """Reads every assignment's row back into token order: the exact inverse permutation."""
+    return y.reshape(-1, y.shape[-1])[plan.slot]
+
+
+def _rows(x_AD, source):
+    """Rows of `x` by index, zero where the index is past the end."""
+    return x_AD.at[source].get(mode="fill", fill_value=0)
+
+
+to_blocks.defvjp(
+    lambda x, plan: (to_blocks(x, plan), plan),
+    lambda plan, dy: (from_blocks(dy, plan).sum(axis=1), None),
+)
+from_blocks.defvjp(
+    lambda y, plan: (from_blocks(y, plan), plan),
+    lambda plan, dy: (_rows(dy.reshape(-1, dy.shape[-1]), plan.source), None),
+)

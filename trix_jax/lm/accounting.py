@@ -1,0 +1,109 @@
+"""What a model costs: parameters, active compute and served bits of its FFNs, counted from the config alone."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from trix_jax.nn.transformer import TransformerConfig, TransformerLM
+
+SCALE_BITS = 16
+FLOAT_BITS = 16
+
+
+class Costs(NamedTuple):
+    """Sizes of a model; those of the FFNs are summed over its layers.
+
+    Attributes:
+        total: parameters of the whole model.
+        ffn: parameters of the FFNs, their norms and scales included.
+        ffn_active: multiply-accumulates of the FFNs per token, routing scores included.
+        ffn_bits: bits of the FFN weights as served: ternary at 2 plus scales, everything else at 16.
+    """
+
+    total: int
+    ffn: int
+    ffn_active: int
+    ffn_bits: int
+
+
+def costs(config: TransformerConfig) -> Costs:
+    """Counts a model's costs; the parameters are those that `init` would make."""
+    params = _param_shapes(config)
+    ffn = [layer["ffn"] for name, layer in params.items() if name.startswith("block_")]
+    return Costs(
+        total=_size(params),
+        ffn=sum(_size(layer) for layer in ffn),
+        ffn_active=config.n_layers * _active(config),
+        ffn_bits=sum(_bits(layer, config) for layer in ffn),
+    )
+
+
+def match_params(config: TransformerConfig, reference: TransformerConfig) -> int:
+    """Width of the dense FFN at which `config` has as many parameters as `reference`, to the nearest unit."""
+    dense = dataclasses.replace(config, ffn="dense", ffn_width=1)
+    one = costs(dense)
+    per_unit = one.ffn
+    return max(1, 1 + round((costs(reference).total - one.total) / per_unit))
+
+
+def active_width(config: TransformerConfig) -> float:
+    """Hidden width of the dense FFN with the same multiply-accumulates per token."""
+    return _active(config) / (2 * config.d_model)
+
+
+def _param_shapes(config):
+    model = TransformerLM(config)
+    tokens = jax.ShapeDtypeStruct((1, config.context), jnp.int32)
+    return jax.eval_shape(lambda t: model.init(jax.random.key(0), t), tokens)["params"]
+
+
+def _size(tree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _active(c: TransformerConfig) -> int:
+    if c.ffn == "dense":
+        return 2 * c.d_model * c.dense_width
+    scores = c.num_tiles
+    if c.ffn in ("hierarchical", "lookup"):
+        top = c.top_k_clusters if c.ffn == "hierarchical" else 1
+        scores = c.num_tiles // c.tiles_per_cluster + top * c.tiles_per_cluster
+    if c.ffn == "lookup":
+        hidden = c.compress_hidden or c.d_model // 4
+        return c.d_model * (scores + hidden) + 2 * hidden + 2 + c.d_model
+    if c.routing.source == "hash":
+        scores = 0
+    return c.d_model * scores + 2 * c.d_model * c.tile_width * c.tiles_per_token
+
+
+def _bits(layer, c: TransformerConfig) -> int:
+    ternary = 0
+    if c.ffn in ("sparse", "hierarchical") and c.ternary.mode != "none":
+        for kernel in (layer["tiles"]["up"]["kernel"], layer["tiles"]["down"]["kernel"]):
+            ternary += kernel.size
+        scales = _scales(layer, c)
+    elif c.ffn == "lookup" and c.ternary_splines:
+        ternary, scales = layer["splines"]["kernel"].size, 0  # spline_scale is counted with the rest
+    else:
+        return FLOAT_BITS * _size(layer)
+    learned = _size([k["scale"] for k in _kernels(layer) if "scale" in k])
+    return 2 * ternary + SCALE_BITS * scales + FLOAT_BITS * (_size(layer) - ternary - learned)
+
+
+def _kernels(layer):
+    return (layer["tiles"]["up"], layer["tiles"]["down"]) if "tiles" in layer else ()
+
+
+def _scales(layer, c: TransformerConfig) -> int:
+    total = 0
+    for kernel in _kernels(layer):
+        n, rows, columns = kernel["kernel"].shape
+        per_tile = {"tile": 1, "channel": columns}.get(c.ternary.granularity)
+        if c.ternary.rule == "fixed":
+            per_tile = columns
+        if per_tile is None:
+            per_tile = columns * max(1, rows // c.ternary.group_size)
+        total += n * per_tile
+    return total

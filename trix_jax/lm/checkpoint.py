@@ -1,0 +1,520 @@
+"""Checkpoints: Orbax arrays under a sha256 manifest, published by one rename.
+
+    checkpoints/00001000/            one step: an Orbax checkpoint, which `orbax.checkpoint.v1.load` also reads, plus
+        state/, ...                  what Orbax writes
+        leaves.json                  path -> dtype[shape] of every leaf, so that a mismatch can be told in words
+        meta.json                    the caller's JSON: val_loss, position, data fingerprint, ...
+        manifest.json                format, step, and size and sha256 of every other file
+    checkpoints/.tmp-PID*            a step being written or removed; the next save clears those of dead processes
+    checkpoints/.old-00001000        the former step while it is replaced: readers use it if 00001000 is not there
+    checkpoints/damaged-00001000     moved aside by `set_aside`
+
+Orbax has no content checksums: it restores a flipped bit without a word, hence the manifest. Everything is stored as
+numpy (typed PRNG keys as their key data, zero-sized arrays, which Orbax refuses, as None), so a step knows nothing of
+the devices it was trained on; `restore` puts each leaf where the template says. This is the only module that imports
+orbax, and only when it is used: the import takes a second. One process writes a directory at a time.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+FORMAT = 1
+_STEP_NAME = re.compile(r"(?:\.old-)?(\d{8}|[1-9]\d{8,})")
+_NUMBERS = {"bool": bool, "int": int, "float": float}
+Report = Callable[[str], None]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged, or not of the expected kind.
+
+    A ValueError, since what the caller named is at fault; a disk that fails while saving is an OSError instead.
+    """
+
+
+def _print(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def save(
+    directory: Path, step: int, state: Any, meta: dict[str, Any], *, keep: int = 2
+) -> Path:
+    """Writes a step, waits until it is on the disk, then removes the steps that are no longer needed.
+
+    The newest `keep` good steps, the best one and this one stay. A step that exists is replaced.
+
+    Args:
+        directory: the `checkpoints` folder of a run; made if missing.
+        step: optimizer steps done, from 0.
+        state: pytree of jax and numpy arrays, typed PRNG keys and Python numbers; None means absent.
+        meta: what JSON can hold; a finite `val_loss` takes part in the choice of the best step.
+        keep: at least 1.
+
+    Returns:
+        The folder of the step.
+
+    Raises:
+        OSError: the disk did not take it; earlier steps are as they were and nothing partial is left.
+        TypeError, ValueError: an argument cannot be saved.
+    """
+    if step < 0 or keep < 1:
+        raise ValueError(f"{step=} must be at least 0 and {keep=} at least 1.")
+    if jax.process_count() > 1:
+        raise NotImplementedError(
+            f"save is for one process, got {jax.process_count()}."
+        )
+    stored, leaves = _to_stored(state)
+    notes = {"meta.json": _to_json(meta), "leaves.json": _to_json(leaves)}
+    final, temporary = directory / f"{step:08d}", directory / f".tmp-{os.getpid()}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _tidy(directory)
+        _check_space(directory, stored)
+        try:
+            temporary.mkdir()
+            _write_step(temporary / "step", step, stored, notes)
+            _publish(temporary / "step", final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except Exception as error:
+        place = f"Step {step} could not be saved in {directory}"
+        raise OSError(
+            f"{place} (earlier steps are as they were): {_reason(error)}"
+        ) from error
+    _prune(directory, step, keep)
+    return final
+
+
+def steps(directory: Path) -> list[int]:
+    """The steps in `directory`, good or damaged, in ascending order."""
+    names = (_STEP_NAME.fullmatch(path.name) for path in directory.glob("*"))
+    return sorted({int(name[1]) for name in names if name})
+
+
+def verify(step_dir: Path) -> str | None:
+    """None if every file of the step is as it was saved, else a sentence that names the file and the reason."""
+    try:
+        manifest = _read_json(step_dir / "manifest.json")
+        digest, files = manifest.pop("sha256"), manifest["files"]
+        if digest != _digest_json(manifest):
+            return "manifest.json does not have the content it was saved with."
+        if manifest["format"] != FORMAT:
+            return f"manifest.json has format {manifest['format']}, not {FORMAT}."
+        name = _STEP_NAME.fullmatch(step_dir.name)
+        if name and int(name[1]) != manifest["step"]:
+            return f"manifest.json is of step {manifest['step']}."
+    except FileNotFoundError:
+        return "manifest.json is missing."
+    except Exception as error:  # it can hold anything
+        return f"manifest.json cannot be read ({type(error).__name__}: {error})."
+    there = dict(_files(step_dir))
+    del there["manifest.json"]
+    for name in sorted(files.keys() | there.keys()):
+        if fault := _fault(there.get(name), files.get(name)):
+            return f"{name} {fault}."
+    return None
+
+
+def newest_good(directory: Path, *, report: Report = _print) -> int | None:
+    """The newest undamaged step or None; `report` gets a sentence for each damaged one that was passed over."""
+    return next(_good(directory, reversed(steps(directory)), report), None)
+
+
+def resolve(directory: Path, which: str | int, *, report: Report = _print) -> int:
+    """The step meant by "latest", "best" (lowest finite val_loss, the earlier of equals) or a number.
+
+    Raises:
+        CheckpointError: there is none, or the named step is missing or damaged.
+        ValueError: `which` is something else.
+    """
+    wanted = "good step"
+    if which == "latest":
+        step = newest_good(directory, report=report)
+    elif which == "best":
+        wanted = "good step with a finite val_loss"
+        step = next(_good(directory, _by_loss(directory), report), None)
+    elif isinstance(which, int) or which.isdecimal():
+        step = int(which)
+        _good_path(directory, step)
+    else:
+        raise ValueError(f"{which=} must be 'latest', 'best' or a step number.")
+    if step is None:
+        there = steps(directory) or "none at all"
+        raise CheckpointError(f"{directory} has no {wanted}; its steps: {there}.")
+    return step
+
+
+def restore(directory: Path, step: int, template: Any) -> tuple[Any, dict[str, Any]]:
+    """Verifies a step and returns `(state, meta)`; `state` has the structure and kinds of leaf of `template`.
+
+    A jax leaf that is committed to devices, or a ShapeDtypeStruct with a sharding, says where its array goes; other jax
+    leaves come back uncommitted on the default device, numpy leaves as numpy, Python numbers as such.
+
+    Raises:
+        CheckpointError: the step is missing or damaged, or its tree, shapes or dtypes are not the template's.
+    """
+    path = _good_path(directory, step)
+    named, treedef = jax.tree_util.tree_flatten_with_path(template)
+    expected = {_name(key): _describe(leaf) for key, leaf in named}
+    if lines := _difference(expected, _read_json(path / "leaves.json")):
+        diff = "\n  ".join(lines)
+        raise CheckpointError(f"{path} is not a checkpoint of this model:\n  {diff}")
+    kinds = treedef.unflatten(map(_kind, expected.values()))
+    values = treedef.flatten_up_to(_load(path, kinds))
+    pairs = zip(named, values, strict=True)
+    state = treedef.unflatten([_place(leaf, value) for (_, leaf), value in pairs])
+    return state, _read_json(path / "meta.json")
+
+
+def restore_arrays(
+    directory: Path, step: int, subtree: tuple[str, ...] | None = None
+) -> dict[str, Any]:
+    """Verifies a step and returns its state as nested dicts of numpy arrays, without a template.
+
+    Args:
+        directory: the `checkpoints` folder of a run.
+        step: a step in it.
+        subtree: top-level names of the state, such as ("params", "routing"), which are then the keys of the result;
+            nothing else is read, and a name without leaves gives {}. Their containers must be dicts.
+            None: everything; a tuple's items are under "0", "1", ..., typed keys are key data.
+
+    Raises:
+        CheckpointError: the step is missing or damaged, or has none of the names.
+    """
+    path = _good_path(directory, step)
+    leaves = _read_json(path / "leaves.json")
+    names = sorted({name.split("/")[0] for name in leaves})
+    if subtree is not None and not set(subtree) & set(names):
+        raise CheckpointError(f"{path} has none of {subtree}; its state has {names}.")
+    if subtree is not None:
+        leaves = {n: text for n, text in leaves.items() if n.split("/")[0] in subtree}
+    kinds = {name: _kind(text) for name, text in leaves.items()}
+    loaded = _load(path, None if subtree is None else _nest(kinds), partial=True)
+    values = jax.tree_util.tree_flatten_with_path(loaded)[0]
+    arrays = {_name(key): np.asarray(value) for key, value in values}
+    empty = {name: _empty(leaves[name]) for name in leaves if kinds[name] is None}
+    nothing: dict[str, Any] = {name: {} for name in subtree or ()}
+    return nothing | _nest({name: (empty | arrays)[name] for name in leaves})
+
+
+def set_aside(directory: Path, step: int) -> Path:
+    """Renames a damaged step so that nobody takes it for a step again, and returns its new path."""
+    first = directory / f"damaged-{step:08d}"
+    others = (first.with_name(f"{first.name}-{k}") for k in itertools.count(1))
+    target = next(p for p in itertools.chain([first], others) if not p.exists())
+    _step_path(directory, step).rename(target)
+    _sync(directory)
+    return target
+
+
+# Leaves: what is stored, how it is told, and where it goes.
+
+
+def _name(key: tuple) -> str:
+    return jax.tree_util.keystr(key, simple=True, separator="/")
+
+
+def _is_number(leaf: Any) -> bool:
+    return isinstance(leaf, bool | int | float) and not isinstance(leaf, np.generic)
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _to_stored(state: Any) -> tuple[Any, dict[str, str]]:
+    """The pytree for Orbax, of numpy arrays and Python numbers, and the description of every leaf by its path."""
+    named, treedef = jax.tree_util.tree_flatten_with_path(state)
+    stored = [_to_numpy(_name(key), leaf) for key, leaf in named]
+    leaves = {_name(key): _describe(leaf) for key, leaf in named}
+    if not leaves:
+        raise ValueError("state must have at least one leaf.")
+    if any(_name(key).count("/") >= max(len(key), 1) for key, _ in named):
+        raise ValueError(f"state must have no '/' in a key, got {list(leaves)}.")
+    # Orbax joins paths with dots and stores {"a.b": x, "a": {"b": y}} as one array, silently.
+    if len({name.replace("/", ".") for name in leaves}) < len(named):
+        raise ValueError(f"state has two leaves of one dotted path in {list(leaves)}.")
+    return treedef.unflatten(stored), leaves
+
+
+def _to_numpy(name: str, leaf: Any) -> np.ndarray | bool | int | float | None:
+    if _is_number(leaf):
+        if isinstance(leaf, int) and not -(2**63) <= leaf < 2**63:
+            raise ValueError(f"state leaf {name} must fit 64 bits, got {leaf}.")
+        return leaf
+    is_key = isinstance(leaf, jax.Array) and _is_key(leaf)
+    is_array = isinstance(leaf, jax.Array | np.ndarray | np.generic)
+    if not is_key and not (is_array and leaf.dtype.kind not in "OSUMm"):
+        rule = "must be an array of numbers, a PRNG key or a number"
+        raise TypeError(f"state leaf {name} {rule}, got {type(leaf).__name__}.")
+    if not leaf.size:
+        return None
+    return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+
+
+def _describe(leaf: Any) -> str:
+    """`float32[3,4]`, `key<fry>[]`, `int`: as it stands in leaves.json and in the messages."""
+    if _is_number(leaf) or not hasattr(leaf, "dtype"):
+        return type(leaf).__name__
+    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in text.partition("[")[2][:-1].split(",") if n)
+
+
+def _kind(text: str) -> type | None:
+    """What Orbax is asked for; leaves.json has the shapes, and zero-sized arrays were not stored."""
+    return _NUMBERS.get(text) or (None if 0 in _shape(text) else np.ndarray)
+
+
+def _empty(text: str) -> np.ndarray:
+    return np.zeros(_shape(text), jnp.dtype(text.partition("[")[0]))
+
+
+def _place(leaf: Any, value: Any) -> Any:
+    """`value` as Orbax returned it, made the kind of leaf that `leaf` of the template is."""
+    if _is_number(leaf):
+        return value
+    if isinstance(leaf, np.ndarray | np.generic):
+        value = np.zeros(leaf.shape, leaf.dtype) if value is None else value
+        return value[()] if isinstance(leaf, np.generic) else value
+    if value is None:
+        value = jnp.empty(leaf.shape, leaf.dtype)
+    elif _is_key(leaf):
+        value = jax.random.wrap_key_data(jnp.array(value), impl=leaf.dtype)
+    else:
+        value = jnp.array(value)
+    if value.dtype != leaf.dtype:
+        raise CheckpointError(f"A leaf of {leaf.dtype} needs jax_enable_x64.")
+    # A committed array clashes with a mesh of other devices: nothing gets committed that was not.
+    stays = isinstance(leaf, jax.Array) and not leaf.committed
+    return value if stays or not leaf.sharding else jax.device_put(value, leaf.sharding)
+
+
+def _difference(expected: dict[str, str], found: dict[str, str]) -> list[str]:
+    names = sorted(n for n in expected | found if expected.get(n) != found.get(n))
+    lines = [
+        f"{n}: expected {expected.get(n, 'nothing')}, found {found.get(n, 'nothing')}"
+        for n in names
+    ]
+    return lines if len(lines) <= 10 else [*lines[:10], f"and {len(lines) - 10} more"]
+
+
+def _nest(flat: dict[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        *parents, last = name.split("/")
+        here = nested
+        for key in parents:
+            here = here.setdefault(key, {})
+        here[last] = value
+    return nested
+
+
+# Files and folders.
+
+
+def _step_path(directory: Path, step: int) -> Path:
+    path = directory / f"{step:08d}"
+    former = path.with_name(f".old-{path.name}")
+    return former if former.exists() and not path.exists() else path
+
+
+def _good_path(directory: Path, step: int) -> Path:
+    path = _step_path(directory, step)
+    if not path.exists():
+        there = steps(directory) or "none"
+        raise CheckpointError(f"{directory} has no step {step}; its steps: {there}.")
+    if fault := verify(path):
+        raise CheckpointError(f"{path} is damaged: {fault}")
+    return path
+
+
+def _good(directory: Path, among: Iterable[int], report: Report) -> Iterator[int]:
+    for step in among:
+        if fault := verify(_step_path(directory, step)):
+            report(f"Step {step} in {directory} is passed over: {fault}")
+        else:
+            yield step
+
+
+def _by_loss(directory: Path) -> list[int]:
+    """The steps with a finite val_loss, the best first."""
+    found = []
+    for step in steps(directory):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            meta = _read_json(_step_path(directory, step) / "meta.json")
+            found.append((float(meta["val_loss"]), step))
+    return [step for loss, step in sorted(found) if math.isfinite(loss)]
+
+
+def _check_space(directory: Path, stored: Any) -> None:
+    """Says no beforehand: on a full disk TensorStore prints a traceback for every array."""
+    needed = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(stored))
+    if (free := shutil.disk_usage(directory).free) < needed:
+        raise OSError(f"it needs {needed} bytes and the disk has {free} left")
+
+
+def _write_step(path: Path, step: int, stored: Any, notes: dict[str, str]) -> None:
+    with _orbax() as ocp:
+        context = ocp.Context()
+        # Else an error before the first file is raised only after a time-out of five minutes.
+        context.asynchronous.create_directories_asynchronously = False
+        with context:
+            ocp.save(path, stored)
+    for name, text in notes.items():
+        (path / name).write_text(text)
+    files = {
+        name: {"size": file.stat().st_size, "sha256": _digest(file)}
+        for name, file in _files(path)
+    }
+    manifest: dict[str, Any] = {"format": FORMAT, "step": step, "files": files}
+    manifest["sha256"] = _digest_json(manifest)
+    (path / "manifest.json").write_text(_to_json(manifest))
+    for each in (*path.rglob("*"), path):
+        _sync(each)
+
+
+def _publish(new: Path, final: Path) -> None:
+    former = final.with_name(f".old-{final.name}")
+    if final.exists():
+        final.rename(former)
+    new.rename(final)
+    _sync(final.parent)
+    if former.exists():
+        _discard(former)
+
+
+def _prune(directory: Path, saved: int, keep: int) -> None:
+    """Removes what is older than the newest `keep` good steps, but for the best step and the one just saved."""
+    quiet: Report = lambda _: None  # noqa: E731
+    good = _good(directory, reversed(steps(directory)), quiet)
+    newest = list(itertools.islice(good, keep))
+    best = next(_good(directory, _by_loss(directory), quiet), None)
+    for step in steps(directory) if len(newest) == keep else ():
+        if step < newest[-1] and step not in (saved, best):
+            _discard(_step_path(directory, step))
+
+
+def _tidy(directory: Path) -> None:
+    """Clears what processes that died while saving have left."""
+    for path in directory.glob(".tmp-*"):
+        pid = re.match(r"\.tmp-(\d+)", path.name)
+        if pid and not _is_another_process(int(pid[1])):
+            shutil.rmtree(path)
+    for former in directory.glob(".old-*"):
+        path = former.with_name(former.name.removeprefix(".old-"))
+        if path.exists():
+            _discard(former)
+        else:
+            former.rename(path)
+
+
+def _is_another_process(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return pid != os.getpid()
+
+
+def _discard(path: Path) -> None:
+    """Removes a step in such a way that no moment shows half of one."""
+    doomed = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    files = (path for path in folder.rglob("*") if not path.is_dir())
+    return ((path.relative_to(folder).as_posix(), path) for path in files)
+
+
+def _fault(path: Path | None, listed: Any) -> str | None:
+    if path is None:
+        return "is missing"
+    if listed is None:
+        return "is not in the manifest"
+    try:
+        if (size := path.stat().st_size) != listed["size"]:
+            return f"has {size} bytes instead of {listed['size']}"
+        same = _digest(path) == listed["sha256"]
+        return None if same else "does not have the sha256 of the manifest"
+    except OSError as error:
+        return f"cannot be read ({error})"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_bytes())
+
+
+def _to_json(value: dict[str, Any]) -> str:
+    try:
+        return json.dumps(value, indent=1)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"meta must be what JSON can hold: {error}.") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of a message, or what the system said if that is buried in one of TensorStore's."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(code[1])) if code else str(error).partition("\n")[0]
+
+
+# Orbax.
+
+
+@contextlib.contextmanager
+def _orbax() -> Iterator[Any]:
+    """The `orbax.checkpoint.v1` module, its logging off: before it raises, it prints the traceback of a thread."""
+    from orbax.checkpoint import v1
+
+    logger = logging.getLogger("absl")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield v1
+    finally:
+        logger.disabled = before
+
+
+def _load(path: Path, kinds: Any, *, partial: bool = False) -> Any:
+    try:
+        with _orbax() as ocp:
+            context = ocp.Context()
+            context.pytree.loading.partial_load = partial and kinds is not None
+            with context:
+                return ocp.load(path, kinds)
+    except Exception as error:
+        raise CheckpointError(f"Orbax cannot read {path}: {_reason(error)}") from error

@@ -1,0 +1,213 @@
+"""A run's config: dataclasses that YAML files and command-line flags fill in.
+
+A preset is YAML with the sections `model`, `data`, `train` and, under `arms`, named overrides such as
+`dense: {model.ffn: dense, model.ffn_width: match-params}`. A file becomes flags and goes through the same parser as the
+command line (`trix_jax.cli`), so its mistakes get the same messages.
+"""
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trix_jax.lm.accounting import match_params
+from trix_jax.lm.data import DataConfig
+from trix_jax.nn.transformer import TransformerConfig
+
+DEFAULT_ARM = "hierarchical"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: sequences in a step, over all devices and accumulated micro-batches.
+        accumulate: micro-batches a step is cut into.
+        learning_rate: peak rate, reached after `warmup_steps` (clipped to `steps`), then cosine.
+        final_learning_rate: share of the peak rate at the last step.
+        warmup_steps: linear warm-up.
+        weight_decay: AdamW's, on matrices only: never on norms, scales, embeddings, splines or directions.
+        beta1, beta2: AdamW's.
+        clip: largest global gradient norm; 0 does not clip.
+        balance_rate: step of the routing bias (`routing.update`).
+        rebuild_every: steps between rebuilds of the clusters; 0 never.
+        eval_every: steps between evaluations on the whole validation split; each checkpoints. The last step always is.
+        checkpoint_every: further checkpoints, without an evaluation; 0 none.
+        eval_batch_size: sequences in an evaluation batch.
+        log_every: steps between lines of metrics.jsonl.
+    """
+
+    steps: int = 2000
+    batch_size: int = 12
+    accumulate: int = 1
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 0.1
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.99
+    clip: float = 1.0
+    balance_rate: float = 1e-3
+    rebuild_every: int = 500
+    eval_every: int = 500
+    checkpoint_every: int = 0
+    eval_batch_size: int = 64
+    log_every: int = 1
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulate", "eval_every", "eval_batch_size", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1. Got {getattr(self, name)}.")
+        for name in ("warmup_steps", "weight_decay", "clip", "balance_rate", "rebuild_every", "checkpoint_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative. Got {getattr(self, name)}.")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate must be positive and finite. Got {self.learning_rate}.")
+        for name in ("beta1", "beta2", "final_learning_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in 0..1. Got {getattr(self, name)}.")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate={self.accumulate} must divide batch_size={self.batch_size}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run's numbers.
+
+    Attributes:
+        seed: of initialization, data order and dropout.
+        arm: the name of the override the config was made with.
+    """
+
+    seed: int = 42
+    arm: str = DEFAULT_ARM
+    model: TransformerConfig = TransformerConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Reads a preset or a resolved config.
+
+    Raises:
+        ValueError: no such file, or it is not a YAML mapping of text keys; the message names the line.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"config {path} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config {path} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise ValueError(f"config {path} must be a mapping of names to values. Got {type(tree).__name__}.")
+    return tree
+
+
+def to_flags(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    """Turns nested or dotted YAML into command-line flags: `{model: {d_model: 256}}` to `--model.d-model 256`.
+
+    Raises:
+        ValueError: a value that no flag can hold.
+    """
+    flags = []
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            flags += to_flags(value, f"{name}.")
+        elif isinstance(value, bool):
+            head, _, last = name.rpartition(".")
+            dotted = f"{head}." if head else ""
+            flags.append(f"--{dotted}{'' if value else 'no-'}{last}".replace("_", "-"))
+        elif value is None or isinstance(value, str | int | float):
+            flags += [f"--{name}".replace("_", "-"), str(value)]
+        else:
+            raise ValueError(f"{name} must be a single value. Got {value!r}.")
+    return flags
+
+
+def preset_flags(path: str | Path, arm: str) -> tuple[list[str], list[str]]:
+    """The flags of a preset and those that its arm adds.
+
+    Raises:
+        ValueError: the preset has no such arm (the default arm may be absent: it is the preset as it stands).
+    """
+    tree = read_yaml(path)
+    arms = tree.pop("arms", None) or {}
+    if not isinstance(arms, dict):
+        raise ValueError(f"arms in {path} must map names to overrides. Got {type(arms).__name__}.")
+    if arm not in arms and arm != DEFAULT_ARM:
+        raise ValueError(f"arm must be one of {', '.join(sorted({DEFAULT_ARM, *arms}))}. Got {arm!r}.")
+    return to_flags(tree), to_flags(arms.get(arm) or {})
+
+
+def resolve(config: RunConfig, reference: TransformerConfig, vocab_size: int) -> RunConfig:
+    """Fills in what depends on the data and on other arms: the vocabulary, and the width of a "match-params" dense FFN.
+
+    Args:
+        config: as parsed.
+        reference: the model of the preset without its arm, whose parameters a dense twin matches.
+        vocab_size: the tokenizer's.
+
+    Raises:
+        ValueError: `model.vocab_size` is given and is not the tokenizer's.
+    """
+    model = config.model
+    if model.vocab_size not in (None, vocab_size):
+        raise ValueError(f"model.vocab_size={model.vocab_size} must be the tokenizer's {vocab_size}, or left out.")
+    model = dataclasses.replace(model, vocab_size=vocab_size)
+    if model.ffn_width == "match-params":
+        target = dataclasses.replace(reference, vocab_size=vocab_size, ffn_width=None)
+        model = dataclasses.replace(model, ffn_width=match_params(model, target))
+    return dataclasses.replace(config, model=model)
+
+
+def to_tree(config: RunConfig) -> dict[str, Any]:
+    """A config as nested plain values."""
+    return dataclasses.asdict(config)
+
+
+def from_tree(tree: dict[str, Any]) -> RunConfig:
+    """The inverse of `to_tree`, for a config that this program wrote.
+
+    Raises:
+        ValueError: unknown or missing names, or values of another type.
+    """
+    return _build(RunConfig, tree, "")
+
+
+def fingerprint(config: RunConfig) -> str:
+    """sha256 of the config."""
+    return hashlib.sha256(json.dumps(to_tree(config), sort_keys=True).encode()).hexdigest()
+
+
+def _build(kind, tree, prefix):
+    if not isinstance(tree, dict):
+        raise ValueError(f"{prefix or 'config'} must be a mapping. Got {tree!r}.")
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(tree) - {field.name for field in dataclasses.fields(kind)})
+    if unknown:
+        raise ValueError(f"{prefix}{unknown[0]} is not a setting that this version knows.")
+    values = {}
+    for name, value in tree.items():
+        hint = hints[name]
+        values[name] = _build(hint, value, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else value
+        if not dataclasses.is_dataclass(hint) and not _fits(value, hint):
+            raise ValueError(f"{prefix}{name} must be {hint}. Got {value!r}.")
+    return kind(**values)
+
+
+def _fits(value, hint) -> bool:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in typing.get_args(hint))
+    if typing.get_origin(hint) is typing.Literal:
+        return value in typing.get_args(hint)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))

@@ -1,0 +1,310 @@
+"""Where text comes from: six sources, one stream of documents.
+
+| source | a document is | `path` |
+|---|---|---|
+| `stdlib` | one module of the running Python's standard library | none |
+| `shakespeare` | all of TinyShakespeare | a local copy, or None to download it |
+| `text` | one file | a file, or a folder whose `*.txt` are taken |
+| `jsonl` | the `"text"` of one line | a file, or a folder whose `*.jsonl` are taken |
+| `parquet` | the `text` of one row (FineWeb-Edu shards read as they are) | a file, or a folder of `*.parquet` |
+| `code` | one source file | a folder |
+
+Documents are UTF-8, in a fixed order (files by sorted path), newlines as they stand in the file. A file named by the caller
+that cannot be read is an error; inside a folder it is skipped, and the number of skipped files is reported.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import sysconfig
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+from trix_jax.lm.data.store import write_atomically
+
+Source = Literal["stdlib", "shakespeare", "text", "jsonl", "parquet", "code"]
+
+STDLIB_BYTES = 1_500_000
+STDLIB_FILE_BYTES = 32_000  # small files only: a document is then about a hundredth of the slice, so the split is even
+STDLIB_LEFT_OUT = frozenset(
+    "test tests site-packages dist-packages idlelib lib2to3 encodings pydoc_data __pycache__".split()
+)
+
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+CODE_SUFFIXES = frozenset(
+    ".py .pyi .c .h .cc .cpp .hpp .cu .cuh .rs .go .java .kt .scala .js .jsx .ts .tsx .rb .php .swift .cs .lua .r .jl "
+    ".hs .ml .ex .erl .clj .pl .sh .bash .sql .zig".split()
+)
+CODE_LEFT_OUT = frozenset(
+    "node_modules vendor vendored third_party site-packages dist-packages venv env build dist target __pycache__".split()
+)
+CODE_FILE_BYTES = 1_000_000  # larger ones are generated or data
+
+
+def iter_documents(
+    source: Source,
+    path: str | Path | None,
+    max_bytes: int | None = None,
+    report: Callable[[str], None] = print,
+) -> Iterator[str]:
+    """Yields the documents of a source, none of them empty, in a fixed order.
+
+    Args:
+        source: One of the names in the table above.
+        path: What the table says; None where the source needs no file.
+        max_bytes: Stop after this much UTF-8 text; the last document is cut, between characters, to fit. None: no limit.
+        report: Is told in one line how many files of a folder were skipped.
+
+    Raises:
+        ValueError: The path is missing, empty, not what the source expects, or holds something unreadable.
+        ConnectionError: TinyShakespeare could not be downloaded.
+    """
+    match source:
+        case "stdlib":
+            if path is not None:
+                raise ValueError(
+                    f"source='stdlib' reads the running Python and takes no path. Got {str(path)!r}."
+                )
+            documents = _python_stdlib()
+        case "shakespeare":
+            documents = iter([_shakespeare(path)])
+        case "text" | "jsonl" | "parquet" | "code":
+            if path is None:
+                raise ValueError(
+                    f"source={source!r} needs a path: a file or a folder. Got None."
+                )
+            documents = _local(source, Path(path), report)
+        case _:
+            raise ValueError(
+                f"source must be stdlib, shakespeare, text, jsonl, parquet or code. Got {source!r}."
+            )
+    return _limit((text for text in documents if text), max_bytes)
+
+
+def infer_source(path: str | Path) -> Source:
+    """The source that a raw path looks like, by suffix; for a folder, by the first kind of file it holds."""
+    path = Path(path)
+    if not path.is_dir():
+        by_suffix: dict[str, Source] = {".jsonl": "jsonl", ".parquet": "parquet"}
+        return by_suffix.get(path.suffix, "text")
+    kinds: dict[str, Source] = {"parquet": "parquet", "jsonl": "jsonl", "txt": "text"}
+    for suffix, source in kinds.items():
+        if next(path.rglob(f"*.{suffix}"), None):
+            return source
+    raise ValueError(
+        f"path={str(path)!r} holds no .parquet, .jsonl or .txt file; for source files say source='code'."
+    )
+
+
+def describe(source: Source, path: str | Path | None) -> str:
+    """One line on what a source is, for manifests and reports; no machine paths."""
+    match source:
+        case "stdlib":
+            return f"standard library of Python {platform.python_version()}, files up to {STDLIB_FILE_BYTES:,} bytes"
+        case "shakespeare":
+            return f"TinyShakespeare (karpathy/char-rnn), sha256 {SHAKESPEARE_SHA256}"
+        case _:
+            return f"{source} from {Path(path or '').name}"
+
+
+def _local(source: Source, path: Path, report: Callable[[str], None]) -> Iterator[str]:
+    if not path.exists():
+        raise ValueError(f"path={str(path)!r} does not exist (source={source!r}).")
+    if source == "code":
+        return _read_files(_code_files(path), named=False, report=report)
+    if source == "text":
+        return _read_files(_files(path, ".txt"), path.is_file(), report)
+    read = _jsonl if source == "jsonl" else _parquet
+    return (text for file in _files(path, f".{source}") for text in read(file))
+
+
+def _limit(documents: Iterable[str], max_bytes: int | None) -> Iterator[str]:
+    left = max_bytes
+    for text in documents:
+        if left is None:
+            yield text
+            continue
+        data = text.encode()
+        if len(data) >= left:
+            if head := data[:left].decode(errors="ignore"):
+                yield head
+            return
+        left -= len(data)
+        yield text
+
+
+def _decode(data: bytes, path: Path) -> str:
+    if b"\0" in data:
+        raise ValueError(
+            f"{path} is not text: it has a NUL byte at offset {data.index(0)}."
+        )
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text: {error.reason} at offset {error.start}."
+        ) from error
+
+
+def _read_files(
+    files: Iterable[Path], named: bool, report: Callable[[str], None]
+) -> Iterator[str]:
+    """Yields each file's text; with `named` an unreadable or empty one raises, else it is counted and reported."""
+    skipped: list[Path] = []
+    try:
+        for file in files:
+            try:
+                text = _decode(file.read_bytes(), file)
+            except (ValueError, OSError):
+                if named:
+                    raise
+                skipped.append(file)
+                continue
+            if named and not text:
+                raise ValueError(f"{file} is empty.")
+            yield text
+    finally:
+        if skipped:
+            report(
+                f"skipped {len(skipped)} file(s) that cannot be read as UTF-8 text, the first {skipped[0]}"
+            )
+
+
+def _files(path: Path, suffix: str) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if found := sorted(p for p in path.rglob(f"*{suffix}") if p.is_file()):
+        return found
+    raise ValueError(f"path={str(path)!r} is a folder without any {suffix} file.")
+
+
+def _python_stdlib() -> Iterator[str]:
+    """About 1.5 MB of the standard library: whole files ordered by the sha256 of their path, up to the first that overflows.
+
+    Left out: files over 32 kB, tests, site-packages, idlelib, lib2to3, the tables of `encodings` and `pydoc_data`, build
+    settings of this machine (`_sysconfigdata*`), and what is not UTF-8. The same Python version gives the same text.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    names = (
+        path.relative_to(root)
+        for path in root.rglob("*.py")
+        if path.stat().st_size <= STDLIB_FILE_BYTES
+    )
+    names = (
+        n
+        for n in names
+        if STDLIB_LEFT_OUT.isdisjoint(n.parts)
+        and not n.name.startswith("_sysconfigdata")
+    )
+    total = 0
+    for name in sorted(
+        names, key=lambda n: hashlib.sha256(n.as_posix().encode()).digest()
+    ):
+        try:
+            text = _decode((root / name).read_bytes(), root / name)
+        except ValueError:
+            continue
+        total += len(text.encode())
+        if total > STDLIB_BYTES:
+            return
+        yield text
+
+
+def _shakespeare(path: str | Path | None) -> str:
+    if path is not None:
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise ValueError(
+                f"path={str(path)!r} cannot be read ({error.strerror})."
+            ) from error
+        _check_shakespeare(data, str(path))
+        return data.decode()
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cached = root / "trix_jax" / "tinyshakespeare.txt"
+    if (
+        cached.is_file()
+        and hashlib.sha256(data := cached.read_bytes()).hexdigest()
+        == SHAKESPEARE_SHA256
+    ):
+        return data.decode()
+    try:
+        with urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as response:
+            data = response.read()
+    except OSError as error:
+        raise ConnectionError(
+            f"TinyShakespeare could not be downloaded from {SHAKESPEARE_URL} ({error}); "
+            "give a local copy as path (--data.path FILE)."
+        ) from error
+    _check_shakespeare(data, SHAKESPEARE_URL)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(cached, data)
+    return data.decode()
+
+
+def _check_shakespeare(data: bytes, origin: str) -> None:
+    if (got := hashlib.sha256(data).hexdigest()) != SHAKESPEARE_SHA256:
+        raise ValueError(
+            f"{origin} is not TinyShakespeare: sha256 must be {SHAKESPEARE_SHA256}. Got {got}."
+        )
+
+
+def _jsonl(file: Path) -> Iterator[str]:
+    """Yields the "text" of each line; blank lines are passed over, anything else is an error with its line number."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)["text"]
+                text.encode()  # JSON can spell lone surrogates, which are not text
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f'{file}, line {number}: must be a JSON object with a string "text" ({type(error).__name__}: {error}).'
+                ) from error
+            yield text
+
+
+def _parquet(file: Path) -> Iterator[str]:
+    """Yields the `text` column row group by row group; nulls are passed over."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            kinds = dict(
+                zip(table.schema_arrow.names, table.schema_arrow.types, strict=True)
+            )
+            if kinds.get("text") not in (pyarrow.string(), pyarrow.large_string()):
+                columns = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
+                raise ValueError(
+                    f'{file} must have a string column "text". Got columns {columns}.'
+                )
+            for batch in table.iter_batches(batch_size=256, columns=["text"]):
+                yield from (text for text in batch.column(0).to_pylist() if text)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not a readable parquet file ({error}).") from error
+
+
+def _code_files(path: Path) -> Iterator[Path]:
+    if not path.is_dir():
+        raise ValueError(f"source='code' needs a folder. Got path={str(path)!r}.")
+    for folder, folders, names in os.walk(path):
+        folders[:] = sorted(
+            f for f in folders if not f.startswith(".") and f not in CODE_LEFT_OUT
+        )
+        for name in sorted(names):
+            file = Path(folder, name)
+            if (
+                name.startswith(".")
+                or file.suffix.lower() not in CODE_SUFFIXES
+                or file.is_symlink()
+            ):
+                continue
+            if file.stat().st_size <= CODE_FILE_BYTES:
+                yield file

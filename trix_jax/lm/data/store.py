@@ -1,0 +1,312 @@
+"""Tokens on disk: memory-mapped `.npy` shards under a sha256 manifest.
+
+```
+train_00000.npy ...   val_00000.npy ...   uint16, or uint32 for vocabularies over 65,536; at most 64M tokens a shard
+tokenizer.json        see tokenizer.py
+manifest.json         format, files {name: sha256, bytes, tokens}, splits {train, val: tokens, bytes}, config, source,
+                      fingerprint (sha256 over the files' names and hashes), checksum (sha256 of all the rest of the manifest)
+```
+
+A split's `bytes` are the UTF-8 bytes of its text, end-of-text marks not counted: the unit of bits per byte. A store appears under its name
+complete or not at all: it is written beside it, flushed to disk, and renamed.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from jaxtyping import Int32, Integer
+
+from trix_jax.lm.data.tokenizer import Tokenizer, load_tokenizer
+
+FORMAT = "trix_jax tokens 1"
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+SHARD_TOKENS = 64 * 2**20
+_FILE_NAME = re.compile(r"(train|val)_\d{5}\.npy|tokenizer\.json")
+
+
+class Split:
+    """One side of a store: a long line of tokens, read window by window from memory-mapped shards."""
+
+    def __init__(self, shards: list[Integer[np.ndarray, " _"]]):
+        # Still memory-mapped, and cheaper to slice than np.memmap.
+        self._shards = [np.asarray(shard) for shard in shards]
+        self._starts = np.cumsum([0, *(len(shard) for shard in shards)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def window(self, start: int, length: int) -> Int32[np.ndarray, " T"]:
+        """Tokens `start` to `start + length - 1`, copied out of however many shards they lie in.
+
+        Raises:
+            ValueError: The window does not lie inside the split.
+        """
+        stop = start + length
+        if not (0 <= start and 0 <= length and stop <= len(self)):
+            raise ValueError(
+                f"window must lie inside 0 to {len(self)}. Got start={start}, length={length}."
+            )
+        tokens = np.empty(length, np.int32)
+        index = int(np.searchsorted(self._starts, start, side="right")) - 1
+        while start < stop:
+            shard, base = self._shards[index], int(self._starts[index])
+            piece = shard[start - base : stop - base]
+            tokens[length - (stop - start) :][: len(piece)] = piece
+            start += len(piece)
+            index += 1
+        return tokens
+
+
+class Store(NamedTuple):
+    """An open, checked token store."""
+
+    directory: Path
+    train: Split
+    val: Split
+    tokenizer: Tokenizer
+    manifest: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the tokens and the tokenizer: sha256 over the hashes of their files."""
+        return self.manifest["fingerprint"]
+
+    @property
+    def val_tokens(self) -> int:
+        """Tokens of the validation split, end-of-text marks counted."""
+        return self.manifest["splits"]["val"]["tokens"]
+
+    @property
+    def val_bytes(self) -> int:
+        """UTF-8 bytes of the validation text, end-of-text marks not counted."""
+        return self.manifest["splits"]["val"]["bytes"]
+
+
+class SplitWriter:
+    """Appends tokens to the shards of one split, holding none of them in memory.
+
+    Attributes:
+        tokens: Tokens written so far.
+        bytes: UTF-8 bytes of text they stand for.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        split: str,
+        vocab_size: int,
+        shard_tokens: int = SHARD_TOKENS,
+    ):
+        self.tokens = 0
+        self.bytes = 0
+        self._directory, self._split = directory, split
+        self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+        self._shard_tokens = shard_tokens
+        self._file: BinaryIO | None = None
+        self._in_shard, self._shards = 0, 0
+
+    def __enter__(self) -> "SplitWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._finish(self._file)
+
+    def append(self, tokens: Integer[np.ndarray, " T"], num_bytes: int = 0) -> None:
+        """Appends tokens that stand for `num_bytes` of UTF-8 text."""
+        self.bytes += num_bytes
+        self.tokens += len(tokens)
+        tokens = tokens.astype(self._dtype)
+        while len(tokens):
+            file = self._file or self._start()
+            head, tokens = np.split(tokens, [self._shard_tokens - self._in_shard])
+            file.write(head.tobytes())
+            self._in_shard += len(head)
+            if self._in_shard == self._shard_tokens:
+                self._finish(file)
+
+    def _start(self) -> BinaryIO:
+        name = f"{self._split}_{self._shards:05d}.npy"
+        self._file = (self._directory / name).open("wb")
+        self._write_header(self._file)
+        return self._file
+
+    def _write_header(self, file: BinaryIO) -> None:
+        """Numpy pads the header so that a longer length fits in its place later."""
+        file.seek(0)
+        shape = (self._in_shard,)
+        header = {"descr": self._dtype.str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+
+    def _finish(self, file: BinaryIO) -> None:
+        self._write_header(file)
+        _flush(file)
+        file.close()
+        self._file, self._in_shard, self._shards = None, 0, self._shards + 1
+
+
+@contextlib.contextmanager
+def new_store(directory: Path) -> Iterator[Path]:
+    """Gives a temporary folder beside `directory` and, if the body succeeds, renames it to `directory`; else removes it."""
+    directory = Path(os.path.abspath(directory))
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    building = directory.parent / f".{directory.name}.{secrets.token_hex(4)}.tmp"
+    building.mkdir()
+    try:
+        yield building
+        _flush_folder(building)
+        os.rename(
+            building, directory
+        )  # over nothing or an empty folder; anything else is an OSError
+        _flush_folder(directory.parent)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def write_manifest(
+    directory: Path, config: dict[str, Any], source: str, splits: dict[str, SplitWriter]
+) -> None:
+    """Hashes the files of a store that is complete but for its manifest, and writes that."""
+    files = {}
+    for path in sorted(directory.iterdir()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        files[path.name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
+        if path.suffix == ".npy":
+            files[path.name]["tokens"] = len(
+                np.load(path, mmap_mode="r", allow_pickle=False)
+            )
+    manifest = {
+        "format": FORMAT,
+        "source": source,
+        "config": config,
+        "splits": {
+            name: {"tokens": split.tokens, "bytes": split.bytes}
+            for name, split in splits.items()
+        },
+        "files": files,
+        "fingerprint": _digest({name: file["sha256"] for name, file in files.items()}),
+    }
+    manifest["checksum"] = _digest(manifest)
+    write_atomically(
+        directory / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode()
+    )
+
+
+def open_store(directory: str | Path, verify: bool = True) -> Store:
+    """Opens a store after checking it against its manifest.
+
+    Args:
+        directory: The folder that holds `manifest.json`.
+        verify: Hash every file (about a second a gigabyte); False checks only that each has its size.
+
+    Raises:
+        ValueError: Names the file that is missing, truncated or altered.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    for name, entry in manifest["files"].items():
+        path = directory / name
+        if not path.is_file():
+            raise ValueError(
+                f"{path} is missing from the token store; prepare it again."
+            )
+        if (size := path.stat().st_size) != entry["bytes"]:
+            raise ValueError(
+                f"{path} must have {entry['bytes']} bytes. Got {size}; prepare the store again."
+            )
+        if verify and _sha256(path) != entry["sha256"]:
+            raise ValueError(
+                f"{path} was altered: its sha256 is not the manifest's; prepare the store again."
+            )
+    return Store(
+        directory,
+        train=_open_split(directory, "train", manifest),
+        val=_open_split(directory, "val", manifest),
+        tokenizer=load_tokenizer(directory / TOKENIZER),
+        manifest=manifest,
+    )
+
+
+def is_store(path: str | Path) -> bool:
+    """Whether a folder claims to be a store."""
+    return (Path(path) / MANIFEST).is_file()
+
+
+def read_manifest(directory: str | Path) -> dict[str, Any]:
+    """Reads and checks `manifest.json`, not the files it lists.
+
+    Raises:
+        ValueError: It is missing, of another format, or altered.
+    """
+    path = Path(directory) / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"format must be {FORMAT!r}, got {manifest['format']!r}")
+        rest = {key: value for key, value in manifest.items() if key != "checksum"}
+        if manifest["checksum"] != _digest(rest):
+            raise ValueError("its checksum does not match its contents")
+        if odd := [
+            name for name in manifest["files"] if not _FILE_NAME.fullmatch(name)
+        ]:
+            raise ValueError(f"it lists {odd[0]!r}, which is no file of a store")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a readable store manifest ({error})."
+        ) from error
+    return manifest
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file beside `path`, flushes it to disk and renames it into place."""
+    building = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with building.open("wb") as file:
+            file.write(data)
+            _flush(file)
+        os.replace(building, path)
+        _flush_folder(path.parent)
+    finally:
+        building.unlink(missing_ok=True)
+
+
+def _open_split(directory: Path, split: str, manifest: dict[str, Any]) -> Split:
+    names = sorted(name for name in manifest["files"] if name.startswith(split + "_"))
+    return Split(
+        [np.load(directory / name, mmap_mode="r", allow_pickle=False) for name in names]
+    )
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _flush_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,98 @@
+"""The run directory's small files: `metrics.jsonl`, `summary.json`, `env.json`, and what is measured for them."""
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class MetricsFile:
+    """`metrics.jsonl`: an object a line, flushed at once.
+
+    On resume the lines behind the restored step are dropped, so that the file reads as if nothing had happened.
+    """
+
+    def __init__(self, path: Path, step: int):
+        kept = [line for line in read(path) if line["step"] <= step] if path.exists() else []
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, **values: Any) -> None:
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a metrics file; a last line that a crash cut short is left out.
+
+    Raises:
+        ValueError: another line is not JSON.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            if number == len(lines) and not line.endswith("\n"):
+                return
+            raise ValueError(f"{path} line {number} is not JSON: {error}.") from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    building = path.with_name(f".{path.name}.tmp")
+    with building.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(building, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes an indented JSON file whole or not at all."""
+    write_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+def environment(devices) -> dict[str, Any]:
+    """Versions and devices, without anything that names this machine or its folders."""
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu_count": os.cpu_count(),
+        "devices": [device.device_kind for device in devices],
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "git_commit": git_commit(),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this package runs from, with `+` where it has been changed; None elsewhere."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False).stdout
+    return (commit + "+" * bool(changed.strip())) or None
+
+
+def memory_bytes(device: jax.Device) -> int:
+    """Peak bytes in use on the device, or the largest resident size of this process on CPU."""
+    stats = device.memory_stats()
+    if stats:
+        return int(stats.get("peak_bytes_in_use", stats.get("bytes_in_use", 0)))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -1,0 +1,67 @@
+"""A parameter that is ternary: `TernaryKernel`, the only place where layers meet latent weights or packed ones."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from trix_jax import ops
+from trix_jax.ternary import Ternary, TernaryConfig, hard_ternary, round_scale, ternarize
+from trix_jax.typing import Dtype, Scalar
+
+PACKED = "packed"
+
+
+def tile_init(scale: float = 1.0) -> Callable:
+    """`variance_scaling(scale, "fan_in", "normal")` of one tile's matrix, for kernels `[..., N, I, O]`."""
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.normal(key, shape, dtype) * (scale / shape[-2]) ** 0.5
+
+    return init
+
+
+def uniform_init(key, shape, dtype=jnp.float32):
+    """U(-0.8, 0.8), the original's: its fixed threshold of 0.5 turns anything much smaller into zeros."""
+    return jax.random.uniform(key, shape, dtype, -0.8, 0.8)
+
+
+class TernaryKernel(nn.Module):
+    """Weights `q * scale`, from a latent parameter `kernel` or, in a frozen model, from the `"packed"` collection.
+
+    Attributes:
+        shape: of the kernel, `[..., N, I, O]`.
+        config: how the kernel becomes ternary.
+        kernel_init: None takes `tile_init()`, or `uniform_init` under the rule "fixed".
+        learn_scale: under the rule "fixed", whose scale nothing else sets, adds a parameter `scale` per output.
+    """
+
+    shape: tuple[int, ...]
+    config: TernaryConfig = TernaryConfig()
+    kernel_init: Callable | None = None
+    learn_scale: bool = True
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, progress: Scalar = 1.0) -> ops.Weights:
+        if self.has_variable(PACKED, "bits"):
+            return ops.Packed(self.get_variable(PACKED, "bits"), self.get_variable(PACKED, "scale"))
+        fixed = self.config.rule == "fixed"
+        init = self.kernel_init or (uniform_init if fixed else tile_init())
+        kernel = self.param("kernel", init, self.shape, self.param_dtype)
+        weights = ternarize(kernel.astype(jnp.float32), self.config, progress)
+        return weights._replace(scale=self._scale()) if fixed and self.learn_scale else weights
+
+    def pack(self, params) -> ops.Packed:
+        """The packed form of a trained parameter dictionary of this module; leading axes (scanned layers) pass through."""
+        weights = hard_ternary(jnp.asarray(params["kernel"], jnp.float32), self.config)
+        if "scale" in params:
+            weights = Ternary(weights.q, round_scale(params["scale"]))
+        return ops.pack(weights)
+
+    def _scale(self):
+        # sqrt of the share of weights beyond the threshold, times the contraction: outputs start at the input's RMS.
+        shape = (*self.shape[:-2], 1, self.shape[-1])
+        start = (0.375 * self.shape[-2]) ** -0.5
+        return round_scale(self.param("scale", nn.initializers.constant(start), shape, self.param_dtype))

@@ -1,0 +1,76 @@
+"""`TriXLinear`: a linear layer with ternary weights, output tiles and signatures."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from trix_jax import ops, routing
+from trix_jax.nn.kernel import TernaryKernel
+from trix_jax.nn.tiles import check_divides
+from trix_jax.ternary import TernaryConfig
+from trix_jax.typing import Array, Dtype, Float, Scalar
+
+
+class TriXLinear(nn.Module):
+    """Computes `y_n = gate_n * ((x @ q_n) * scale_n) + bias_n` for the output tiles n, concatenated.
+
+    Tile n is the n-th run of `features / num_tiles` outputs. Its signature, for who wants to route by it, is the
+    method `signatures`.
+
+    Attributes:
+        features: O, the width of the output.
+        num_tiles: N, a divisor of `features`.
+        use_bias: adds a bias.
+        ternary: see `TernaryConfig`; with rule "fixed" (the original's) scales are learned per output.
+        dtype: of the computation; None follows the input.
+
+    Raises:
+        ValueError: `num_tiles` does not divide `features`; a gate of another shape than `[..., N]`.
+
+    References:
+        TriX, https://github.com/anjaustin/trix.
+    """
+
+    features: int
+    num_tiles: int = 4
+    use_bias: bool = False
+    ternary: TernaryConfig = TernaryConfig()
+    kernel_init: Callable | None = None
+    bias_init: Callable = nn.initializers.zeros
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*B I"], gate: Float[Array, "*B N"] | None = None, *, progress: Scalar = 1.0
+    ) -> Float[Array, "*B O"]:
+        """Applies the layer.
+
+        Args:
+            x: input, at least rank 1.
+            gate: multiplies each tile's outputs, 0 switching a tile off; None leaves all on.
+            progress: share of training done, for `TernaryConfig` schedules.
+        """
+        n, width = self.num_tiles, check_divides("features", self.features, "num_tiles", self.num_tiles)
+        if gate is not None and gate.shape != (*x.shape[:-1], n):
+            raise ValueError(f"gate must be {[*x.shape[:-1], n]}, a value a tile. Got {list(gate.shape)}.")
+        kernel = self._kernel(x.shape[-1], width)(progress)
+        tokens = x.reshape(-1, x.shape[-1]).astype(self.dtype or x.dtype)
+        y_NTO = ops.matmul(jnp.broadcast_to(tokens, (n, *tokens.shape)), kernel, width)
+        y = jnp.moveaxis(y_NTO, 0, 1).reshape(*x.shape[:-1], n, width)
+        y = (y if gate is None else y * gate[..., None].astype(y.dtype)).reshape(*x.shape[:-1], self.features)
+        if self.use_bias:
+            y = y + self.param("bias", self.bias_init, (self.features,), self.param_dtype).astype(y.dtype)
+        return y
+
+    @nn.compact
+    def signatures(self, in_features: int, kind: routing.Signature = "sum") -> Float[Array, "N I"]:
+        """The address of each tile, read off its weights: the sum over its outputs, normalized as `routing.signatures` says."""
+        width = self.features // self.num_tiles
+        weights = ops.unpack(self._kernel(in_features, width)(), width)
+        return routing.signatures(weights.q.sum(axis=-1), kind)
+
+    def _kernel(self, in_features: int, width: int) -> TernaryKernel:
+        shape = (self.num_tiles, in_features, width)
+        return TernaryKernel(shape, self.ternary, self.kernel_init, param_dtype=self.param_dtype, name="kernel")

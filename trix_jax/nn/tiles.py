@@ -1,0 +1,143 @@
+"""`RoutedTiles`: N two-layer ternary networks of which every token computes K, and what the FFNs around them share."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from trix_jax import dispatch, ops, routing
+from trix_jax.nn.kernel import PACKED, TernaryKernel
+from trix_jax.nn.router import Route, Router
+from trix_jax.routing import RoutingConfig, RoutingInfo
+from trix_jax.ternary import TernaryConfig
+from trix_jax.typing import Array, Dtype, Float, Integer, Scalar
+
+Aux = dict[str, Float[Array, ""]]
+Output = tuple[Float[Array, "*B D"], RoutingInfo, Aux]
+
+
+def squared_relu(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    """Computes `max(x, 0)^2` (So et al., 2021, "Primer", https://arxiv.org/abs/2109.08668)."""
+    return jnp.square(jax.nn.relu(x))
+
+
+ACTIVATIONS: dict[str, Callable] = {
+    "relu2": squared_relu,
+    "relu": jax.nn.relu,
+    "gelu": jax.nn.gelu,
+    "silu": jax.nn.silu,
+}
+
+
+def activation(name: str) -> Callable:
+    """Looks an activation up.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}. Got {name!r}.")
+    return ACTIVATIONS[name]
+
+
+def tile_ffn(
+    h: Float[Array, "T D"], route: Route, up: ops.Weights, down: ops.Weights, shape: tuple[int, int], act: Callable
+) -> Float[Array, "T D"]:
+    """Computes `sum_k gate_tk * (act((h_t @ q_up) * s_up) @ q_down) * s_down` over the tiles k chosen for token t.
+
+    Args:
+        shape: N and F.
+    """
+    num_tiles, tile_width = shape
+    plan = dispatch.make_plan(route.tiles, num_tiles)
+    hidden = act(ops.tile_matmul(dispatch.to_blocks(h, plan), up, plan.block_tile, tile_width))
+    y_TKD = dispatch.from_blocks(ops.tile_matmul(hidden, down, plan.block_tile, h.shape[-1]), plan)
+    return (y_TKD * route.gates[..., None]).sum(axis=1).astype(h.dtype)
+
+
+class RoutedTiles(nn.Module):
+    """Routes every token by the tiles' own signatures and computes `tile_ffn` over the tiles it chose.
+
+    Attributes are those of the FFNs that wrap it; F is `tile_width`, and `num_clusters=0` is flat routing.
+    """
+
+    num_tiles: int
+    tile_width: int
+    tiles_per_token: int = 1
+    num_clusters: int = 0
+    top_k_clusters: int = 1
+    activation: str = "relu2"
+    ternary: TernaryConfig = TernaryConfig()
+    routing: RoutingConfig = RoutingConfig()
+    up_init: Callable | None = None
+    down_init: Callable | None = None
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "*B D"],
+        train: bool = False,
+        progress: Scalar = 1.0,
+        token_ids: Integer[Array, "*B"] | None = None,
+    ) -> Output:
+        n, d, f = self.num_tiles, x.shape[-1], self.tile_width
+        common = {"config": self.ternary, "param_dtype": self.param_dtype}
+        up = TernaryKernel((n, d, f), kernel_init=self.up_init, name="up", **common)(progress)
+        down = TernaryKernel((n, f, d), kernel_init=self.down_init, name="down", **common)(progress)
+        router = Router(
+            n, self.tiles_per_token, self.num_clusters, self.top_k_clusters, self.routing, self.axis_name, name="router"
+        )
+        tokens = x.reshape(-1, d).astype(self.dtype or x.dtype)
+        ids = None if token_ids is None else token_ids.reshape(-1)
+        signature = routing.signatures(self._signature_sums(up), self.routing.signature)
+        route, info, aux = router(tokens, signature, train, ids)
+        y = tile_ffn(tokens, route, up, down, (n, f), activation(self.activation))
+        return y.reshape(x.shape).astype(x.dtype), in_shape_of(info, x), aux
+
+    def pack(self, packed: dict) -> dict[str, Array]:
+        """What a frozen model keeps beside the packed kernels: the signature sums, integers that fit 16 bits."""
+        up = ops.unpack(ops.Packed(**packed["up"]), self.tile_width)
+        return {"signature_sums": up.q.sum(axis=-1).astype(jnp.int16)}
+
+    def _signature_sums(self, up: ops.Weights) -> Float[Array, "N D"]:
+        if isinstance(up, ops.Packed):
+            return self.get_variable(PACKED, "signature_sums").astype(jnp.float32)
+        return up.q.sum(axis=-1)
+
+
+def in_shape_of(info: RoutingInfo, x: Float[Array, "*B D"]) -> routing.RoutingInfo:
+    """Gives the per-token fields the leading axes of `x`."""
+    lead = x.shape[:-1]
+    return info._replace(tiles=info.tiles.reshape(*lead, -1), gates=info.gates.reshape(*lead, -1))
+
+
+def check_input(x: Float[Array, "..."], d_model: int) -> None:
+    """Raises a ValueError unless `x` is `[..., d_model]` with one or two leading axes and at least one token."""
+    if x.ndim not in (2, 3) or x.shape[-1] != d_model or 0 in x.shape:
+        raise ValueError(f"x must be [tokens, {d_model}] or [batch, length, {d_model}], and not empty. Got {list(x.shape)}.")
+
+
+def check_divides(what: str, total: int, name: str, parts: int) -> int:
+    """Returns `total / parts`, or raises a ValueError that names both."""
+    if parts < 1 or total % parts or total < parts:
+        raise ValueError(f"{name}={parts} must divide {what}={total}.")
+    return total // parts
+
+
+def check_clusters(num_tiles: int, tiles_per_cluster: int, top_k_clusters: int, tiles_per_token: int) -> int:
+    """Returns the number of clusters, or raises a ValueError: sizes that do not divide, or too few open tiles."""
+    clusters = check_divides("num_tiles", num_tiles, "tiles_per_cluster", tiles_per_cluster)
+    if not 1 <= top_k_clusters <= clusters:
+        raise ValueError(f"top_k_clusters={top_k_clusters} must be at least 1 and at most the {clusters} clusters.")
+    check_tiles_per_token(tiles_per_token, top_k_clusters * tiles_per_cluster, "top_k_clusters * tiles_per_cluster")
+    return clusters
+
+
+def check_tiles_per_token(tiles_per_token: int, available: int, what: str = "num_tiles") -> None:
+    """Raises a ValueError unless a token can choose that many tiles."""
+    if not 1 <= tiles_per_token <= available:
+        raise ValueError(f"tiles_per_token={tiles_per_token} must be at least 1 and at most {what}={available}.")

@@ -1,0 +1,343 @@
+"""Routing without a router: a token goes to the tile whose signature, read off the tile's weights, matches it best.
+
+    signature_n = rms_unit(sum_f q_up[n, :, f])          ("sum")    or    sign(sum_f q_up[n, :, f])    ("sign")
+    score_tn    = rms_unit(h_t) . signature_n / sqrt(D)
+    tiles_t     = top_k over n of (score_tn + bias_n)
+
+Nothing here is learned: there are no routing parameters. The bias balances loads, is only used to select, and lives with
+the tile assignment of clusters in the Flax collection `"routing"`, which the optimizer never sees. A layer reports counts
+there; `update`, called once per optimizer step, moves the state.
+
+References:
+    Wang et al., 2024, "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts",
+    https://arxiv.org/abs/2408.15664 (bias). Fedus et al., 2021, "Switch Transformers", https://arxiv.org/abs/2101.03961
+    (balance loss). Clark et al., 2022, "Unified Scaling Laws for Routed Language Models",
+    https://arxiv.org/abs/2202.01169 (hash and base layers as controls).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+
+from trix_jax.typing import Array, Bool, Float, Int, Integer, Variables
+
+Signature = Literal["sum", "sign"]
+Gate = Literal["none", "sigmoid", "softmax", "renormalized"]
+Source = Literal["weights", "random", "learned", "hash"]
+
+EPSILON = 1e-6
+DEAD_SHARE = 0.1  # a tile below this share of the uniform load 1/N is dead
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutingConfig:
+    """How tokens find tiles.
+
+    Attributes:
+        source: "weights" reads signatures off the tiles. The others are controls for experiments on the same tiles:
+            "random" keeps frozen random signatures, "learned" has a trained linear router, "hash" looks at token ids.
+        signature: "sum" keeps the summed ternary weights at unit RMS, "sign" (the seed's) only their sign.
+        gate: what multiplies a chosen tile's output and lets the task's gradient reach the routing: "none" (1),
+            "sigmoid" of the score, "softmax" (N times the tile's share of the softmax over all tiles), "renormalized"
+            (K times its share of the softmax over the chosen).
+        score_scale: multiplies the scores.
+        balance_weight: of the probability balance loss in `total_aux`.
+        diversity_weight: of the signature diversity loss in `total_aux`.
+    """
+
+    source: Source = "weights"
+    signature: Signature = "sum"
+    gate: Gate = "sigmoid"
+    score_scale: float = 1.0
+    balance_weight: float = 0.01
+    diversity_weight: float = 0.001
+
+    def __post_init__(self):
+        for name, kind in (("source", Source), ("signature", Signature), ("gate", Gate)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}. Got {getattr(self, name)!r}.")
+        for name in ("balance_weight", "diversity_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative. Got {getattr(self, name)}.")
+        if self.score_scale <= 0:
+            raise ValueError(f"score_scale must be positive. Got {self.score_scale}.")
+
+
+class RoutingInfo(NamedTuple):
+    """What one call of a layer did.
+
+    Attributes:
+        tiles: the chosen tiles of each token, best first.
+        gates: what multiplied their outputs.
+        counts: assignments a tile received; they add up to T * K.
+        entropy: of the tile usage, in nats; `log(N)` is even use.
+        max_load: largest load over the mean load.
+        dead_tiles: tiles with less than a tenth of the mean load.
+        tie_rate: share of tokens with more than one best score.
+        signature_cosine: mean absolute cosine between the signatures of different tiles.
+    """
+
+    tiles: Integer[Array, "*B K"]
+    gates: Float[Array, "*B K"]
+    counts: Float[Array, "N"]
+    entropy: Float[Array, ""]
+    max_load: Float[Array, ""]
+    dead_tiles: Integer[Array, ""]
+    tie_rate: Float[Array, ""]
+    signature_cosine: Float[Array, ""]
+
+
+def rms_unit(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    """Computes `x / sqrt(mean(x^2) + eps)` in float32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + EPSILON)
+
+
+def signatures(sums: Float[Array, "*B D"], kind: Signature = "sum") -> Float[Array, "*B D"]:
+    """A tile's address, from the sum of its up-projection's columns: unit RMS ("sum") or `sign`, ties 0 ("sign")."""
+    sums = sums.astype(jnp.float32)
+    return rms_unit(sums) if kind == "sum" else _sign_through(sums)
+
+
+def match(h: Float[Array, "T D"], signature: Float[Array, "N D"], scale: float = 1.0) -> Float[Array, "T N"]:
+    """Computes `scale * rms_unit(h) @ signature.T / sqrt(D)` in float32."""
+    return rms_unit(h) @ signature.T * (scale / h.shape[-1] ** 0.5)
+
+
+def select_tiles(scores: Float[Array, "T N"], k: int = 1) -> Integer[Array, "T K"]:
+    """The `k` best tiles of each token, best first; of equal scores the lowest index wins.
+
+    Raises:
+        ValueError: `k` is not in 1..N.
+    """
+    if not 1 <= k <= scores.shape[-1]:
+        raise ValueError(f"tiles_per_token={k} must be at least 1 and at most num_tiles={scores.shape[-1]}.")
+    if k == 1:
+        return jnp.argmax(scores, axis=-1, keepdims=True)
+    return jax.lax.top_k(scores, k)[1]
+
+
+def cluster_signatures(
+    signature: Float[Array, "N D"], members: Integer[Array, "C m"], kind: Signature = "sum"
+) -> Float[Array, "C D"]:
+    """A cluster's address: the mean of its tiles' signatures, at unit RMS or as `sign`."""
+    return signatures(signature[members].mean(axis=1), kind)
+
+
+def open_clusters(
+    cluster_scores: Float[Array, "T C"], members: Integer[Array, "C m"], top_k_clusters: int = 1
+) -> Bool[Array, "T N"]:
+    """Which tiles a token may choose from: those of its `top_k_clusters` best clusters.
+
+    Raises:
+        ValueError: `top_k_clusters` is not in 1..C.
+    """
+    count = members.shape[0]
+    if not 1 <= top_k_clusters <= count:
+        raise ValueError(f"top_k_clusters={top_k_clusters} must be at least 1 and at most the {count} clusters.")
+    chosen = select_tiles(cluster_scores, top_k_clusters)
+    is_open_TC = (chosen[:, :, None] == jnp.arange(count)).any(axis=1)
+    return is_open_TC[:, cluster_of(members)]
+
+
+def cluster_of(members: Integer[Array, "C m"]) -> Integer[Array, "N"]:
+    """The cluster of each tile."""
+    flat = members.reshape(-1)
+    return jnp.zeros_like(flat).at[flat].set(jnp.arange(flat.size, dtype=flat.dtype) // members.shape[1])
+
+
+def gates(
+    scores: Float[Array, "T N"], tiles: Integer[Array, "T K"], kind: Gate, allowed: Bool[Array, "T N"] | None = None
+) -> Float[Array, "T K"]:
+    """The multipliers of the chosen tiles' outputs; see `RoutingConfig.gate`."""
+    chosen = jnp.take_along_axis(scores, tiles, axis=-1)
+    if kind == "none":
+        return jnp.ones_like(chosen)
+    if kind == "sigmoid":
+        return jax.nn.sigmoid(chosen)
+    if kind == "renormalized":
+        return tiles.shape[-1] * jax.nn.softmax(chosen, axis=-1)
+    open_scores = scores if allowed is None else jnp.where(allowed, scores, -jnp.inf)
+    width = scores.shape[-1] if allowed is None else allowed.sum(axis=-1, keepdims=True)
+    return width * jnp.take_along_axis(jax.nn.softmax(open_scores, axis=-1), tiles, axis=-1)
+
+
+def count_tiles(tiles: Integer[Array, "T K"], num_tiles: int) -> Float[Array, "N"]:
+    """Assignments each tile received."""
+    return jnp.bincount(tiles.reshape(-1), length=num_tiles).astype(jnp.float32)
+
+
+def balance_loss(scores: Float[Array, "T N"], share: Float[Array, "N"]) -> Float[Array, ""]:
+    """Computes `N * sum_n share_n * mean_t softmax(scores)_tn - 1`: 0 at even use, at most N - 1.
+
+    The shares carry no gradient, the probabilities do (Switch Transformers, equation 4).
+    """
+    probability = jax.nn.softmax(scores, axis=-1).mean(axis=0)
+    return scores.shape[-1] * jnp.sum(jax.lax.stop_gradient(share) * probability) - 1
+
+
+def diversity_loss(signature: Float[Array, "N D"]) -> Float[Array, ""]:
+    """Computes the mean of `cos(signature_i, signature_j)^2` over i != j: 0 when all are orthogonal."""
+    return _off_diagonal_mean(jnp.square(_cosines(signature)))
+
+
+def signature_cosine(signature: Float[Array, "N D"]) -> Float[Array, ""]:
+    """Mean absolute cosine between the signatures of different tiles."""
+    return _off_diagonal_mean(jnp.abs(_cosines(signature)))
+
+
+def usage_entropy(counts: Float[Array, "*B N"]) -> Float[Array, "*B"]:
+    """Computes `-sum_n p_n log p_n` in nats, `p` the share of assignments."""
+    p = counts / jnp.maximum(counts.sum(axis=-1, keepdims=True), 1)
+    return -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0), axis=-1)
+
+
+def max_load(counts: Float[Array, "*B N"]) -> Float[Array, "*B"]:
+    """Largest load over the mean load: 1 is even, N is one tile taking everything."""
+    return counts.max(axis=-1) / jnp.maximum(counts.mean(axis=-1), EPSILON)
+
+
+def dead_tiles(counts: Float[Array, "*B N"]) -> Integer[Array, "*B"]:
+    """Number of tiles with less than `0.1 / N` of the assignments."""
+    return jnp.sum(counts < DEAD_SHARE * counts.mean(axis=-1, keepdims=True), axis=-1)
+
+
+def tie_rate(scores: Float[Array, "T N"]) -> Float[Array, ""]:
+    """Share of tokens whose best score is shared by two or more tiles."""
+    return jnp.mean((scores == scores.max(axis=-1, keepdims=True)).sum(axis=-1) > 1)
+
+
+def stability(before: Integer[Array, "*B K"], after: Integer[Array, "*B K"]) -> Float[Array, ""]:
+    """Share of assignments in `after` that the same token had in `before`; with K = 1, tokens that kept their tile."""
+    return jnp.mean((after[..., :, None] == before[..., None, :]).any(axis=-1))
+
+
+# State -----------------------------------------------------------------------------------------------------------------
+
+
+def update(routing: Variables, *, rate: float = 1e-3, axis_name: str | None = None) -> dict:
+    """Moves every layer's routing state by one optimizer step: `bias += rate * sign(mean(counts) - counts)`, centred.
+
+    A tile's load is compared with the mean of its cluster, a cluster's with the mean of all clusters; without a
+    hierarchy the layer is one cluster. Counts restart at 0. A layer whose `frozen` is set keeps its bias.
+
+    Args:
+        routing: the `"routing"` collection as returned by `apply(..., mutable=["routing"])`, nested as the model is.
+        rate: step of the bias, in units of the score.
+        axis_name: the mapped axis over which counts are summed first; None where they are already global.
+    """
+    if axis_name is not None:
+        routing = reduce(routing, axis_name)
+    return _each_layer(routing, lambda state: _update_layer(state, rate))
+
+
+def reduce(routing: Variables, axis_name: str) -> dict:
+    """Sums the counts of every layer over a mapped axis; the rest of the state is the same on all devices."""
+    return _each_layer(routing, lambda state: {**state, "counts": jax.lax.psum(state["counts"], axis_name)})
+
+
+def freeze_routing(routing: Variables, frozen: bool = True) -> dict:
+    """Holds (or releases) the routes: signatures and biases stay as they are while the weights go on training."""
+    return _each_layer(routing, lambda state: {**state, "frozen": jnp.full_like(state["frozen"], frozen)})
+
+
+def rebuild_clusters(routing: Variables, iterations: int = 10) -> dict:
+    """Groups the tiles of every hierarchical layer anew by balanced k-means on their last signatures.
+
+    Belongs outside the hot path, every few hundred steps. Starts from the present clusters, so that a cluster keeps its
+    index and its bias. Deterministic.
+    """
+
+    def rebuild(state):
+        if "members" not in state:
+            return state
+        lead = state["members"].shape[:-2]
+        cluster = jax.jit(balanced_kmeans, static_argnames="iterations")
+        for _ in lead:
+            cluster = jax.vmap(cluster, in_axes=(0, 0, None))
+        members = cluster(state["signature"], state["members"], iterations)
+        hold = state["frozen"][..., None, None]
+        return {**state, "members": jnp.where(hold, state["members"], members)}
+
+    return _each_layer(routing, rebuild)
+
+
+def balanced_kmeans(
+    signature: Float[Array, "N D"], members: Int[Array, "C m"], iterations: int = 10
+) -> Int[Array, "C m"]:
+    """Clusters of equal size by cosine: in each round, the closest (tile, centroid) pairs are joined first while there is room.
+
+    Returns:
+        the tiles of each cluster, ascending.
+    """
+    count, size = members.shape
+    tiles = rms_unit(signature)
+
+    def assign(_, members):
+        affinity = tiles @ rms_unit(tiles[members].mean(axis=1)).T
+
+        def join(_, carry):
+            affinity, home = carry
+            tile, cluster = jnp.divmod(jnp.argmax(affinity), count)
+            home = home.at[tile].set(cluster.astype(home.dtype))
+            full = jnp.sum(home == cluster) == size
+            affinity = affinity.at[tile].set(-jnp.inf)
+            return jnp.where(full & (jnp.arange(count) == cluster), -jnp.inf, affinity), home
+
+        home = jnp.full((count * size,), -1, members.dtype)
+        _, home = jax.lax.fori_loop(0, count * size, join, (affinity, home))
+        return jnp.argsort(home, stable=True).astype(members.dtype).reshape(count, size)
+
+    return jax.lax.fori_loop(0, iterations, assign, members)
+
+
+def _update_layer(state, rate):
+    counts = state["counts"]
+    groups = {"bias": counts}
+    if "members" in state:
+        by_cluster = jnp.take_along_axis(counts[..., None, :], state["members"], axis=-1)
+        groups = {"cluster_bias": by_cluster.sum(axis=-1)}
+    new = {name: _step_bias(state[name], load, rate) for name, load in groups.items()}
+    if "members" in state:
+        bias = jnp.take_along_axis(state["bias"][..., None, :], state["members"], axis=-1)
+        bias = _step_bias(bias, by_cluster, rate).reshape(counts.shape)
+        back = jnp.argsort(state["members"].reshape(counts.shape), axis=-1)
+        new["bias"] = jnp.take_along_axis(bias, back, axis=-1)
+    hold = state["frozen"][..., None]
+    new = {name: jnp.where(hold, state[name], value) for name, value in new.items()}
+    return {**state, **new, "counts": jnp.zeros_like(counts)}
+
+
+def _step_bias(bias, load, rate):
+    bias = bias + rate * jnp.sign(load.mean(axis=-1, keepdims=True) - load)
+    return bias - bias.mean(axis=-1, keepdims=True)
+
+
+def _each_layer(tree, function):
+    if isinstance(tree, Mapping):
+        return function(dict(tree)) if "counts" in tree else {k: _each_layer(v, function) for k, v in tree.items()}
+    raise ValueError(f"routing must be a routing collection, nested dictionaries down to a layer's state. Got {type(tree)}.")
+
+
+def _cosines(signature):
+    unit = signature / jnp.sqrt(jnp.sum(jnp.square(signature), axis=-1, keepdims=True) + EPSILON)
+    return unit @ unit.T
+
+
+def _off_diagonal_mean(matrix):
+    n = matrix.shape[0]
+    return jnp.sum(jnp.where(jnp.eye(n, dtype=bool), 0, matrix)) / max(n * (n - 1), 1)
+
+
+@jax.custom_jvp
+def _sign_through(x):
+    """`sign(x)` with the gradient of `rms_unit(x)`, which points the same way and has the same size."""
+    return jnp.sign(x)
+
+
+@_sign_through.defjvp
+def _sign_through_jvp(primals, tangents):
+    return jnp.sign(primals[0]), jax.jvp(rms_unit, primals, tangents)[1]
