@@ -146,6 +146,13 @@ def test_arrays_go_where_the_template_says_on_any_number_of_devices(tmp_path):
     np.testing.assert_array_equal(restored["w"], state["w"])
 
 
+def test_a_relative_directory_is_as_good(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    directory = Path("runs/a/checkpoints")
+    assert save_small(directory, 1) == directory / "00000001"
+    assert checkpoint.restore(directory, 1, {"w": np.zeros(50, int)})[0]["w"][0] == 1
+
+
 def test_another_process_restores(tmp_path, user_env):
     state = {"params": {"w": jnp.arange(5.0)}, "rng": jax.random.key(3)}
     checkpoint.save(tmp_path, 1, state, {})

@@ -376,7 +376,7 @@ def _write_step(path: Path, step: int, stored: Any, notes: dict[str, str]) -> No
         # Else an error before the first file is raised only after a time-out of five minutes.
         context.asynchronous.create_directories_asynchronously = False
         with context:
-            ocp.save(path, stored)
+            ocp.save(path.absolute(), stored)
     for name, text in notes.items():
         (path / name).write_text(text)
     files = {
@@ -515,6 +515,6 @@ def _load(path: Path, kinds: Any, *, partial: bool = False) -> Any:
             context = ocp.Context()
             context.pytree.loading.partial_load = partial and kinds is not None
             with context:
-                return ocp.load(path, kinds)
+                return ocp.load(path.absolute(), kinds)
     except Exception as error:
         raise CheckpointError(f"Orbax cannot read {path}: {_reason(error)}") from error

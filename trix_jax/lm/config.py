@@ -37,7 +37,7 @@ class TrainConfig:
         beta1, beta2: AdamW's.
         clip: largest global gradient norm; 0 does not clip.
         balance_rate: step of the routing bias (`routing.update`).
-        rebuild_every: steps between rebuilds of the clusters; 0 never.
+        rebuild_every: steps between rebuilds of the clusters, before the step that follows; 0 never.
         eval_every: steps between evaluations on the whole validation split; each checkpoints. The last step always is.
         checkpoint_every: further checkpoints, without an evaluation; 0 none.
         eval_batch_size: sequences in an evaluation batch.

@@ -121,17 +121,18 @@ def _loop(run: _Run, position: _Position, log: metrics.MetricsFile, progress: Pr
     )
     logger = _StepLog(run, log, progress)
     for step in range(position.step + 1, train_config.steps + 1):
+        if _is_multiple(step - 1, train_config.rebuild_every) and model.config.ffn != "dense":
+            state = _rebuild_clusters(state, run.devices)
         state, values = step_fn(state, next(batches).reshape(train_config.accumulate, -1, model.config.context + 1))
         logger.after(step, values)
-        due = _due(step, train_config)
-        if due.rebuild and model.config.ffn != "dense":
-            state = _rebuild_clusters(state, run.devices)
-        if not (due.evaluate or due.save or signals.caught):
+        is_last = step == train_config.steps
+        wants_eval = is_last or _is_multiple(step, train_config.eval_every)
+        if not (wants_eval or _is_multiple(step, train_config.checkpoint_every) or signals.caught):
             continue
         logger.flush()
         whole = parallel.fetch(state, run.devices)
         val_loss = None
-        if due.evaluate:
+        if wants_eval:
             variables = {"params": whole.params, "routing": whole.routing} if whole.routing else {"params": whole.params}
             result = evaluate(model, variables, run.store, train_config.eval_batch_size, step / train_config.steps)
             log.write(**_eval_line(run, step, result, routes))
@@ -140,23 +141,13 @@ def _loop(run: _Run, position: _Position, log: metrics.MetricsFile, progress: Pr
         meta = {"val_loss": val_loss, "best_val_loss": best, "seconds": time.perf_counter() - began}
         _save(run, step, whole, routes, meta)
         logger.restart_clock()
-        if signals.caught and step < train_config.steps:
+        if signals.caught and not is_last:
             raise Interrupted(f"stopped by {signals.caught} after step {step}, saved. The same command goes on.")
     return time.perf_counter() - began
 
 
-class _Due(NamedTuple):
-    evaluate: bool
-    save: bool
-    rebuild: bool
-
-
-def _due(step: int, config: TrainConfig) -> _Due:
-    def every(n):
-        return bool(n) and step % n == 0
-
-    is_last = step == config.steps
-    return _Due(is_last or every(config.eval_every), every(config.checkpoint_every), every(config.rebuild_every) and not is_last)
+def _is_multiple(step: int, every: int) -> bool:
+    return bool(every) and step > 0 and step % every == 0
 
 
 def open_data(config: RunConfig, workdir: Path, report: Callable[[str], None] = print) -> Store:

@@ -1,0 +1,159 @@
+"""Learning-rate sweeps and seeds for every arm, in nanoGPT's character setting.
+
+    python experiments/quality/run.py --data input.txt [--jobs 2]
+
+Sweeps each arm over the grid with one seed, takes the best rate, and trains the other seeds with it. Every run is a
+`trix-jax train` in a process of its own, pinned to a core; runs live under --runs and are resumed or skipped when they are
+there already. The results file is written anew after every run.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+
+import yaml
+
+HERE = Path(__file__).parent
+CONFIG = "configs/shakespeare_char.yaml"
+SETTING = "shakespeare-char"
+GRID = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
+SEEDS = (42, 43, 44)
+ARMS = {
+    "dense": "--arm dense",
+    "sparse-4": "--arm sparse --model.num-tiles 4",
+    "sparse-16-top4": "--arm sparse --model.tiles-per-token 4",
+    "hierarchical-16": "--arm hierarchical",
+    "lookup-16": "--arm lookup",
+}
+# One seed at the rate that suits sparse-16-top4: the gate that lets the task's gradient reach the routing.
+ABLATIONS = {
+    f"sparse-16-top4-gate-{gate}": f"{ARMS['sparse-16-top4']} --model.routing.gate {gate}"
+    for gate in ("none", "softmax", "renormalized")
+}
+ABLATION_RATE = 4e-3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="TinyShakespeare's input.txt, or a store made from it")
+    parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--results", type=Path, default=HERE / "results" / f"{SETTING}.json")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--steps", type=int, help="fewer steps than the config's, to try the script out")
+    args = parser.parse_args()
+    sweep = [(arm, rate, SEEDS[0]) for rate in GRID for arm in ARMS]
+    run_all(sweep, args)
+    seeds = [(arm, best_rate(arm, args), seed) for seed in SEEDS[1:] for arm in ARMS]
+    reproduction = [("dense", GRID[0], seed) for seed in SEEDS[1:]]
+    run_all(seeds + reproduction + [(name, ABLATION_RATE, SEEDS[0]) for name in ABLATIONS], args)
+
+
+def run_all(runs: list[tuple[str, float, int]], args: argparse.Namespace) -> None:
+    """Runs what is not done yet, `jobs` at a time."""
+    cores = Queue()
+    for i in range(args.jobs):
+        cores.put(i)
+
+    def one(run):
+        core = cores.get()
+        try:
+            train(*run, args, core)
+        finally:
+            cores.put(core)
+        collect(args)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(one, dict.fromkeys(runs)))
+
+
+def train(arm: str, rate: float, seed: int, args: argparse.Namespace, core: int) -> None:
+    """One run, in a process pinned to a core where the system can."""
+    workdir = directory(arm, rate, seed, args)
+    if (workdir / "summary.json").exists():
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-c", "import sys; from trix_jax.cli import main; sys.exit(main())"]
+    command += [*shlex.split(flags(arm, rate, seed)), "--workdir", str(workdir), "--data.path", args.data]
+    if args.steps:
+        command += ["--train.steps", str(args.steps)]
+    pin = (lambda: os.sched_setaffinity(0, {core})) if hasattr(os, "sched_setaffinity") else None
+    with (workdir / "log.txt").open("a") as log:
+        code = subprocess.run(command, stdout=log, stderr=log, preexec_fn=pin, check=False).returncode
+    if code not in (0, 1):  # 1: diverged, which is a result
+        raise SystemExit(f"{workdir} ended with exit code {code}; see its log.txt.")
+    print(f"{workdir.name}: exit code {code}", flush=True)
+
+
+def flags(arm: str, rate: float, seed: int) -> str:
+    return f"train {CONFIG} {(ARMS | ABLATIONS)[arm]} --train.learning-rate {rate:g} --seed {seed}"
+
+
+def directory(arm: str, rate: float, seed: int, args: argparse.Namespace) -> Path:
+    return args.runs / f"{arm}-lr{rate:g}-seed{seed}"
+
+
+def best_rate(arm: str, args: argparse.Namespace) -> float:
+    """The rate with the lowest final loss; complains when it is at an edge of the grid."""
+    losses = {rate: loss_of(directory(arm, rate, SEEDS[0], args)) for rate in GRID}
+    best = min(losses, key=losses.get)
+    if best in (GRID[0], GRID[-1]):
+        print(f"{arm}: the best rate {best:g} is at an edge of the grid; widen it.", flush=True)
+    return best
+
+
+def loss_of(workdir: Path) -> float:
+    path = workdir / "summary.json"
+    return json.loads(path.read_text())["final_val_loss"] if path.exists() else float("inf")
+
+
+def collect(args: argparse.Namespace) -> None:
+    """Writes the results of all finished runs."""
+    results = []
+    for arm in ARMS | ABLATIONS:
+        for rate in GRID:
+            for seed in SEEDS:
+                workdir = directory(arm, rate, seed, args)
+                if (workdir / "summary.json").exists():
+                    results.append(result(arm, rate, seed, workdir))
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    args.results.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def result(arm: str, rate: float, seed: int, workdir: Path) -> dict:
+    """A run's line in the results file (DESIGN.md, "Committed results")."""
+    summary = json.loads((workdir / "summary.json").read_text())
+    model = yaml.safe_load((workdir / "config.yaml").read_text())["model"]
+    dense = model["ffn"] == "dense"
+    width = model["ffn_width"] or model["expansion"] * model["d_model"]
+    tile_width = None if model["ffn"] == "lookup" else model["expansion"] * model["d_model"] // model["num_tiles"]
+    tiles = {"num_tiles": model["num_tiles"], "tile_width": tile_width}
+    return {
+        "setting": SETTING,
+        "arm": arm,
+        **({"width": width} if dense else tiles),
+        "tiles_per_token": None if dense else model["tiles_per_token"],
+        "seed": seed,
+        "learning_rate": rate,
+        "steps": summary["steps"],
+        "tokens": summary["tokens"],
+        "val_loss": summary["final_val_loss"],
+        "best_val_loss": summary["best_val_loss"],
+        "params_total": summary["params"]["total"],
+        "ffn_active": summary["params"]["ffn_active"],
+        "ffn_bits": summary["params"]["ffn_bits"],
+        "min_entropy_share": summary["min_entropy_share"],
+        "dead_tiles": summary["max_dead_tiles"],
+        "seconds": round(summary["seconds"], 1),
+        "command": f"trix-jax {flags(arm, rate, seed)}",
+        "git_commit": summary["git_commit"],
+    }
+
+
+if __name__ == "__main__":
+    main()
