@@ -28,7 +28,7 @@ class Plan(NamedTuple):
         slot: the row of each assignment, the inverse of `source`.
     """
 
-    block_tile: Integer[Array, "M"]
+    block_tile: Integer[Array, " M"]
     source: Integer[Array, "M R"]
     slot: Integer[Array, "T K"]
 
@@ -44,7 +44,9 @@ def num_blocks(assignments: int, num_tiles: int, rows: int) -> int:
     return min(assignments, (assignments + num_tiles * (rows - 1)) // rows)
 
 
-def make_plan(tiles: Integer[Array, "T K"], num_tiles: int, rows: int | None = None) -> Plan:
+def make_plan(
+    tiles: Integer[Array, "T K"], num_tiles: int, rows: int | None = None
+) -> Plan:
     """Sorts assignments by tile, in token order within a tile, into blocks of `rows` rows.
 
     Args:
@@ -58,15 +60,31 @@ def make_plan(tiles: Integer[Array, "T K"], num_tiles: int, rows: int | None = N
     flat = tiles.reshape(-1).astype(jnp.int32)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
     sorted_tile = flat[order]
-    end_N = jnp.searchsorted(sorted_tile, jnp.arange(num_tiles, dtype=jnp.int32), side="right").astype(jnp.int32)
+    end_N = jnp.searchsorted(
+        sorted_tile, jnp.arange(num_tiles, dtype=jnp.int32), side="right"
+    ).astype(jnp.int32)
     start_N = jnp.concatenate([jnp.zeros(1, jnp.int32), end_N[:-1]])
     blocks_N = (end_N - start_N + rows - 1) // rows
     last_block_N = jnp.cumsum(blocks_N)
     first_row_N = (last_block_N - blocks_N) * rows
-    sorted_slot = first_row_N[sorted_tile] + jnp.arange(assignments, dtype=jnp.int32) - start_N[sorted_tile]
-    source = jnp.full(blocks * rows, assignments, jnp.int32).at[sorted_slot].set(order, unique_indices=True)
-    slot = jnp.zeros(assignments, jnp.int32).at[order].set(sorted_slot, unique_indices=True)
-    block_tile = jnp.searchsorted(last_block_N, jnp.arange(blocks, dtype=jnp.int32), side="right")
+    sorted_slot = (
+        first_row_N[sorted_tile]
+        + jnp.arange(assignments, dtype=jnp.int32)
+        - start_N[sorted_tile]
+    )
+    source = (
+        jnp.full(blocks * rows, assignments, jnp.int32)
+        .at[sorted_slot]
+        .set(order, unique_indices=True)
+    )
+    slot = (
+        jnp.zeros(assignments, jnp.int32)
+        .at[order]
+        .set(sorted_slot, unique_indices=True)
+    )
+    block_tile = jnp.searchsorted(
+        last_block_N, jnp.arange(blocks, dtype=jnp.int32), side="right"
+    )
     block_tile = jnp.minimum(block_tile, num_tiles - 1).astype(jnp.int32)
     return Plan(block_tile, source.reshape(blocks, rows), slot.reshape(tiles.shape))
 

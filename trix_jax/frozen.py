@@ -28,28 +28,52 @@ def freeze(model: nn.Module, variables: Variables, *args: Any, **kwargs: Any) ->
         ValueError: no ternary weights found, or they are frozen already, or a layer of mode "none" keeps real weights.
     """
     if PACKED in variables:
-        raise ValueError("variables hold a 'packed' collection: they are frozen already.")
+        raise ValueError(
+            "variables hold a 'packed' collection: they are frozen already."
+        )
     found = _ternary_modules(model, variables, args, kwargs)
     params = flatten_dict(variables["params"])
     packed: dict[tuple[str, ...], Any] = {}
     for path, module in sorted(found.items(), key=lambda item: -len(item[0])):
         if isinstance(module, TernaryKernel):
-            own = {key[-1]: params.pop(key) for key in list(params) if key[: len(path)] == path}
-            packed |= {(*path, name): value for name, value in module.pack(own)._asdict().items()}
+            own = {
+                key[-1]: params.pop(key)
+                for key in list(params)
+                if key[: len(path)] == path
+            }
+            packed |= {
+                (*path, name): value
+                for name, value in module.pack(own)._asdict().items()
+            }
         else:
             up = {name: packed[*path, "up", name] for name in ("bits", "scale")}
-            packed |= {(*path, name): value for name, value in module.pack({"up": up}).items()}
-    return {**variables, "params": unflatten_dict(params), PACKED: unflatten_dict(packed)}
+            packed |= {
+                (*path, name): value for name, value in module.pack({"up": up}).items()
+            }
+    return {
+        **variables,
+        "params": unflatten_dict(params),
+        PACKED: unflatten_dict(packed),
+    }
 
 
-def _ternary_modules(model, variables, args, kwargs) -> dict[tuple[str, ...], TernaryKernel | RoutedTiles]:
+def _ternary_modules(
+    model, variables, args, kwargs
+) -> dict[tuple[str, ...], TernaryKernel | RoutedTiles]:
     """Every module that packs something, by its path; found by tracing one call."""
     found = {}
 
     def note(call, call_args, call_kwargs, context):
         module = context.module
-        if isinstance(module, TernaryKernel | RoutedTiles) and context.method_name == "__call__":
-            if not (isinstance(module, TernaryKernel) and module.config.mode == "none" and not module.learn_scale):
+        if (
+            isinstance(module, TernaryKernel | RoutedTiles)
+            and context.method_name == "__call__"
+        ):
+            if not (
+                isinstance(module, TernaryKernel)
+                and module.config.mode == "none"
+                and not module.learn_scale
+            ):
                 found[module.path] = module
         return call(*call_args, **call_kwargs)
 
@@ -59,5 +83,7 @@ def _ternary_modules(model, variables, args, kwargs) -> dict[tuple[str, ...], Te
 
     jax.eval_shape(run, variables)
     if not found:
-        raise ValueError(f"{type(model).__name__} holds no ternary weights: there is nothing to freeze.")
+        raise ValueError(
+            f"{type(model).__name__} holds no ternary weights: there is nothing to freeze."
+        )
     return found

@@ -7,10 +7,10 @@ over groups of the contraction in ascending order. A frozen layer therefore equa
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from trix_kernels import packing
 
 from trix_jax.ternary import Ternary
 from trix_jax.typing import Array, Float, Integer, UInt8
+from trix_kernels import packing
 
 
 class Packed(NamedTuple):
@@ -37,10 +37,15 @@ def unpack(weights: Weights, features: int) -> Ternary:
     """The inverse of `pack` for weights of `features` outputs; ternary weights pass through."""
     if isinstance(weights, Ternary):
         return weights
-    return Ternary(packing.unpack(weights.bits, features, jnp.float32), weights.scale.astype(jnp.float32))
+    return Ternary(
+        packing.unpack(weights.bits, features, jnp.float32),
+        weights.scale.astype(jnp.float32),
+    )
 
 
-def matmul(x: Float[Array, "*B T I"], weights: Weights, features: int) -> Float[Array, "*B T O"]:
+def matmul(
+    x: Float[Array, "*B T I"], weights: Weights, features: int
+) -> Float[Array, "*B T O"]:
     """Computes `(x @ q) * scale`, batched over leading axes, in the dtype of `x`.
 
     With several groups it is `sum over g of (x_g @ q_g) * scale_g`, ascending, in float32.
@@ -52,14 +57,19 @@ def matmul(x: Float[Array, "*B T I"], weights: Weights, features: int) -> Float[
     total = None
     for g in range(groups):
         part = slice(g * rows, (g + 1) * rows)
-        product = jnp.matmul(x[..., part], q[..., part, :], preferred_element_type=jnp.float32)
+        product = jnp.matmul(
+            x[..., part], q[..., part, :], preferred_element_type=jnp.float32
+        )
         product = product * scale[..., g, None, :]
         total = product if total is None else total + product
     return total.astype(x.dtype)
 
 
 def tile_matmul(
-    x: Float[Array, "M R I"], weights: Weights, block_tile: Integer[Array, "M"], features: int
+    x: Float[Array, "M R I"],
+    weights: Weights,
+    block_tile: Integer[Array, " M"],
+    features: int,
 ) -> Float[Array, "M R O"]:
     """Computes `(x_m @ q_n) * scale_n` with `n = block_tile[m]`: every block meets only its own tile's weights."""
     if isinstance(weights, Packed) and block_tile.shape[0] > weights.bits.shape[0]:

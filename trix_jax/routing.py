@@ -22,13 +22,14 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from trix_jax.typing import Array, Bool, Float, Int, Integer, Variables
+from trix_jax.clusters import EPSILON, balanced_kmeans
+from trix_jax.clusters import rms_unit as rms_unit
+from trix_jax.typing import Array, Bool, Float, Integer, Variables
 
 Signature = Literal["sum", "sign"]
 Gate = Literal["none", "sigmoid", "softmax", "renormalized"]
 Source = Literal["weights", "random", "learned", "hash"]
 
-EPSILON = 1e-6
 DEAD_SHARE = 0.1  # a tile below this share of the uniform load 1/N is dead
 
 
@@ -56,12 +57,20 @@ class RoutingConfig:
     diversity_weight: float = 0.001
 
     def __post_init__(self):
-        for name, kind in (("source", Source), ("signature", Signature), ("gate", Gate)):
+        for name, kind in (
+            ("source", Source),
+            ("signature", Signature),
+            ("gate", Gate),
+        ):
             if getattr(self, name) not in get_args(kind):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}. Got {getattr(self, name)!r}.")
+                raise ValueError(
+                    f"{name} must be one of {', '.join(get_args(kind))}. Got {getattr(self, name)!r}."
+                )
         for name in ("balance_weight", "diversity_weight"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative. Got {getattr(self, name)}.")
+                raise ValueError(
+                    f"{name} must not be negative. Got {getattr(self, name)}."
+                )
         if self.score_scale <= 0:
             raise ValueError(f"score_scale must be positive. Got {self.score_scale}.")
 
@@ -82,7 +91,7 @@ class RoutingInfo(NamedTuple):
 
     tiles: Integer[Array, "*B K"]
     gates: Float[Array, "*B K"]
-    counts: Float[Array, "N"]
+    counts: Float[Array, " N"]
     entropy: Float[Array, ""]
     max_load: Float[Array, ""]
     dead_tiles: Integer[Array, ""]
@@ -90,19 +99,17 @@ class RoutingInfo(NamedTuple):
     signature_cosine: Float[Array, ""]
 
 
-def rms_unit(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-    """Computes `x / sqrt(mean(x^2) + eps)` in float32."""
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + EPSILON)
-
-
-def signatures(sums: Float[Array, "*B D"], kind: Signature = "sum") -> Float[Array, "*B D"]:
+def signatures(
+    sums: Float[Array, "*B D"], kind: Signature = "sum"
+) -> Float[Array, "*B D"]:
     """A tile's address, from the sum of its up-projection's columns: unit RMS ("sum") or `sign`, ties 0 ("sign")."""
     sums = sums.astype(jnp.float32)
     return rms_unit(sums) if kind == "sum" else _sign_through(sums)
 
 
-def match(h: Float[Array, "T D"], signature: Float[Array, "N D"], scale: float = 1.0) -> Float[Array, "T N"]:
+def match(
+    h: Float[Array, "T D"], signature: Float[Array, "N D"], scale: float = 1.0
+) -> Float[Array, "T N"]:
     """Computes `scale * rms_unit(h) @ signature.T / sqrt(D)` in float32."""
     return rms_unit(h) @ signature.T * (scale / h.shape[-1] ** 0.5)
 
@@ -114,21 +121,27 @@ def select_tiles(scores: Float[Array, "T N"], k: int = 1) -> Integer[Array, "T K
         ValueError: `k` is not in 1..N.
     """
     if not 1 <= k <= scores.shape[-1]:
-        raise ValueError(f"tiles_per_token={k} must be at least 1 and at most num_tiles={scores.shape[-1]}.")
+        raise ValueError(
+            f"tiles_per_token={k} must be at least 1 and at most num_tiles={scores.shape[-1]}."
+        )
     if k == 1:
         return jnp.argmax(scores, axis=-1, keepdims=True)
     return jax.lax.top_k(scores, k)[1]
 
 
 def cluster_signatures(
-    signature: Float[Array, "N D"], members: Integer[Array, "C m"], kind: Signature = "sum"
+    signature: Float[Array, "N D"],
+    members: Integer[Array, "C m"],
+    kind: Signature = "sum",
 ) -> Float[Array, "C D"]:
     """A cluster's address: the mean of its tiles' signatures, at unit RMS or as `sign`."""
     return signatures(signature[members].mean(axis=1), kind)
 
 
 def open_clusters(
-    cluster_scores: Float[Array, "T C"], members: Integer[Array, "C m"], top_k_clusters: int = 1
+    cluster_scores: Float[Array, "T C"],
+    members: Integer[Array, "C m"],
+    top_k_clusters: int = 1,
 ) -> Bool[Array, "T N"]:
     """Which tiles a token may choose from: those of its `top_k_clusters` best clusters.
 
@@ -137,20 +150,29 @@ def open_clusters(
     """
     count = members.shape[0]
     if not 1 <= top_k_clusters <= count:
-        raise ValueError(f"top_k_clusters={top_k_clusters} must be at least 1 and at most the {count} clusters.")
+        raise ValueError(
+            f"top_k_clusters={top_k_clusters} must be at least 1 and at most the {count} clusters."
+        )
     chosen = select_tiles(cluster_scores, top_k_clusters)
     is_open_TC = (chosen[:, :, None] == jnp.arange(count)).any(axis=1)
     return is_open_TC[:, cluster_of(members)]
 
 
-def cluster_of(members: Integer[Array, "C m"]) -> Integer[Array, "N"]:
+def cluster_of(members: Integer[Array, "C m"]) -> Integer[Array, " N"]:
     """The cluster of each tile."""
     flat = members.reshape(-1)
-    return jnp.zeros_like(flat).at[flat].set(jnp.arange(flat.size, dtype=flat.dtype) // members.shape[1])
+    return (
+        jnp.zeros_like(flat)
+        .at[flat]
+        .set(jnp.arange(flat.size, dtype=flat.dtype) // members.shape[1])
+    )
 
 
 def gates(
-    scores: Float[Array, "T N"], tiles: Integer[Array, "T K"], kind: Gate, allowed: Bool[Array, "T N"] | None = None
+    scores: Float[Array, "T N"],
+    tiles: Integer[Array, "T K"],
+    kind: Gate,
+    allowed: Bool[Array, "T N"] | None = None,
 ) -> Float[Array, "T K"]:
     """The multipliers of the chosen tiles' outputs; see `RoutingConfig.gate`."""
     chosen = jnp.take_along_axis(scores, tiles, axis=-1)
@@ -162,15 +184,19 @@ def gates(
         return tiles.shape[-1] * jax.nn.softmax(chosen, axis=-1)
     open_scores = scores if allowed is None else jnp.where(allowed, scores, -jnp.inf)
     width = scores.shape[-1] if allowed is None else allowed.sum(axis=-1, keepdims=True)
-    return width * jnp.take_along_axis(jax.nn.softmax(open_scores, axis=-1), tiles, axis=-1)
+    return width * jnp.take_along_axis(
+        jax.nn.softmax(open_scores, axis=-1), tiles, axis=-1
+    )
 
 
-def count_tiles(tiles: Integer[Array, "T K"], num_tiles: int) -> Float[Array, "N"]:
+def count_tiles(tiles: Integer[Array, "T K"], num_tiles: int) -> Float[Array, " N"]:
     """Assignments each tile received."""
     return jnp.bincount(tiles.reshape(-1), length=num_tiles).astype(jnp.float32)
 
 
-def balance_loss(scores: Float[Array, "T N"], share: Float[Array, "N"]) -> Float[Array, ""]:
+def balance_loss(
+    scores: Float[Array, "T N"], share: Float[Array, " N"]
+) -> Float[Array, ""]:
     """Computes `N * sum_n share_n * mean_t softmax(scores)_tn - 1`: 0 at even use, at most N - 1.
 
     The shares carry no gradient, the probabilities do (Switch Transformers, equation 4).
@@ -210,7 +236,9 @@ def tie_rate(scores: Float[Array, "T N"]) -> Float[Array, ""]:
     return jnp.mean((scores == scores.max(axis=-1, keepdims=True)).sum(axis=-1) > 1)
 
 
-def stability(before: Integer[Array, "*B K"], after: Integer[Array, "*B K"]) -> Float[Array, ""]:
+def stability(
+    before: Integer[Array, "*B K"], after: Integer[Array, "*B K"]
+) -> Float[Array, ""]:
     """Share of assignments in `after` that the same token had in `before`; with K = 1, tokens that kept their tile."""
     return jnp.mean((after[..., :, None] == before[..., None, :]).any(axis=-1))
 
@@ -218,7 +246,9 @@ def stability(before: Integer[Array, "*B K"], after: Integer[Array, "*B K"]) -> 
 # State -----------------------------------------------------------------------------------------------------------------
 
 
-def update(routing: Variables, *, rate: float = 1e-3, axis_name: str | None = None) -> dict:
+def update(
+    routing: Variables, *, rate: float = 1e-3, axis_name: str | None = None
+) -> dict:
     """Moves every layer's routing state by one optimizer step: `bias += rate * sign(mean(counts) - counts)`, centred.
 
     A tile's load is compared with the mean of its cluster, a cluster's with the mean of all clusters; without a
@@ -236,12 +266,18 @@ def update(routing: Variables, *, rate: float = 1e-3, axis_name: str | None = No
 
 def reduce(routing: Variables, axis_name: str) -> dict:
     """Sums the counts of every layer over a mapped axis; the rest of the state is the same on all devices."""
-    return _each_layer(routing, lambda state: {**state, "counts": jax.lax.psum(state["counts"], axis_name)})
+    return _each_layer(
+        routing,
+        lambda state: {**state, "counts": jax.lax.psum(state["counts"], axis_name)},
+    )
 
 
 def freeze_routing(routing: Variables, frozen: bool = True) -> dict:
     """Holds (or releases) the routes: signatures and biases stay as they are while the weights go on training."""
-    return _each_layer(routing, lambda state: {**state, "frozen": jnp.full_like(state["frozen"], frozen)})
+    return _each_layer(
+        routing,
+        lambda state: {**state, "frozen": jnp.full_like(state["frozen"], frozen)},
+    )
 
 
 def rebuild_clusters(routing: Variables, iterations: int = 10) -> dict:
@@ -265,47 +301,18 @@ def rebuild_clusters(routing: Variables, iterations: int = 10) -> dict:
     return _each_layer(routing, rebuild)
 
 
-def balanced_kmeans(
-    signature: Float[Array, "N D"], members: Int[Array, "C m"], iterations: int = 10
-) -> Int[Array, "C m"]:
-    """Clusters of equal size by cosine: in each round, the closest (tile, centroid) pairs are joined first while there is room.
-
-    Returns:
-        the tiles of each cluster, ascending.
-    """
-    count, size = members.shape
-    tiles = rms_unit(signature)
-
-    def assign(_, members):
-        affinity = tiles @ rms_unit(tiles[members].mean(axis=1)).T
-
-        def join(_, carry):
-            affinity, home = carry
-            tile, cluster = jnp.divmod(jnp.argmax(affinity), count)
-            home = home.at[tile].set(cluster.astype(home.dtype))
-            full = jnp.sum(home == cluster) == size
-            affinity = affinity.at[tile].set(-jnp.inf)
-            return jnp.where(full & (jnp.arange(count) == cluster), -jnp.inf, affinity), home
-
-        home = jnp.full((count * size,), -1, members.dtype)
-        _, home = jax.lax.fori_loop(0, count * size, join, (affinity, home))
-        return jnp.argsort(home, stable=True).astype(members.dtype).reshape(count, size)
-
-    return jax.lax.fori_loop(0, iterations, assign, members)
-
-
 def _update_layer(state, rate):
-    counts = state["counts"]
-    groups = {"bias": counts}
-    if "members" in state:
-        by_cluster = jnp.take_along_axis(counts[..., None, :], state["members"], axis=-1)
-        groups = {"cluster_bias": by_cluster.sum(axis=-1)}
-    new = {name: _step_bias(state[name], load, rate) for name, load in groups.items()}
-    if "members" in state:
-        bias = jnp.take_along_axis(state["bias"][..., None, :], state["members"], axis=-1)
-        bias = _step_bias(bias, by_cluster, rate).reshape(counts.shape)
-        back = jnp.argsort(state["members"].reshape(counts.shape), axis=-1)
-        new["bias"] = jnp.take_along_axis(bias, back, axis=-1)
+    counts, new = state["counts"], {}
+    if "members" not in state:
+        new["bias"] = _step_bias(state["bias"], counts, rate)
+    else:
+        members = state["members"]
+        flat = members.reshape(counts.shape)
+        load = jnp.take_along_axis(counts, flat, axis=-1).reshape(members.shape)
+        bias = jnp.take_along_axis(state["bias"], flat, axis=-1).reshape(members.shape)
+        bias = _step_bias(bias, load, rate).reshape(counts.shape)
+        new["bias"] = jnp.take_along_axis(bias, jnp.argsort(flat, axis=-1), axis=-1)
+        new["cluster_bias"] = _step_bias(state["cluster_bias"], load.sum(axis=-1), rate)
     hold = state["frozen"][..., None]
     new = {name: jnp.where(hold, state[name], value) for name, value in new.items()}
     return {**state, **new, "counts": jnp.zeros_like(counts)}
@@ -318,12 +325,20 @@ def _step_bias(bias, load, rate):
 
 def _each_layer(tree, function):
     if isinstance(tree, Mapping):
-        return function(dict(tree)) if "counts" in tree else {k: _each_layer(v, function) for k, v in tree.items()}
-    raise ValueError(f"routing must be a routing collection, nested dictionaries down to a layer's state. Got {type(tree)}.")
+        return (
+            function(dict(tree))
+            if "counts" in tree
+            else {k: _each_layer(v, function) for k, v in tree.items()}
+        )
+    raise ValueError(
+        f"routing must be a routing collection, nested dictionaries down to a layer's state. Got {type(tree)}."
+    )
 
 
 def _cosines(signature):
-    unit = signature / jnp.sqrt(jnp.sum(jnp.square(signature), axis=-1, keepdims=True) + EPSILON)
+    unit = signature / jnp.sqrt(
+        jnp.sum(jnp.square(signature), axis=-1, keepdims=True) + EPSILON
+    )
     return unit @ unit.T
 
 

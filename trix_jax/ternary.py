@@ -68,11 +68,19 @@ class TernaryConfig:
     hard_fraction: float = 0.8
 
     def __post_init__(self):
-        for name, kind in (("mode", Mode), ("rule", Rule), ("granularity", Granularity)):
+        for name, kind in (
+            ("mode", Mode),
+            ("rule", Rule),
+            ("granularity", Granularity),
+        ):
             if getattr(self, name) not in get_args(kind):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}. Got {getattr(self, name)!r}.")
+                raise ValueError(
+                    f"{name} must be one of {', '.join(get_args(kind))}. Got {getattr(self, name)!r}."
+                )
         if self.group_size < 128:
-            raise ValueError(f"group_size must be at least 128 weights a scale. Got {self.group_size}.")
+            raise ValueError(
+                f"group_size must be at least 128 weights a scale. Got {self.group_size}."
+            )
         if not 0 < self.final_temperature <= self.temperature:
             raise ValueError(
                 "temperatures must satisfy 0 < final_temperature <= temperature. "
@@ -83,12 +91,18 @@ class TernaryConfig:
                 "fractions must satisfy 0 <= full_precision_fraction <= hard_fraction <= 1. "
                 f"Got {self.full_precision_fraction} and {self.hard_fraction}."
             )
-        if self.threshold is not None and (self.rule == "absmean" or self.threshold <= 0):
-            raise ValueError(f"threshold is positive and belongs to rules 'threshold' and 'fixed'. Got {self.threshold}.")
+        if self.threshold is not None and (
+            self.rule == "absmean" or self.threshold <= 0
+        ):
+            raise ValueError(
+                f"threshold is positive and belongs to rules 'threshold' and 'fixed'. Got {self.threshold}."
+            )
 
 
 def ternarize(
-    w: Float[Array, "*N I O"], config: TernaryConfig = TernaryConfig(), progress: Scalar = 1.0
+    w: Float[Array, "*N I O"],
+    config: TernaryConfig = TernaryConfig(),
+    progress: Scalar = 1.0,
 ) -> Ternary:
     """Computes `q = clip(round(w / scale), -1, 1)` and `scale = mean|w|`, or as `config` says otherwise.
 
@@ -115,26 +129,34 @@ def ternarize(
     elif config.mode == "progressive":
         first, last = config.full_precision_fraction, config.hard_fraction
         done = jnp.clip((progress - first) / max(last - first, 1e-6), 0, 1)
-        temperature = config.temperature * (config.final_temperature / config.temperature) ** done
+        temperature = (
+            config.temperature * (config.final_temperature / config.temperature) ** done
+        )
         q = jnp.where(progress >= last, q, _staircase(u, edge, temperature))
     if config.mode != "soft" and config.full_precision_fraction > 0:
         q = jnp.where(progress >= config.full_precision_fraction, q, u)
     return Ternary(q, scale)
 
 
-def hard_ternary(w: Float[Array, "*N I O"], config: TernaryConfig = TernaryConfig()) -> Ternary:
+def hard_ternary(
+    w: Float[Array, "*N I O"], config: TernaryConfig = TernaryConfig()
+) -> Ternary:
     """The ternary weights that training with `config` ends at: what `freeze` stores.
 
     Raises:
         ValueError: mode "none" has no ternary weights.
     """
     if config.mode == "none":
-        raise ValueError("mode='none' keeps real weights: there is nothing ternary to freeze.")
+        raise ValueError(
+            "mode='none' keeps real weights: there is nothing ternary to freeze."
+        )
     q, scale, _ = _hard(w, config)
     return Ternary(q, scale)
 
 
-def expand_scale(scale: Float[Array, "*N G S"], contraction: int) -> Float[Array, "*N I S"]:
+def expand_scale(
+    scale: Float[Array, "*N G S"], contraction: int
+) -> Float[Array, "*N I S"]:
     """Repeats every group's scale over its rows; a single group broadcasts as it is."""
     groups = scale.shape[-2]
     return scale if groups == 1 else jnp.repeat(scale, contraction // groups, axis=-2)
@@ -150,7 +172,9 @@ def zero_fraction(q: Float[Array, "..."]) -> Float[Array, ""]:
     return jnp.mean(q == 0)
 
 
-def flip_rate(before: Float[Array, "..."], after: Float[Array, "..."]) -> Float[Array, ""]:
+def flip_rate(
+    before: Float[Array, "..."], after: Float[Array, "..."]
+) -> Float[Array, ""]:
     """Share of weights whose ternary value differs between two sets."""
     return jnp.mean(before != after)
 
@@ -165,7 +189,11 @@ def _hard(w, config: TernaryConfig):
     absmean = _group_mean(magnitude, jnp.ones_like(magnitude), config)
     if config.rule == "absmean":
         scale = _positive(round_scale(absmean))
-        return jnp.clip(jnp.round(w / expand_scale(scale, w.shape[-2])), -1, 1), scale, 0.5
+        return (
+            jnp.clip(jnp.round(w / expand_scale(scale, w.shape[-2])), -1, 1),
+            scale,
+            0.5,
+        )
     threshold = 0.7 if config.threshold is None else config.threshold
     kept = magnitude > threshold * expand_scale(absmean, w.shape[-2])
     scale = _positive(round_scale(_group_mean(magnitude, kept.astype(w.dtype), config)))

@@ -33,4 +33,15 @@ Scalar = Float[Array, ""] | float
 Dtype = Any
 Variables = Mapping[str, Any]
 
-__all__ = ["Array", "Bool", "Dtype", "Float", "Int", "Integer", "Key", "Scalar", "UInt8", "Variables"]
+__all__ = [
+    "Array",
+    "Bool",
+    "Dtype",
+    "Float",
+    "Int",
+    "Integer",
+    "Key",
+    "Scalar",
+    "UInt8",
+    "Variables",
+]

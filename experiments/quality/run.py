@@ -40,18 +40,31 @@ ABLATION_RATE = 4e-3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="TinyShakespeare's input.txt, or a store made from it")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="TinyShakespeare's input.txt, or a store made from it",
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
-    parser.add_argument("--results", type=Path, default=HERE / "results" / f"{SETTING}.json")
+    parser.add_argument(
+        "--results", type=Path, default=HERE / "results" / f"{SETTING}.json"
+    )
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--steps", type=int, help="fewer steps than the config's, to try the script out")
+    parser.add_argument(
+        "--steps", type=int, help="fewer steps than the config's, to try the script out"
+    )
     args = parser.parse_args()
     sweep = [(arm, rate, SEEDS[0]) for rate in GRID for arm in ARMS]
     run_all(sweep, args)
     seeds = [(arm, best_rate(arm, args), seed) for seed in SEEDS[1:] for arm in ARMS]
     reproduction = [("dense", GRID[0], seed) for seed in SEEDS[1:]]
-    run_all(seeds + reproduction + [(name, ABLATION_RATE, SEEDS[0]) for name in ABLATIONS], args)
+    run_all(
+        seeds + reproduction + [(name, ABLATION_RATE, SEEDS[0]) for name in ABLATIONS],
+        args,
+    )
 
 
 def run_all(runs: list[tuple[str, float, int]], args: argparse.Namespace) -> None:
@@ -72,19 +85,37 @@ def run_all(runs: list[tuple[str, float, int]], args: argparse.Namespace) -> Non
         list(pool.map(one, dict.fromkeys(runs)))
 
 
-def train(arm: str, rate: float, seed: int, args: argparse.Namespace, core: int) -> None:
+def train(
+    arm: str, rate: float, seed: int, args: argparse.Namespace, core: int
+) -> None:
     """One run, in a process pinned to a core where the system can."""
     workdir = directory(arm, rate, seed, args)
     if (workdir / "summary.json").exists():
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-c", "import sys; from trix_jax.cli import main; sys.exit(main())"]
-    command += [*shlex.split(flags(arm, rate, seed)), "--workdir", str(workdir), "--data.path", args.data]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from trix_jax.cli import main; sys.exit(main())",
+    ]
+    command += [
+        *shlex.split(flags(arm, rate, seed)),
+        "--workdir",
+        str(workdir),
+        "--data.path",
+        args.data,
+    ]
     if args.steps:
         command += ["--train.steps", str(args.steps)]
-    pin = (lambda: os.sched_setaffinity(0, {core})) if hasattr(os, "sched_setaffinity") else None
+    pin = (
+        (lambda: os.sched_setaffinity(0, {core}))
+        if hasattr(os, "sched_setaffinity")
+        else None
+    )
     with (workdir / "log.txt").open("a") as log:
-        code = subprocess.run(command, stdout=log, stderr=log, preexec_fn=pin, check=False).returncode
+        code = subprocess.run(
+            command, stdout=log, stderr=log, preexec_fn=pin, check=False
+        ).returncode
     if code not in (0, 1):  # 1: diverged, which is a result
         raise SystemExit(f"{workdir} ended with exit code {code}; see its log.txt.")
     print(f"{workdir.name}: exit code {code}", flush=True)
@@ -103,13 +134,20 @@ def best_rate(arm: str, args: argparse.Namespace) -> float:
     losses = {rate: loss_of(directory(arm, rate, SEEDS[0], args)) for rate in GRID}
     best = min(losses, key=losses.get)
     if best in (GRID[0], GRID[-1]):
-        print(f"{arm}: the best rate {best:g} is at an edge of the grid; widen it.", flush=True)
+        print(
+            f"{arm}: the best rate {best:g} is at an edge of the grid; widen it.",
+            flush=True,
+        )
     return best
 
 
 def loss_of(workdir: Path) -> float:
     path = workdir / "summary.json"
-    return json.loads(path.read_text())["final_val_loss"] if path.exists() else float("inf")
+    return (
+        json.loads(path.read_text())["final_val_loss"]
+        if path.exists()
+        else float("inf")
+    )
 
 
 def collect(args: argparse.Namespace) -> None:
@@ -131,7 +169,11 @@ def result(arm: str, rate: float, seed: int, workdir: Path) -> dict:
     model = yaml.safe_load((workdir / "config.yaml").read_text())["model"]
     dense = model["ffn"] == "dense"
     width = model["ffn_width"] or model["expansion"] * model["d_model"]
-    tile_width = None if model["ffn"] == "lookup" else model["expansion"] * model["d_model"] // model["num_tiles"]
+    tile_width = (
+        None
+        if model["ffn"] == "lookup"
+        else model["expansion"] * model["d_model"] // model["num_tiles"]
+    )
     tiles = {"num_tiles": model["num_tiles"], "tile_width": tile_width}
     return {
         "setting": SETTING,

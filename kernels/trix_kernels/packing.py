@@ -45,7 +45,9 @@ def pack(q: Num[Array, "*B n"] | Num[np.ndarray, "*B n"]) -> Words:
         bad = q[~np.isin(q, (-1, 0, 1))][0]
         raise ValueError(f"q must hold only -1, 0 and +1. Got {bad!r}.")
     n = q.shape[-1]
-    codes = ((q > 0).astype(xp.uint8) | ((q < 0).astype(xp.uint8) << xp.uint8(1))).astype(xp.uint8)
+    codes = (
+        (q > 0).astype(xp.uint8) | ((q < 0).astype(xp.uint8) << xp.uint8(1))
+    ).astype(xp.uint8)
     pad = 4 * packed_length(n) - n
     codes = xp.pad(codes, [(0, 0)] * (q.ndim - 1) + [(0, pad)])
     quads = codes.reshape(*q.shape[:-1], packed_length(n), 4)
@@ -55,7 +57,9 @@ def pack(q: Num[Array, "*B n"] | Num[np.ndarray, "*B n"]) -> Words:
     return words
 
 
-def unpack(words: Words, n: int, dtype=np.int8) -> Integer[Array, "*B n"] | Num[Array, "*B n"] | Num[np.ndarray, "*B n"]:
+def unpack(
+    words: Words, n: int, dtype=np.int8
+) -> Integer[Array, "*B n"] | Num[Array, "*B n"] | Num[np.ndarray, "*B n"]:
     """Computes `q[4j + i] = (c & 1) - (c >> 1)` with `c = byte[j] >> 2i & 3`, the inverse of `pack`.
 
     Args:
@@ -68,9 +72,13 @@ def unpack(words: Words, n: int, dtype=np.int8) -> Integer[Array, "*B n"] | Num[
     """
     xp = np if isinstance(words, np.ndarray) else jnp
     if words.shape[-1] != packed_length(n):
-        raise ValueError(f"n={n} weights take rows of {packed_length(n)} bytes. Got rows of {words.shape[-1]}.")
+        raise ValueError(
+            f"n={n} weights take rows of {packed_length(n)} bytes. Got rows of {words.shape[-1]}."
+        )
     codes = (words[..., None] >> xp.asarray(_SHIFTS, xp.uint8)) & xp.uint8(3)
-    values = (codes & xp.uint8(1)).astype(xp.int8) - (codes >> xp.uint8(1)).astype(xp.int8)
+    values = (codes & xp.uint8(1)).astype(xp.int8) - (codes >> xp.uint8(1)).astype(
+        xp.int8
+    )
     return values.reshape(*words.shape[:-1], 4 * words.shape[-1])[..., :n].astype(dtype)
 
 
@@ -81,13 +89,21 @@ def check(words: UInt8[np.ndarray, "*B bytes"], n: int) -> None:
         ValueError: naming the first offending byte.
     """
     if words.dtype != np.uint8 or words.ndim == 0:
-        raise ValueError(f"words must be uint8 with at least one axis. Got {words.dtype}{list(words.shape)}.")
+        raise ValueError(
+            f"words must be uint8 with at least one axis. Got {words.dtype}{list(words.shape)}."
+        )
     if words.shape[-1] != packed_length(n):
-        raise ValueError(f"n={n} weights take rows of {packed_length(n)} bytes. Got rows of {words.shape[-1]}.")
+        raise ValueError(
+            f"n={n} weights take rows of {packed_length(n)} bytes. Got rows of {words.shape[-1]}."
+        )
     both = words & (words >> 1) & 0b01010101
     if both.any():
         where = tuple(int(i) for i in np.argwhere(both)[0])
-        raise ValueError(f"words must not hold the code 11. Got byte {int(words[where]):#010b} at {where}.")
+        raise ValueError(
+            f"words must not hold the code 11. Got byte {int(words[where]):#010b} at {where}."
+        )
     used = n % 4
     if n and used and (words[..., -1] >> (2 * used)).any():
-        raise ValueError(f"words must be zero behind weight {n} of a row. Got set bits in the last byte of one.")
+        raise ValueError(
+            f"words must be zero behind weight {n} of a row. Got set bits in the last byte of one."
+        )

@@ -5,17 +5,12 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 
-class Interrupted(RuntimeError):
-    """A signal ended the work after its state was saved: exit code 75."""
-
-
-Args = TypeVar("Args")
-
-
-def parse(kind: type[Args], argv: list[str], verb: str, default: Args | None = None) -> Args:
+def parse[Args](
+    kind: type[Args], argv: list[str], verb: str, default: Args | None = None
+) -> Args:
     """Parses flags into a dataclass; a mistake prints what is wrong, with the nearest name, and exits with 2."""
     import tyro
 
@@ -23,7 +18,9 @@ def parse(kind: type[Args], argv: list[str], verb: str, default: Args | None = N
     return tyro.cli(kind, args=argv, prog=f"trix-jax {verb}", **extra)
 
 
-def parse_preset(kind: type[Args], argv: list[str], verb: str) -> tuple[Args, Any]:
+def parse_preset[Args](
+    kind: type[Args], argv: list[str], verb: str
+) -> tuple[Args, Any]:
     """Parses `[CONFIG.yaml] --flags` into a dataclass with a field `config: RunConfig`.
 
     The preset is read first, then its `--arm`, then the flags; each may override what came before.
@@ -34,7 +31,9 @@ def parse_preset(kind: type[Args], argv: list[str], verb: str) -> tuple[Args, An
     """
     from trix_jax.lm.config import DEFAULT_ARM, RunConfig, preset_flags
 
-    path, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
+    path, flags = (
+        (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
+    )
     arm = _value_of("--arm", flags) or DEFAULT_ARM
     start = RunConfig(arm=arm)
     base_flags, arm_flags = preset_flags(path, arm) if path else ([], [])
@@ -42,8 +41,15 @@ def parse_preset(kind: type[Args], argv: list[str], verb: str) -> tuple[Args, An
     config = parse(RunConfig, arm_flags, verb, base)
     args = parse(kind, flags, verb, kind(config=config))
     args = dataclasses.replace(args, config=dataclasses.replace(args.config, arm=arm))
-    own = [flag for flag in _pairs(flags) if flag[0].startswith("--model.") and flag[0] not in ("--model.ffn", "--model.ffn-width")]
-    reference = parse(RunConfig, [part for flag in own for part in flag], verb, base).model
+    own = [
+        flag
+        for flag in _pairs(flags)
+        if flag[0].startswith("--model.")
+        and flag[0] not in ("--model.ffn", "--model.ffn-width")
+    ]
+    reference = parse(
+        RunConfig, [part for flag in own for part in flag], verb, base
+    ).model
     return args, reference
 
 

@@ -32,12 +32,21 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("trix"):
             raise
-        print(f"trix-jax {verb} needs {error.name}, which the lm extra brings: pip install 'trix-jax[lm]'.", file=sys.stderr)
+        print(
+            f"trix-jax {verb} needs {error.name}, which the lm extra brings: pip install 'trix-jax[lm]'.",
+            file=sys.stderr,
+        )
         return FAILED
     except KeyboardInterrupt:
         print("trix-jax: stopped.", file=sys.stderr)
         return 130
-    except (ValueError, ArithmeticError, OSError, RuntimeError, NotImplementedError) as error:
+    except (
+        ValueError,
+        ArithmeticError,
+        OSError,
+        RuntimeError,
+        NotImplementedError,
+    ) as error:
         return _explain(verb, error)
 
 
@@ -47,7 +56,7 @@ def _usage() -> str:
 
 
 def _explain(verb: str, error: Exception) -> int:
-    from trix_jax.cli.common import Interrupted
+    from trix_jax.lm.signals import Interrupted
 
     print(f"trix-jax {verb}: {error}", file=sys.stderr)
     if isinstance(error, Interrupted):

@@ -30,6 +30,12 @@ def main(argv: list[str]) -> None:
     args, reference = parse_preset(Args, argv, "train")
     if args.deterministic:
         be_deterministic()
-    summary = train(args.config, args.workdir, resume=args.resume, reference=reference, report=say(args.json))
+    summary = train(
+        args.config,
+        args.workdir,
+        resume=args.resume,
+        reference=reference,
+        report=say(args.json),
+    )
     if args.json:
         print_json(summary)

@@ -81,15 +81,25 @@ def _active(c: TransformerConfig) -> int:
 def _bits(layer, c: TransformerConfig) -> int:
     ternary = 0
     if c.ffn in ("sparse", "hierarchical") and c.ternary.mode != "none":
-        for kernel in (layer["tiles"]["up"]["kernel"], layer["tiles"]["down"]["kernel"]):
+        for kernel in (
+            layer["tiles"]["up"]["kernel"],
+            layer["tiles"]["down"]["kernel"],
+        ):
             ternary += kernel.size
         scales = _scales(layer, c)
     elif c.ffn == "lookup" and c.ternary_splines:
-        ternary, scales = layer["splines"]["kernel"].size, 0  # spline_scale is counted with the rest
+        ternary, scales = (
+            layer["splines"]["kernel"].size,
+            0,
+        )  # spline_scale is counted with the rest
     else:
         return FLOAT_BITS * _size(layer)
     learned = _size([k["scale"] for k in _kernels(layer) if "scale" in k])
-    return 2 * ternary + SCALE_BITS * scales + FLOAT_BITS * (_size(layer) - ternary - learned)
+    return (
+        2 * ternary
+        + SCALE_BITS * scales
+        + FLOAT_BITS * (_size(layer) - ternary - learned)
+    )
 
 
 def _kernels(layer):

@@ -16,7 +16,6 @@ orbax, and only when it is used: the import takes a second. One process writes a
 """
 
 import contextlib
-import hashlib
 import itertools
 import json
 import logging
@@ -33,8 +32,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-FORMAT = 1
-_STEP_NAME = re.compile(r"(?:\.old-)?(\d{8}|[1-9]\d{8,})")
+from trix_jax.lm import step_files
+from trix_jax.lm.step_files import steps as steps
+from trix_jax.lm.step_files import verify as verify
+
 _NUMBERS = {"bool": bool, "int": int, "float": float}
 Report = Callable[[str], None]
 
@@ -82,12 +83,12 @@ def save(
     final, temporary = directory / f"{step:08d}", directory / f".tmp-{os.getpid()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _tidy(directory)
+        step_files.tidy(directory)
         _check_space(directory, stored)
         try:
             temporary.mkdir()
             _write_step(temporary / "step", step, stored, notes)
-            _publish(temporary / "step", final)
+            step_files.publish(temporary / "step", final)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except Exception as error:
@@ -97,36 +98,6 @@ def save(
         ) from error
     _prune(directory, step, keep)
     return final
-
-
-def steps(directory: Path) -> list[int]:
-    """The steps in `directory`, good or damaged, in ascending order."""
-    names = (_STEP_NAME.fullmatch(path.name) for path in directory.glob("*"))
-    return sorted({int(name[1]) for name in names if name})
-
-
-def verify(step_dir: Path) -> str | None:
-    """None if every file of the step is as it was saved, else a sentence that names the file and the reason."""
-    try:
-        manifest = _read_json(step_dir / "manifest.json")
-        digest, files = manifest.pop("sha256"), manifest["files"]
-        if digest != _digest_json(manifest):
-            return "manifest.json does not have the content it was saved with."
-        if manifest["format"] != FORMAT:
-            return f"manifest.json has format {manifest['format']}, not {FORMAT}."
-        name = _STEP_NAME.fullmatch(step_dir.name)
-        if name and int(name[1]) != manifest["step"]:
-            return f"manifest.json is of step {manifest['step']}."
-    except FileNotFoundError:
-        return "manifest.json is missing."
-    except Exception as error:  # it can hold anything
-        return f"manifest.json cannot be read ({type(error).__name__}: {error})."
-    there = dict(_files(step_dir))
-    del there["manifest.json"]
-    for name in sorted(files.keys() | there.keys()):
-        if fault := _fault(there.get(name), files.get(name)):
-            return f"{name} {fault}."
-    return None
 
 
 def newest_good(directory: Path, *, report: Report = _print) -> int | None:
@@ -170,14 +141,14 @@ def restore(directory: Path, step: int, template: Any) -> tuple[Any, dict[str, A
     path = _good_path(directory, step)
     named, treedef = jax.tree_util.tree_flatten_with_path(template)
     expected = {_name(key): _describe(leaf) for key, leaf in named}
-    if lines := _difference(expected, _read_json(path / "leaves.json")):
+    if lines := _difference(expected, step_files.read_json(path / "leaves.json")):
         diff = "\n  ".join(lines)
         raise CheckpointError(f"{path} is not a checkpoint of this model:\n  {diff}")
     kinds = treedef.unflatten(map(_kind, expected.values()))
     values = treedef.flatten_up_to(_load(path, kinds))
     pairs = zip(named, values, strict=True)
     state = treedef.unflatten([_place(leaf, value) for (_, leaf), value in pairs])
-    return state, _read_json(path / "meta.json")
+    return state, step_files.read_json(path / "meta.json")
 
 
 def restore_arrays(
@@ -196,7 +167,7 @@ def restore_arrays(
         CheckpointError: the step is missing or damaged, or has none of the names.
     """
     path = _good_path(directory, step)
-    leaves = _read_json(path / "leaves.json")
+    leaves = step_files.read_json(path / "leaves.json")
     names = sorted({name.split("/")[0] for name in leaves})
     if subtree is not None and not set(subtree) & set(names):
         raise CheckpointError(f"{path} has none of {subtree}; its state has {names}.")
@@ -216,8 +187,8 @@ def set_aside(directory: Path, step: int) -> Path:
     first = directory / f"damaged-{step:08d}"
     others = (first.with_name(f"{first.name}-{k}") for k in itertools.count(1))
     target = next(p for p in itertools.chain([first], others) if not p.exists())
-    _step_path(directory, step).rename(target)
-    _sync(directory)
+    step_files.step_path(directory, step).rename(target)
+    step_files.sync(directory)
     return target
 
 
@@ -329,14 +300,8 @@ def _nest(flat: dict[str, Any]) -> dict[str, Any]:
 # Files and folders.
 
 
-def _step_path(directory: Path, step: int) -> Path:
-    path = directory / f"{step:08d}"
-    former = path.with_name(f".old-{path.name}")
-    return former if former.exists() and not path.exists() else path
-
-
 def _good_path(directory: Path, step: int) -> Path:
-    path = _step_path(directory, step)
+    path = step_files.step_path(directory, step)
     if not path.exists():
         there = steps(directory) or "none"
         raise CheckpointError(f"{directory} has no step {step}; its steps: {there}.")
@@ -347,7 +312,7 @@ def _good_path(directory: Path, step: int) -> Path:
 
 def _good(directory: Path, among: Iterable[int], report: Report) -> Iterator[int]:
     for step in among:
-        if fault := verify(_step_path(directory, step)):
+        if fault := verify(step_files.step_path(directory, step)):
             report(f"Step {step} in {directory} is passed over: {fault}")
         else:
             yield step
@@ -358,7 +323,9 @@ def _by_loss(directory: Path) -> list[int]:
     found = []
     for step in steps(directory):
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            meta = _read_json(_step_path(directory, step) / "meta.json")
+            meta = step_files.read_json(
+                step_files.step_path(directory, step) / "meta.json"
+            )
             found.append((float(meta["val_loss"]), step))
     return [step for loss, step in sorted(found) if math.isfinite(loss)]
 
@@ -379,25 +346,7 @@ def _write_step(path: Path, step: int, stored: Any, notes: dict[str, str]) -> No
             ocp.save(path.absolute(), stored)
     for name, text in notes.items():
         (path / name).write_text(text)
-    files = {
-        name: {"size": file.stat().st_size, "sha256": _digest(file)}
-        for name, file in _files(path)
-    }
-    manifest: dict[str, Any] = {"format": FORMAT, "step": step, "files": files}
-    manifest["sha256"] = _digest_json(manifest)
-    (path / "manifest.json").write_text(_to_json(manifest))
-    for each in (*path.rglob("*"), path):
-        _sync(each)
-
-
-def _publish(new: Path, final: Path) -> None:
-    former = final.with_name(f".old-{final.name}")
-    if final.exists():
-        final.rename(former)
-    new.rename(final)
-    _sync(final.parent)
-    if former.exists():
-        _discard(former)
+    step_files.write_manifest(path, step)
 
 
 def _prune(directory: Path, saved: int, keep: int) -> None:
@@ -408,76 +357,7 @@ def _prune(directory: Path, saved: int, keep: int) -> None:
     best = next(_good(directory, _by_loss(directory), quiet), None)
     for step in steps(directory) if len(newest) == keep else ():
         if step < newest[-1] and step not in (saved, best):
-            _discard(_step_path(directory, step))
-
-
-def _tidy(directory: Path) -> None:
-    """Clears what processes that died while saving have left."""
-    for path in directory.glob(".tmp-*"):
-        pid = re.match(r"\.tmp-(\d+)", path.name)
-        if pid and not _is_another_process(int(pid[1])):
-            shutil.rmtree(path)
-    for former in directory.glob(".old-*"):
-        path = former.with_name(former.name.removeprefix(".old-"))
-        if path.exists():
-            _discard(former)
-        else:
-            former.rename(path)
-
-
-def _is_another_process(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return isinstance(error, PermissionError)
-    return pid != os.getpid()
-
-
-def _discard(path: Path) -> None:
-    """Removes a step in such a way that no moment shows half of one."""
-    doomed = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    path.rename(doomed)
-    shutil.rmtree(doomed)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    files = (path for path in folder.rglob("*") if not path.is_dir())
-    return ((path.relative_to(folder).as_posix(), path) for path in files)
-
-
-def _fault(path: Path | None, listed: Any) -> str | None:
-    if path is None:
-        return "is missing"
-    if listed is None:
-        return "is not in the manifest"
-    try:
-        if (size := path.stat().st_size) != listed["size"]:
-            return f"has {size} bytes instead of {listed['size']}"
-        same = _digest(path) == listed["sha256"]
-        return None if same else "does not have the sha256 of the manifest"
-    except OSError as error:
-        return f"cannot be read ({error})"
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest_json(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_bytes())
+            step_files.discard(step_files.step_path(directory, step))
 
 
 def _to_json(value: dict[str, Any]) -> str:

@@ -62,19 +62,41 @@ class TrainConfig:
     log_every: int = 1
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulate", "eval_every", "eval_batch_size", "log_every"):
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "eval_every",
+            "eval_batch_size",
+            "log_every",
+        ):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1. Got {getattr(self, name)}.")
-        for name in ("warmup_steps", "weight_decay", "clip", "balance_rate", "rebuild_every", "checkpoint_every"):
+                raise ValueError(
+                    f"{name} must be at least 1. Got {getattr(self, name)}."
+                )
+        for name in (
+            "warmup_steps",
+            "weight_decay",
+            "clip",
+            "balance_rate",
+            "rebuild_every",
+            "checkpoint_every",
+        ):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative. Got {getattr(self, name)}.")
+                raise ValueError(
+                    f"{name} must not be negative. Got {getattr(self, name)}."
+                )
         if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate must be positive and finite. Got {self.learning_rate}.")
+            raise ValueError(
+                f"learning_rate must be positive and finite. Got {self.learning_rate}."
+            )
         for name in ("beta1", "beta2", "final_learning_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in 0..1. Got {getattr(self, name)}.")
         if self.batch_size % self.accumulate:
-            raise ValueError(f"accumulate={self.accumulate} must divide batch_size={self.batch_size}.")
+            raise ValueError(
+                f"accumulate={self.accumulate} must divide batch_size={self.batch_size}."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +110,9 @@ class RunConfig:
 
     seed: int = 42
     arm: str = DEFAULT_ARM
-    model: TransformerConfig = TransformerConfig()
-    data: DataConfig = DataConfig()
-    train: TrainConfig = TrainConfig()
+    model: TransformerConfig = dataclasses.field(default_factory=TransformerConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -104,9 +126,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"config {path} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"config {path} is not YAML: {' '.join(str(error).split())}.") from error
+        raise ValueError(
+            f"config {path} is not YAML: {' '.join(str(error).split())}."
+        ) from error
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
-        raise ValueError(f"config {path} must be a mapping of names to values. Got {type(tree).__name__}.")
+        raise ValueError(
+            f"config {path} must be a mapping of names to values. Got {type(tree).__name__}."
+        )
     return tree
 
 
@@ -141,13 +167,19 @@ def preset_flags(path: str | Path, arm: str) -> tuple[list[str], list[str]]:
     tree = read_yaml(path)
     arms = tree.pop("arms", None) or {}
     if not isinstance(arms, dict):
-        raise ValueError(f"arms in {path} must map names to overrides. Got {type(arms).__name__}.")
+        raise ValueError(
+            f"arms in {path} must map names to overrides. Got {type(arms).__name__}."
+        )
     if arm not in arms and arm != DEFAULT_ARM:
-        raise ValueError(f"arm must be one of {', '.join(sorted({DEFAULT_ARM, *arms}))}. Got {arm!r}.")
+        raise ValueError(
+            f"arm must be one of {', '.join(sorted({DEFAULT_ARM, *arms}))}. Got {arm!r}."
+        )
     return to_flags(tree), to_flags(arms.get(arm) or {})
 
 
-def resolve(config: RunConfig, reference: TransformerConfig, vocab_size: int) -> RunConfig:
+def resolve(
+    config: RunConfig, reference: TransformerConfig, vocab_size: int
+) -> RunConfig:
     """Fills in what depends on the data and on other arms: the vocabulary, and the width of a "match-params" dense FFN.
 
     Args:
@@ -160,7 +192,9 @@ def resolve(config: RunConfig, reference: TransformerConfig, vocab_size: int) ->
     """
     model = config.model
     if model.vocab_size not in (None, vocab_size):
-        raise ValueError(f"model.vocab_size={model.vocab_size} must be the tokenizer's {vocab_size}, or left out.")
+        raise ValueError(
+            f"model.vocab_size={model.vocab_size} must be the tokenizer's {vocab_size}, or left out."
+        )
     model = dataclasses.replace(model, vocab_size=vocab_size)
     if model.ffn_width == "match-params":
         target = dataclasses.replace(reference, vocab_size=vocab_size, ffn_width=None)
@@ -184,7 +218,9 @@ def from_tree(tree: dict[str, Any]) -> RunConfig:
 
 def fingerprint(config: RunConfig) -> str:
     """sha256 of the config."""
-    return hashlib.sha256(json.dumps(to_tree(config), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(to_tree(config), sort_keys=True).encode()
+    ).hexdigest()
 
 
 def _build(kind, tree, prefix):
@@ -193,11 +229,17 @@ def _build(kind, tree, prefix):
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(tree) - {field.name for field in dataclasses.fields(kind)})
     if unknown:
-        raise ValueError(f"{prefix}{unknown[0]} is not a setting that this version knows.")
+        raise ValueError(
+            f"{prefix}{unknown[0]} is not a setting that this version knows."
+        )
     values = {}
     for name, value in tree.items():
         hint = hints[name]
-        values[name] = _build(hint, value, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else value
+        values[name] = (
+            _build(hint, value, f"{prefix}{name}.")
+            if dataclasses.is_dataclass(hint)
+            else value
+        )
         if not dataclasses.is_dataclass(hint) and not _fits(value, hint):
             raise ValueError(f"{prefix}{name} must be {hint}. Got {value!r}.")
     return kind(**values)

@@ -44,15 +44,29 @@ def _compiled(model: TransformerLM) -> Callable:
     return jax.jit(make_eval_step(model))
 
 
-def evaluate(model: TransformerLM, variables: Any, store: Store, batch_size: int = 64, progress: float = 1.0) -> Evaluation:
+def evaluate(
+    model: TransformerLM,
+    variables: Any,
+    store: Store,
+    batch_size: int = 64,
+    progress: float = 1.0,
+) -> Evaluation:
     """Evaluates on every token of the validation split but the first, in windows of the model's context."""
     step = _compiled(model)
     loss, tokens, counts, routes, kept = 0.0, 0.0, 0.0, [], 0
-    for batch, mask in eval_batches(store.val, batch_size=batch_size, context=model.config.context):
+    for batch, mask in eval_batches(
+        store.val, batch_size=batch_size, context=model.config.context
+    ):
         sums = jax.device_get(step(variables, batch, mask, progress))
-        loss, tokens, counts = loss + float(sums.loss), tokens + float(sums.tokens), counts + sums.counts
+        loss, tokens, counts = (
+            loss + float(sums.loss),
+            tokens + float(sums.tokens),
+            counts + sums.counts,
+        )
         if kept < ROUTES_KEPT:
-            seen = sums.tiles[:, np.asarray(mask, bool).reshape(-1)][:, : ROUTES_KEPT - kept]
+            seen = sums.tiles[:, np.asarray(mask, bool).reshape(-1)][
+                :, : ROUTES_KEPT - kept
+            ]
             routes.append(seen.astype(np.uint16))
             kept += seen.shape[1]
     mean = loss / tokens
@@ -62,15 +76,21 @@ def evaluate(model: TransformerLM, variables: Any, store: Store, batch_size: int
         val_ppl=math.exp(min(mean, 700.0)),
         val_bits_per_byte=nats_per_byte / math.log(2),
         tokens=int(tokens),
-        tile_usage=(counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)).tolist(),
+        tile_usage=(
+            counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)
+        ).tolist(),
         entropy=np.asarray(routing.usage_entropy(counts)).tolist(),
         max_load=np.asarray(routing.max_load(counts)).tolist() if counts.size else [],
-        dead_tiles=np.asarray(routing.dead_tiles(counts)).tolist() if counts.size else [],
+        dead_tiles=np.asarray(routing.dead_tiles(counts)).tolist()
+        if counts.size
+        else [],
         routes=np.concatenate(routes, axis=1),
     )
 
 
-def load_run(directory: str | Path, step: str | int = "latest") -> tuple[TransformerLM, dict[str, Any], Any]:
+def load_run(
+    directory: str | Path, step: str | int = "latest"
+) -> tuple[TransformerLM, dict[str, Any], Any]:
     """Restores a run, or a model that `trix-jax export` wrote, in any process.
 
     Args:
@@ -90,9 +110,13 @@ def load_run(directory: str | Path, step: str | int = "latest") -> tuple[Transfo
     model = TransformerLM(run.model)
     checkpoints = directory / "checkpoints"
     number = checkpoint.resolve(checkpoints, step)
-    arrays = {name: checkpoint.restore_arrays(checkpoints, number, (name,)) for name in ("params", "routing")}
+    arrays = checkpoint.restore_arrays(checkpoints, number, ("params", "routing"))
     check_fits(run.model, arrays, f"checkpoint {number} of {directory}")
-    variables = {name: jax.tree.map(jax.numpy.asarray, tree) for name, tree in arrays.items() if tree}
+    variables = {
+        name: jax.tree.map(jax.numpy.asarray, tree)
+        for name, tree in arrays.items()
+        if tree
+    }
     return model, variables, load_tokenizer(directory / "tokenizer.json")
 
 
@@ -104,18 +128,28 @@ def read_config(directory: Path) -> config.RunConfig:
     """
     path = directory / "config.yaml"
     if not path.is_file():
-        raise ValueError(f"{directory} must be a run directory, with a config.yaml, or an export. There is none.")
+        raise ValueError(
+            f"{directory} must be a run directory, with a config.yaml, or an export. There is none."
+        )
     return config.from_tree(config.read_yaml(path))
 
 
 def check_fits(model: TransformerConfig, variables: dict[str, Any], what: str) -> None:
     """Raises a ValueError unless the arrays have the names and shapes that the config gives."""
     expected = jax.eval_shape(
-        lambda: TransformerLM(model).init(jax.random.key(0), np.zeros((1, model.context), np.int32))
+        lambda: TransformerLM(model).init(
+            jax.random.key(0), np.zeros((1, model.context), np.int32)
+        )
     )
     for name in ("params", "routing"):
-        want = {jax.tree_util.keystr(k): v.shape for k, v in jax.tree_util.tree_leaves_with_path(expected.get(name, {}))}
-        have = {jax.tree_util.keystr(k): v.shape for k, v in jax.tree_util.tree_leaves_with_path(variables.get(name) or {})}
+        want = {
+            jax.tree_util.keystr(k): v.shape
+            for k, v in jax.tree_util.tree_leaves_with_path(expected.get(name, {}))
+        }
+        have = {
+            jax.tree_util.keystr(k): v.shape
+            for k, v in jax.tree_util.tree_leaves_with_path(variables.get(name) or {})
+        }
         for key in sorted(want.keys() | have.keys()):
             if want.get(key) != have.get(key):
                 raise ValueError(

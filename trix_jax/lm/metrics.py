@@ -23,7 +23,11 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, step: int):
-        kept = [line for line in read(path) if line["step"] <= step] if path.exists() else []
+        kept = (
+            [line for line in read(path) if line["step"] <= step]
+            if path.exists()
+            else []
+        )
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
@@ -84,8 +88,15 @@ def git_commit() -> str | None:
     if not (root / ".git").exists():
         return None
     git = ["git", "-C", str(root)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False).stdout
+    commit = subprocess.run(
+        [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "-uno"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout
     return (commit + "+" * bool(changed.strip())) or None
 
 

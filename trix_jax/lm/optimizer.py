@@ -40,4 +40,8 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         weight_decay=config.weight_decay,
         mask=decay_mask,
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip), adamw) if config.clip else adamw
+    return (
+        optax.chain(optax.clip_by_global_norm(config.clip), adamw)
+        if config.clip
+        else adamw
+    )

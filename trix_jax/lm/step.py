@@ -66,7 +66,9 @@ class EvalSums(NamedTuple):
     tiles: Integer[Array, "layers T K"]
 
 
-def init_state(model: TransformerLM, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+def init_state(
+    model: TransformerLM, optimizer: optax.GradientTransformation, seed: int
+) -> TrainState:
     """The state before the first step."""
     init_key, dropout_key = jax.random.split(jax.random.key(seed))
     tokens = jnp.zeros((1, model.config.context), jnp.int32)
@@ -82,8 +84,13 @@ def init_state(model: TransformerLM, optimizer: optax.GradientTransformation, se
 
 
 def make_train_step(
-    model: TransformerLM, optimizer: optax.GradientTransformation, config: TrainConfig, axis_name: str | None = None
-) -> Callable[[TrainState, Integer[Array, "accumulate B tokens"]], tuple[TrainState, Metrics]]:
+    model: TransformerLM,
+    optimizer: optax.GradientTransformation,
+    config: TrainConfig,
+    axis_name: str | None = None,
+) -> Callable[
+    [TrainState, Integer[Array, "accumulate B tokens"]], tuple[TrainState, Metrics]
+]:
     """Builds the step for one device: `(state, batch) -> (state, metrics)`.
 
     The batch is `[accumulate, B, L + 1]`; gradients are averaged over micro-batches and over `axis_name`, routing
@@ -92,15 +99,31 @@ def make_train_step(
     """
     model = model.clone(axis_name=axis_name)
     schedule = learning_rate_schedule(config)
-    mean = (lambda tree: jax.lax.pmean(tree, axis_name)) if axis_name else (lambda tree: tree)
+    mean = (
+        (lambda tree: jax.lax.pmean(tree, axis_name))
+        if axis_name
+        else (lambda tree: tree)
+    )
 
     def loss_fn(params, routing_state, tokens, key, progress):
         variables = {"params": params, "routing": routing_state}
         (logits, infos, aux), mutated = model.apply(
-            variables, tokens[:, :-1], True, progress=progress, rngs={"dropout": key}, mutable=["routing"]
+            variables,
+            tokens[:, :-1],
+            True,
+            progress=progress,
+            rngs={"dropout": key},
+            mutable=["routing"],
         )
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
-        return loss + aux["total_aux"], (loss, aux, _counts(infos), mutated.get("routing", {}))
+        loss = optax.softmax_cross_entropy_with_integer_labels(
+            logits, tokens[:, 1:]
+        ).mean()
+        return loss + aux["total_aux"], (
+            loss,
+            aux,
+            _counts(infos),
+            mutated.get("routing", {}),
+        )
 
     def step(state: TrainState, batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
@@ -111,7 +134,9 @@ def make_train_step(
 
         def micro(routing_state, inputs):
             tokens, key = inputs
-            (_, out), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, routing_state, tokens, key, progress)
+            (_, out), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+                state.params, routing_state, tokens, key, progress
+            )
             loss, aux, counts, routing_state = out
             return routing_state, (grads, loss, aux, counts)
 
@@ -134,7 +159,9 @@ def make_train_step(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
             opt_state=opt_state,
-            routing=routing.update(routing_state, rate=config.balance_rate, axis_name=axis_name),
+            routing=routing.update(
+                routing_state, rate=config.balance_rate, axis_name=axis_name
+            ),
             rng=state.rng,
         )
         return new, metrics
@@ -155,7 +182,9 @@ def make_eval_step(model: TransformerLM) -> Callable[[Any, Any, Any, Any], EvalS
         tiles = jnp.stack([info.tiles.reshape(mask.size, -1) for info in routed])
         seen = mask.reshape(1, -1, 1) * jnp.ones(tiles.shape)
         n = routed[0].counts.shape[0]
-        counts = jax.vmap(lambda t, w: jnp.bincount(t.reshape(-1), w.reshape(-1), length=n))(tiles, seen)
+        counts = jax.vmap(
+            lambda t, w: jnp.bincount(t.reshape(-1), w.reshape(-1), length=n)
+        )(tiles, seen)
         return EvalSums(jnp.sum(loss * mask), mask.sum(), counts, tiles)
 
     return step

@@ -34,10 +34,18 @@ class CausalSelfAttention(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B L D"], train: bool = False, decode: bool = False) -> Float[Array, "B L D"]:
+    def __call__(
+        self, x: Float[Array, "B L D"], train: bool = False, decode: bool = False
+    ) -> Float[Array, "B L D"]:
         width = check_divides("d_model", self.d_model, "n_heads", self.n_heads)
-        common = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
-        qkv = nn.DenseGeneral((3, self.n_heads, width), kernel_init=self.kernel_init, name="qkv", **common)(x)
+        common = {
+            "use_bias": False,
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+        }
+        qkv = nn.DenseGeneral(
+            (3, self.n_heads, width), kernel_init=self.kernel_init, name="qkv", **common
+        )(x)
         q, k, v = jnp.moveaxis(qkv, -3, 0)
         if decode:
             k, v, mask = self._append(k, v)
@@ -45,7 +53,11 @@ class CausalSelfAttention(nn.Module):
         else:
             y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
         out = nn.DenseGeneral(
-            self.d_model, axis=(-2, -1), kernel_init=self.out_init or self.kernel_init, name="out", **common
+            self.d_model,
+            axis=(-2, -1),
+            kernel_init=self.out_init or self.kernel_init,
+            name="out",
+            **common,
         )
         return nn.Dropout(self.dropout)(out(y), deterministic=not train)
 

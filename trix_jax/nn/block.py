@@ -38,11 +38,25 @@ class DenseFFN(nn.Module):
         token_ids: Integer[Array, "*B"] | None = None,
     ) -> tuple[Float[Array, "*B D"], None, Aux]:
         check_input(x, self.d_model)
-        common = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        common = {
+            "use_bias": False,
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+        }
         default = nn.initializers.lecun_normal()
-        h = activation(self.activation)(nn.Dense(self.width, kernel_init=self.up_init or default, name="up", **common)(x))
-        y = nn.Dense(self.d_model, kernel_init=self.down_init or default, name="down", **common)(h)
-        return nn.Dropout(self.dropout)(y, deterministic=not train), None, {"total_aux": jnp.zeros(())}
+        h = activation(self.activation)(
+            nn.Dense(
+                self.width, kernel_init=self.up_init or default, name="up", **common
+            )(x)
+        )
+        y = nn.Dense(
+            self.d_model, kernel_init=self.down_init or default, name="down", **common
+        )(h)
+        return (
+            nn.Dropout(self.dropout)(y, deterministic=not train),
+            None,
+            {"total_aux": jnp.zeros(())},
+        )
 
 
 class Block(nn.Module):
@@ -62,7 +76,9 @@ class Block(nn.Module):
     n_heads: int
     dropout: float = dataclasses.field(default=0.0, kw_only=True)
     cache_length: int | None = dataclasses.field(default=None, kw_only=True)
-    attention_init: Callable = dataclasses.field(default=nn.initializers.normal(0.02), kw_only=True)
+    attention_init: Callable = dataclasses.field(
+        default=nn.initializers.normal(0.02), kw_only=True
+    )
     attention_out_init: Callable | None = dataclasses.field(default=None, kw_only=True)
     up_init: Callable | None = dataclasses.field(default=None, kw_only=True)
     down_init: Callable | None = dataclasses.field(default=None, kw_only=True)
@@ -95,10 +111,18 @@ class Block(nn.Module):
             name="attention",
         )
         x = x + attention(nn.LayerNorm(name="attention_norm", **norm)(x), train, decode)
-        own = {field.name for field in dataclasses.fields(self.FFN)} - {"name", "parent"}
+        own = {field.name for field in dataclasses.fields(self.FFN)} - {
+            "name",
+            "parent",
+        }
         shared = {name: getattr(self, name) for name in own if hasattr(self, name)}
         ffn = self.FFN(**shared, name="ffn")
-        y, info, aux = ffn(nn.LayerNorm(name="ffn_norm", **norm)(x), train, progress=progress, token_ids=token_ids)
+        y, info, aux = ffn(
+            nn.LayerNorm(name="ffn_norm", **norm)(x),
+            train,
+            progress=progress,
+            token_ids=token_ids,
+        )
         return x + y, info, aux
 
 

@@ -5,7 +5,13 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from flax import linen as nn
 
-from trix_jax.nn.tiles import Output, RoutedTiles, check_clusters, check_divides, check_input
+from trix_jax.nn.tiles import (
+    Output,
+    RoutedTiles,
+    check_clusters,
+    check_divides,
+    check_input,
+)
 from trix_jax.routing import RoutingConfig
 from trix_jax.ternary import TernaryConfig
 from trix_jax.typing import Array, Dtype, Float, Integer, Scalar
@@ -68,8 +74,15 @@ class HierarchicalTriXFFN(nn.Module):
     ) -> Output:
         """Applies the layer. Arguments and results are those of `SparseTriXFFN`."""
         check_input(x, self.d_model)
-        width = self.d_hidden or check_divides("4 * d_model", 4 * self.d_model, "num_tiles", self.num_tiles)
-        clusters = check_clusters(self.num_tiles, self.tiles_per_cluster, self.top_k_clusters, self.tiles_per_token)
+        width = self.d_hidden or check_divides(
+            "4 * d_model", 4 * self.d_model, "num_tiles", self.num_tiles
+        )
+        clusters = check_clusters(
+            self.num_tiles,
+            self.tiles_per_cluster,
+            self.top_k_clusters,
+            self.tiles_per_token,
+        )
         tiles = RoutedTiles(
             self.num_tiles,
             width,
@@ -89,5 +102,7 @@ class HierarchicalTriXFFN(nn.Module):
         h = nn.RMSNorm(dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(x)
         y, info, aux = tiles(h, train, progress, token_ids)
         scale = self.param("output_scale", nn.initializers.ones, (), self.param_dtype)
-        y = nn.Dropout(self.dropout)((y * scale).astype(x.dtype), deterministic=not train)
+        y = nn.Dropout(self.dropout)(
+            (y * scale).astype(x.dtype), deterministic=not train
+        )
         return (x + y if self.residual else y), info, aux

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from trix_jax import ops
-from trix_jax.ternary import Ternary, TernaryConfig, hard_ternary, round_scale, ternarize
+from trix_jax.ternary import (
+    Ternary,
+    TernaryConfig,
+    hard_ternary,
+    round_scale,
+    ternarize,
+)
 from trix_jax.typing import Dtype, Scalar
 
 PACKED = "packed"
@@ -46,12 +52,18 @@ class TernaryKernel(nn.Module):
     @nn.compact
     def __call__(self, progress: Scalar = 1.0) -> ops.Weights:
         if self.has_variable(PACKED, "bits"):
-            return ops.Packed(self.get_variable(PACKED, "bits"), self.get_variable(PACKED, "scale"))
+            return ops.Packed(
+                self.get_variable(PACKED, "bits"), self.get_variable(PACKED, "scale")
+            )
         fixed = self.config.rule == "fixed"
         init = self.kernel_init or (uniform_init if fixed else tile_init())
         kernel = self.param("kernel", init, self.shape, self.param_dtype)
         weights = ternarize(kernel.astype(jnp.float32), self.config, progress)
-        return weights._replace(scale=self._scale()) if fixed and self.learn_scale else weights
+        return (
+            weights._replace(scale=self._scale())
+            if fixed and self.learn_scale
+            else weights
+        )
 
     def pack(self, params) -> ops.Packed:
         """The packed form of a trained parameter dictionary of this module; leading axes (scanned layers) pass through."""
@@ -64,4 +76,8 @@ class TernaryKernel(nn.Module):
         # sqrt of the share of weights beyond the threshold, times the contraction: outputs start at the input's RMS.
         shape = (*self.shape[:-2], 1, self.shape[-1])
         start = (0.375 * self.shape[-2]) ** -0.5
-        return round_scale(self.param("scale", nn.initializers.constant(start), shape, self.param_dtype))
+        return round_scale(
+            self.param(
+                "scale", nn.initializers.constant(start), shape, self.param_dtype
+            )
+        )

@@ -43,7 +43,11 @@ class TriXLinear(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "*B I"], gate: Float[Array, "*B N"] | None = None, *, progress: Scalar = 1.0
+        self,
+        x: Float[Array, "*B I"],
+        gate: Float[Array, "*B N"] | None = None,
+        *,
+        progress: Scalar = 1.0,
     ) -> Float[Array, "*B O"]:
         """Applies the layer.
 
@@ -52,20 +56,31 @@ class TriXLinear(nn.Module):
             gate: multiplies each tile's outputs, 0 switching a tile off; None leaves all on.
             progress: share of training done, for `TernaryConfig` schedules.
         """
-        n, width = self.num_tiles, check_divides("features", self.features, "num_tiles", self.num_tiles)
+        n, width = (
+            self.num_tiles,
+            check_divides("features", self.features, "num_tiles", self.num_tiles),
+        )
         if gate is not None and gate.shape != (*x.shape[:-1], n):
-            raise ValueError(f"gate must be {[*x.shape[:-1], n]}, a value a tile. Got {list(gate.shape)}.")
+            raise ValueError(
+                f"gate must be {[*x.shape[:-1], n]}, a value a tile. Got {list(gate.shape)}."
+            )
         kernel = self._kernel(x.shape[-1], width)(progress)
         tokens = x.reshape(-1, x.shape[-1]).astype(self.dtype or x.dtype)
         y_NTO = ops.matmul(jnp.broadcast_to(tokens, (n, *tokens.shape)), kernel, width)
         y = jnp.moveaxis(y_NTO, 0, 1).reshape(*x.shape[:-1], n, width)
-        y = (y if gate is None else y * gate[..., None].astype(y.dtype)).reshape(*x.shape[:-1], self.features)
+        y = (y if gate is None else y * gate[..., None].astype(y.dtype)).reshape(
+            *x.shape[:-1], self.features
+        )
         if self.use_bias:
-            y = y + self.param("bias", self.bias_init, (self.features,), self.param_dtype).astype(y.dtype)
+            y = y + self.param(
+                "bias", self.bias_init, (self.features,), self.param_dtype
+            ).astype(y.dtype)
         return y
 
     @nn.compact
-    def signatures(self, in_features: int, kind: routing.Signature = "sum") -> Float[Array, "N I"]:
+    def signatures(
+        self, in_features: int, kind: routing.Signature = "sum"
+    ) -> Float[Array, "N I"]:
         """The address of each tile, read off its weights: the sum over its outputs, normalized as `routing.signatures` says."""
         width = self.features // self.num_tiles
         weights = ops.unpack(self._kernel(in_features, width)(), width)
@@ -73,4 +88,10 @@ class TriXLinear(nn.Module):
 
     def _kernel(self, in_features: int, width: int) -> TernaryKernel:
         shape = (self.num_tiles, in_features, width)
-        return TernaryKernel(shape, self.ternary, self.kernel_init, param_dtype=self.param_dtype, name="kernel")
+        return TernaryKernel(
+            shape,
+            self.ternary,
+            self.kernel_init,
+            param_dtype=self.param_dtype,
+            name="kernel",
+        )

@@ -45,12 +45,14 @@ class Router(nn.Module):
         h: Float[Array, "T D"],
         signature: Float[Array, "N D"],
         train: bool = False,
-        token_ids: Integer[Array, "T"] | None = None,
+        token_ids: Integer[Array, " T"] | None = None,
     ) -> tuple[Route, routing.RoutingInfo, dict[str, Float[Array, ""]]]:
         state = self._variables(signature)
         if self.config.source == "random":
             signature = state["signature"].value
-        signature = jnp.where(state["frozen"].value, state["signature"].value, signature)
+        signature = jnp.where(
+            state["frozen"].value, state["signature"].value, signature
+        )
         scores, used = self._scores(h, signature)
         tiles, gates = self._select(scores, h, signature, state, token_ids)
         counts = routing.count_tiles(tiles, self.num_tiles)
@@ -62,8 +64,12 @@ class Router(nn.Module):
 
     def _variables(self, signature):
         n, config = self.num_tiles, self.config
-        first = (lambda: signature) if config.source != "random" else lambda: routing.rms_unit(
-            jax.random.normal(self.make_rng("params"), signature.shape)
+        first = (
+            (lambda: signature)
+            if config.source != "random"
+            else lambda: routing.rms_unit(
+                jax.random.normal(self.make_rng("params"), signature.shape)
+            )
         )
         state = {
             "bias": self.variable("routing", "bias", jnp.zeros, (n,)),
@@ -74,7 +80,9 @@ class Router(nn.Module):
         if c := self.num_clusters:
             tiles = lambda: jnp.arange(n, dtype=jnp.int32).reshape(c, n // c)  # noqa: E731
             state["members"] = self.variable("routing", "members", tiles)
-            state["cluster_bias"] = self.variable("routing", "cluster_bias", jnp.zeros, (c,))
+            state["cluster_bias"] = self.variable(
+                "routing", "cluster_bias", jnp.zeros, (c,)
+            )
         return state
 
     def _scores(self, h, signature):
@@ -93,10 +101,17 @@ class Router(nn.Module):
         if self.num_clusters:
             members = state["members"].value
             address = routing.cluster_signatures(signature, members, config.signature)
-            cluster_scores = routing.match(h, address, config.score_scale) + state["cluster_bias"].value
-            allowed = routing.open_clusters(cluster_scores, members, self.top_k_clusters)
+            cluster_scores = (
+                routing.match(h, address, config.score_scale)
+                + state["cluster_bias"].value
+            )
+            allowed = routing.open_clusters(
+                cluster_scores, members, self.top_k_clusters
+            )
         biased = jax.lax.stop_gradient(scores) + state["bias"].value
-        tiles = routing.select_tiles(biased if allowed is None else jnp.where(allowed, biased, -jnp.inf), k)
+        tiles = routing.select_tiles(
+            biased if allowed is None else jnp.where(allowed, biased, -jnp.inf), k
+        )
         return tiles, routing.gates(scores, tiles, config.gate, allowed)
 
     def _losses(self, scores, signature, counts, train):
@@ -105,7 +120,10 @@ class Router(nn.Module):
             share = jax.lax.pmean(share, self.axis_name)
         balance = routing.balance_loss(scores, share)
         diversity = routing.diversity_loss(signature)
-        total = self.config.balance_weight * balance + self.config.diversity_weight * diversity
+        total = (
+            self.config.balance_weight * balance
+            + self.config.diversity_weight * diversity
+        )
         return {"balance": balance, "diversity": diversity, "total_aux": total}
 
 
@@ -125,7 +143,11 @@ def _info(tiles, gates, counts, scores, signature):
 def _hash_tiles(token_ids, num_tiles, k):
     """K distinct tiles from a multiplicative hash of the token id (Knuth, TAOCP 6.4), evenly spaced around the ring."""
     if token_ids is None:
-        raise ValueError("token_ids must be given to a layer whose routing source is 'hash'. Got None.")
+        raise ValueError(
+            "token_ids must be given to a layer whose routing source is 'hash'. Got None."
+        )
     mixed = (token_ids.astype(jnp.uint32) * jnp.uint32(2654435761)) >> jnp.uint32(16)
     first = (mixed % jnp.uint32(num_tiles)).astype(jnp.int32)
-    return (first[:, None] + jnp.arange(k, dtype=jnp.int32) * (num_tiles // k)) % num_tiles
+    return (
+        first[:, None] + jnp.arange(k, dtype=jnp.int32) * (num_tiles // k)
+    ) % num_tiles

@@ -5,7 +5,13 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from flax import linen as nn
 
-from trix_jax.nn.tiles import Output, RoutedTiles, check_divides, check_input, check_tiles_per_token
+from trix_jax.nn.tiles import (
+    Output,
+    RoutedTiles,
+    check_divides,
+    check_input,
+    check_tiles_per_token,
+)
 from trix_jax.routing import RoutingConfig
 from trix_jax.ternary import TernaryConfig
 from trix_jax.typing import Array, Dtype, Float, Integer, Scalar
@@ -73,7 +79,12 @@ class SparseTriXFFN(nn.Module):
             the output, what the routing did, and the auxiliary losses, of which `total_aux` is to be added to the task's.
         """
         check_input(x, self.d_model)
-        width = check_divides("expansion * d_model", self.expansion * self.d_model, "num_tiles", self.num_tiles)
+        width = check_divides(
+            "expansion * d_model",
+            self.expansion * self.d_model,
+            "num_tiles",
+            self.num_tiles,
+        )
         check_tiles_per_token(self.tiles_per_token, self.num_tiles)
         tiles = RoutedTiles(
             self.num_tiles,

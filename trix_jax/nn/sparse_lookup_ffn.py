@@ -7,12 +7,20 @@ from flax import linen as nn
 from trix_jax import ops, routing
 from trix_jax.nn.kernel import TernaryKernel
 from trix_jax.nn.router import Router
-from trix_jax.nn.tiles import Output, check_clusters, check_divides, check_input, in_shape_of
+from trix_jax.nn.tiles import (
+    Output,
+    check_clusters,
+    check_divides,
+    check_input,
+    in_shape_of,
+)
 from trix_jax.routing import RoutingConfig
 from trix_jax.ternary import TernaryConfig
 from trix_jax.typing import Array, Dtype, Float, Integer, Scalar
 
-SPLINE_THRESHOLD = 0.3  # the original's, on N(0, 0.5^2) coefficients: 55 in 100 are not zero
+SPLINE_THRESHOLD = (
+    0.3  # the original's, on N(0, 0.5^2) coefficients: 55 in 100 are not zero
+)
 DIRECTION_STD = 0.5
 
 
@@ -69,16 +77,30 @@ class SparseLookupFFN(nn.Module):
         check_input(x, self.d_model)
         clusters = check_clusters(self.num_tiles, self.tiles_per_cluster, 1, 1)
         dtype = self.dtype or x.dtype
-        h = nn.LayerNorm(dtype=dtype, param_dtype=self.param_dtype, name="norm")(x.reshape(-1, self.d_model))
+        h = nn.LayerNorm(dtype=dtype, param_dtype=self.param_dtype, name="norm")(
+            x.reshape(-1, self.d_model)
+        )
         shape = (self.num_tiles, self.d_model)
-        directions = self.param("directions", nn.initializers.normal(DIRECTION_STD), shape, self.param_dtype)
-        router = Router(self.num_tiles, 1, clusters, 1, self.routing, self.axis_name, name="router")
+        directions = self.param(
+            "directions", nn.initializers.normal(DIRECTION_STD), shape, self.param_dtype
+        )
+        router = Router(
+            self.num_tiles, 1, clusters, 1, self.routing, self.axis_name, name="router"
+        )
         ids = None if token_ids is None else token_ids.reshape(-1)
-        route, info, aux = router(h, routing.signatures(directions, self.routing.signature), train, ids)
+        route, info, aux = router(
+            h, routing.signatures(directions, self.routing.signature), train, ids
+        )
         tile, gate = route.tiles[:, 0], route.gates[:, 0]
         magnitude = self._magnitude(self._compress(h, dtype), tile, progress)
-        output_scale = self.param("output_scale", nn.initializers.constant(0.1), (), self.param_dtype)
-        y = ((gate * magnitude * output_scale)[:, None] * directions[tile]).astype(x.dtype).reshape(x.shape)
+        output_scale = self.param(
+            "output_scale", nn.initializers.constant(0.1), (), self.param_dtype
+        )
+        y = (
+            ((gate * magnitude * output_scale)[:, None] * directions[tile])
+            .astype(x.dtype)
+            .reshape(x.shape)
+        )
         y = nn.Dropout(self.dropout)(y, deterministic=not train)
         return (x + y if self.residual else y), in_shape_of(info, x), aux
 
@@ -87,9 +109,13 @@ class SparseLookupFFN(nn.Module):
         width = self.compress_hidden or check_divides("d_model", self.d_model, "4", 4)
         dense = {"dtype": dtype, "param_dtype": self.param_dtype}
         hidden = jax.nn.gelu(nn.Dense(width, name="compress_in", **dense)(h))
-        return jnp.tanh(nn.Dense(2, name="compress_out", **dense)(hidden).astype(jnp.float32))
+        return jnp.tanh(
+            nn.Dense(2, name="compress_out", **dense)(hidden).astype(jnp.float32)
+        )
 
-    def _magnitude(self, ab: Float[Array, "T two"], tile: Integer[Array, "T"], progress: Scalar) -> Float[Array, "T"]:
+    def _magnitude(
+        self, ab: Float[Array, "T two"], tile: Integer[Array, " T"], progress: Scalar
+    ) -> Float[Array, " T"]:
         """Computes `s_n * (c0 + c1 * la + c2 * lb)` with the coefficients of the token's tile and cell."""
         grid = self.grid_size
         position = (ab + 1) / 2 * grid
@@ -98,13 +124,24 @@ class SparseLookupFFN(nn.Module):
         coefficients = self._splines(progress).reshape(self.num_tiles, grid, grid, 3)
         i, j = cell.astype(jnp.int32).T
         c_T3 = coefficients[tile, i, j]
-        scale = self.param("spline_scale", nn.initializers.ones, (self.num_tiles,), self.param_dtype)
-        return scale[tile] * (c_T3[:, 0] + c_T3[:, 1] * local[:, 0] + c_T3[:, 2] * local[:, 1])
+        scale = self.param(
+            "spline_scale", nn.initializers.ones, (self.num_tiles,), self.param_dtype
+        )
+        return scale[tile] * (
+            c_T3[:, 0] + c_T3[:, 1] * local[:, 0] + c_T3[:, 2] * local[:, 1]
+        )
 
     def _splines(self, progress: Scalar) -> Float[Array, "N cells"]:
         mode = "ste" if self.ternary_splines else "none"
         rule = TernaryConfig(mode=mode, rule="fixed", threshold=SPLINE_THRESHOLD)
         shape = (self.num_tiles, 3 * self.grid_size**2)
         init = nn.initializers.normal(0.5)
-        kernel = TernaryKernel(shape, rule, init, learn_scale=False, param_dtype=self.param_dtype, name="splines")
+        kernel = TernaryKernel(
+            shape,
+            rule,
+            init,
+            learn_scale=False,
+            param_dtype=self.param_dtype,
+            name="splines",
+        )
         return ops.unpack(kernel(progress), shape[-1]).q

@@ -37,12 +37,19 @@ def activation(name: str) -> Callable:
         ValueError: there is none of this name.
     """
     if name not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}. Got {name!r}.")
+        raise ValueError(
+            f"activation must be one of {', '.join(ACTIVATIONS)}. Got {name!r}."
+        )
     return ACTIVATIONS[name]
 
 
 def tile_ffn(
-    h: Float[Array, "T D"], route: Route, up: ops.Weights, down: ops.Weights, shape: tuple[int, int], act: Callable
+    h: Float[Array, "T D"],
+    route: Route,
+    up: ops.Weights,
+    down: ops.Weights,
+    shape: tuple[int, int],
+    act: Callable,
 ) -> Float[Array, "T D"]:
     """Computes `sum_k gate_tk * (act((h_t @ q_up) * s_up) @ q_down) * s_down` over the tiles k chosen for token t.
 
@@ -51,8 +58,12 @@ def tile_ffn(
     """
     num_tiles, tile_width = shape
     plan = dispatch.make_plan(route.tiles, num_tiles)
-    hidden = act(ops.tile_matmul(dispatch.to_blocks(h, plan), up, plan.block_tile, tile_width))
-    y_TKD = dispatch.from_blocks(ops.tile_matmul(hidden, down, plan.block_tile, h.shape[-1]), plan)
+    hidden = act(
+        ops.tile_matmul(dispatch.to_blocks(h, plan), up, plan.block_tile, tile_width)
+    )
+    y_TKD = dispatch.from_blocks(
+        ops.tile_matmul(hidden, down, plan.block_tile, h.shape[-1]), plan
+    )
     return (y_TKD * route.gates[..., None]).sum(axis=1).astype(h.dtype)
 
 
@@ -86,10 +97,20 @@ class RoutedTiles(nn.Module):
     ) -> Output:
         n, d, f = self.num_tiles, x.shape[-1], self.tile_width
         common = {"config": self.ternary, "param_dtype": self.param_dtype}
-        up = TernaryKernel((n, d, f), kernel_init=self.up_init, name="up", **common)(progress)
-        down = TernaryKernel((n, f, d), kernel_init=self.down_init, name="down", **common)(progress)
+        up = TernaryKernel((n, d, f), kernel_init=self.up_init, name="up", **common)(
+            progress
+        )
+        down = TernaryKernel(
+            (n, f, d), kernel_init=self.down_init, name="down", **common
+        )(progress)
         router = Router(
-            n, self.tiles_per_token, self.num_clusters, self.top_k_clusters, self.routing, self.axis_name, name="router"
+            n,
+            self.tiles_per_token,
+            self.num_clusters,
+            self.top_k_clusters,
+            self.routing,
+            self.axis_name,
+            name="router",
         )
         tokens = x.reshape(-1, d).astype(self.dtype or x.dtype)
         ids = None if token_ids is None else token_ids.reshape(-1)
@@ -112,13 +133,17 @@ class RoutedTiles(nn.Module):
 def in_shape_of(info: RoutingInfo, x: Float[Array, "*B D"]) -> routing.RoutingInfo:
     """Gives the per-token fields the leading axes of `x`."""
     lead = x.shape[:-1]
-    return info._replace(tiles=info.tiles.reshape(*lead, -1), gates=info.gates.reshape(*lead, -1))
+    return info._replace(
+        tiles=info.tiles.reshape(*lead, -1), gates=info.gates.reshape(*lead, -1)
+    )
 
 
 def check_input(x: Float[Array, "..."], d_model: int) -> None:
     """Raises a ValueError unless `x` is `[..., d_model]` with one or two leading axes and at least one token."""
     if x.ndim not in (2, 3) or x.shape[-1] != d_model or 0 in x.shape:
-        raise ValueError(f"x must be [tokens, {d_model}] or [batch, length, {d_model}], and not empty. Got {list(x.shape)}.")
+        raise ValueError(
+            f"x must be [tokens, {d_model}] or [batch, length, {d_model}], and not empty. Got {list(x.shape)}."
+        )
 
 
 def check_divides(what: str, total: int, name: str, parts: int) -> int:
@@ -128,16 +153,30 @@ def check_divides(what: str, total: int, name: str, parts: int) -> int:
     return total // parts
 
 
-def check_clusters(num_tiles: int, tiles_per_cluster: int, top_k_clusters: int, tiles_per_token: int) -> int:
+def check_clusters(
+    num_tiles: int, tiles_per_cluster: int, top_k_clusters: int, tiles_per_token: int
+) -> int:
     """Returns the number of clusters, or raises a ValueError: sizes that do not divide, or too few open tiles."""
-    clusters = check_divides("num_tiles", num_tiles, "tiles_per_cluster", tiles_per_cluster)
+    clusters = check_divides(
+        "num_tiles", num_tiles, "tiles_per_cluster", tiles_per_cluster
+    )
     if not 1 <= top_k_clusters <= clusters:
-        raise ValueError(f"top_k_clusters={top_k_clusters} must be at least 1 and at most the {clusters} clusters.")
-    check_tiles_per_token(tiles_per_token, top_k_clusters * tiles_per_cluster, "top_k_clusters * tiles_per_cluster")
+        raise ValueError(
+            f"top_k_clusters={top_k_clusters} must be at least 1 and at most the {clusters} clusters."
+        )
+    check_tiles_per_token(
+        tiles_per_token,
+        top_k_clusters * tiles_per_cluster,
+        "top_k_clusters * tiles_per_cluster",
+    )
     return clusters
 
 
-def check_tiles_per_token(tiles_per_token: int, available: int, what: str = "num_tiles") -> None:
+def check_tiles_per_token(
+    tiles_per_token: int, available: int, what: str = "num_tiles"
+) -> None:
     """Raises a ValueError unless a token can choose that many tiles."""
     if not 1 <= tiles_per_token <= available:
-        raise ValueError(f"tiles_per_token={tiles_per_token} must be at least 1 and at most {what}={available}.")
+        raise ValueError(
+            f"tiles_per_token={tiles_per_token} must be at least 1 and at most {what}={available}."
+        )

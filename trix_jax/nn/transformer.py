@@ -6,8 +6,20 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 from flax import linen as nn
 
-from trix_jax.nn.block import Block, DenseBlock, HierarchicalTriXBlock, SparseLookupBlock, SparseTriXBlock
-from trix_jax.nn.tiles import ACTIVATIONS, Aux, check_clusters, check_divides, check_tiles_per_token
+from trix_jax.nn.block import (
+    Block,
+    DenseBlock,
+    HierarchicalTriXBlock,
+    SparseLookupBlock,
+    SparseTriXBlock,
+)
+from trix_jax.nn.tiles import (
+    ACTIVATIONS,
+    Aux,
+    check_clusters,
+    check_divides,
+    check_tiles_per_token,
+)
 from trix_jax.routing import RoutingConfig, RoutingInfo
 from trix_jax.ternary import TernaryConfig
 from trix_jax.typing import Array, Float, Integer, Scalar
@@ -57,34 +69,62 @@ class TransformerConfig:
     dropout: float = 0.0
     tied: bool = True
     dtype: ComputeDtype = "float32"
-    ternary: TernaryConfig = TernaryConfig()
-    routing: RoutingConfig = RoutingConfig()
+    ternary: TernaryConfig = dataclasses.field(default_factory=TernaryConfig)
+    routing: RoutingConfig = dataclasses.field(default_factory=RoutingConfig)
 
     def __post_init__(self):
-        for name in ("context", "d_model", "n_layers", "n_heads", "expansion", "num_tiles", "grid_size"):
+        for name in (
+            "context",
+            "d_model",
+            "n_layers",
+            "n_heads",
+            "expansion",
+            "num_tiles",
+            "grid_size",
+        ):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1. Got {getattr(self, name)}.")
+                raise ValueError(
+                    f"{name} must be at least 1. Got {getattr(self, name)}."
+                )
         for name, kind in (("ffn", FFNKind), ("dtype", ComputeDtype)):
             if getattr(self, name) not in get_args(kind):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}. Got {getattr(self, name)!r}.")
+                raise ValueError(
+                    f"{name} must be one of {', '.join(get_args(kind))}. Got {getattr(self, name)!r}."
+                )
         if self.activation is not None and self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}. Got {self.activation!r}.")
+            raise ValueError(
+                f"activation must be one of {', '.join(ACTIVATIONS)}. Got {self.activation!r}."
+            )
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1. Got {self.dropout}.")
+            raise ValueError(
+                f"dropout must be at least 0 and below 1. Got {self.dropout}."
+            )
         for name in ("vocab_size", "ffn_width"):
             if isinstance(value := getattr(self, name), int) and value < 1:
                 raise ValueError(f"{name} must be at least 1. Got {value}.")
         check_divides("d_model", self.d_model, "n_heads", self.n_heads)
         if self.ffn in ("sparse", "hierarchical"):
-            check_divides("expansion * d_model", self.expansion * self.d_model, "num_tiles", self.num_tiles)
+            check_divides(
+                "expansion * d_model",
+                self.expansion * self.d_model,
+                "num_tiles",
+                self.num_tiles,
+            )
         if self.ffn == "sparse":
             check_tiles_per_token(self.tiles_per_token, self.num_tiles)
         if self.ffn == "hierarchical":
-            check_clusters(self.num_tiles, self.tiles_per_cluster, self.top_k_clusters, self.tiles_per_token)
+            check_clusters(
+                self.num_tiles,
+                self.tiles_per_cluster,
+                self.top_k_clusters,
+                self.tiles_per_token,
+            )
         if self.ffn == "lookup":
             check_clusters(self.num_tiles, self.tiles_per_cluster, 1, 1)
             if self.tiles_per_token != 1:
-                raise ValueError(f"tiles_per_token must be 1 with ffn='lookup'. Got {self.tiles_per_token}.")
+                raise ValueError(
+                    f"tiles_per_token must be 1 with ffn='lookup'. Got {self.tiles_per_token}."
+                )
 
     @property
     def tile_width(self) -> int:
@@ -99,7 +139,9 @@ class TransformerConfig:
             ValueError: "match-params" has not been resolved.
         """
         if self.ffn_width == "match-params":
-            raise ValueError("ffn_width='match-params' must be resolved first, by trix_jax.lm.config.resolve.")
+            raise ValueError(
+                "ffn_width='match-params' must be resolved first, by trix_jax.lm.config.resolve."
+            )
         return self.ffn_width or self.expansion * self.d_model
 
 
@@ -120,7 +162,11 @@ class TransformerLM(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: Integer[Array, "B L"], train: bool = False, decode: bool = False, progress: Scalar = 1.0
+        self,
+        tokens: Integer[Array, "B L"],
+        train: bool = False,
+        decode: bool = False,
+        progress: Scalar = 1.0,
     ) -> tuple[Float[Array, "B L V"], tuple[RoutingInfo | None, ...], Aux]:
         """Applies the model.
 
@@ -141,16 +187,22 @@ class TransformerLM(nn.Module):
             raise ValueError("vocab_size must be set to build a model. Got None.")
         length = tokens.shape[1]
         if length > c.context:
-            raise ValueError(f"tokens must be at most context={c.context} long. Got {length}.")
+            raise ValueError(
+                f"tokens must be at most context={c.context} long. Got {length}."
+            )
         init = nn.initializers.normal(0.02)
         dtype = jnp.dtype(c.dtype)
-        embed = nn.Embed(c.vocab_size, c.d_model, embedding_init=init, dtype=dtype, name="embed")
+        embed = nn.Embed(
+            c.vocab_size, c.d_model, embedding_init=init, dtype=dtype, name="embed"
+        )
         positions = jnp.arange(length)
         if decode:
             start = self.variable("cache", "position", lambda: jnp.zeros((), jnp.int32))
             positions = positions + start.value
             start.value = start.value + length
-        x = embed(tokens) + nn.Embed(c.context, c.d_model, embedding_init=init, dtype=dtype, name="positions")(positions)
+        x = embed(tokens) + nn.Embed(
+            c.context, c.d_model, embedding_init=init, dtype=dtype, name="positions"
+        )(positions)
         x = nn.Dropout(c.dropout)(x, deterministic=not train)
         infos, losses = [], []
         for i in range(c.n_layers):
@@ -162,8 +214,13 @@ class TransformerLM(nn.Module):
         if c.tied:
             logits = embed.attend(x)
         else:
-            logits = nn.Dense(c.vocab_size, use_bias=False, kernel_init=init, dtype=dtype, name="head")(x)
-        aux = {name: jnp.mean(jnp.stack([loss[name] for loss in losses])) for name in losses[0]}
+            logits = nn.Dense(
+                c.vocab_size, use_bias=False, kernel_init=init, dtype=dtype, name="head"
+            )(x)
+        aux = {
+            name: jnp.mean(jnp.stack([loss[name] for loss in losses]))
+            for name in losses[0]
+        }
         return logits.astype(jnp.float32), tuple(infos), aux
 
 
@@ -182,14 +239,34 @@ def make_block(config: TransformerConfig, axis_name: str | None, name: str) -> B
         "name": name,
     }
     tiles = {"num_tiles": c.num_tiles, "routing": c.routing}
-    ternary = {"ternary": c.ternary, "activation": c.activation or "relu2", "tiles_per_token": c.tiles_per_token}
+    ternary = {
+        "ternary": c.ternary,
+        "activation": c.activation or "relu2",
+        "tiles_per_token": c.tiles_per_token,
+    }
     clusters = {"tiles_per_cluster": c.tiles_per_cluster}
     if c.ffn == "dense":
-        return DenseBlock(c.d_model, c.n_heads, c.dense_width, c.activation or "gelu", **shared)
+        return DenseBlock(
+            c.d_model, c.n_heads, c.dense_width, c.activation or "gelu", **shared
+        )
     if c.ffn == "sparse":
-        return SparseTriXBlock(c.d_model, c.n_heads, expansion=c.expansion, **tiles, **ternary, **shared)
+        return SparseTriXBlock(
+            c.d_model, c.n_heads, expansion=c.expansion, **tiles, **ternary, **shared
+        )
     if c.ffn == "hierarchical":
-        more = {"d_hidden": c.tile_width, "top_k_clusters": c.top_k_clusters, **clusters}
-        return HierarchicalTriXBlock(c.d_model, c.n_heads, **more, **tiles, **ternary, **shared)
-    more = {"grid_size": c.grid_size, "compress_hidden": c.compress_hidden, "ternary_splines": c.ternary_splines}
-    return SparseLookupBlock(c.d_model, c.n_heads, **more, **clusters, **tiles, **shared)
+        more = {
+            "d_hidden": c.tile_width,
+            "top_k_clusters": c.top_k_clusters,
+            **clusters,
+        }
+        return HierarchicalTriXBlock(
+            c.d_model, c.n_heads, **more, **tiles, **ternary, **shared
+        )
+    more = {
+        "grid_size": c.grid_size,
+        "compress_hidden": c.compress_hidden,
+        "ternary_splines": c.ternary_splines,
+    }
+    return SparseLookupBlock(
+        c.d_model, c.n_heads, **more, **clusters, **tiles, **shared
+    )
