@@ -34,9 +34,8 @@ def balanced_kmeans(
             home = home.at[tile].set(cluster.astype(home.dtype))
             full = jnp.sum(home == cluster) == size
             affinity = affinity.at[tile].set(-jnp.inf)
-            return jnp.where(
-                full & (jnp.arange(count) == cluster), -jnp.inf, affinity
-            ), home
+            closed = full & (jnp.arange(count)[None] == cluster)
+            return jnp.where(closed, -jnp.inf, affinity), home
 
         home = jnp.full((count * size,), -1, members.dtype)
         _, home = jax.lax.fori_loop(0, count * size, join, (affinity, home))

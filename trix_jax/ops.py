@@ -6,6 +6,7 @@ over groups of the contraction in ascending order. A frozen layer therefore equa
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from trix_jax.ternary import Ternary
@@ -48,7 +49,8 @@ def matmul(
 ) -> Float[Array, "*B T O"]:
     """Computes `(x @ q) * scale`, batched over leading axes, in the dtype of `x`.
 
-    With several groups it is `sum over g of (x_g @ q_g) * scale_g`, ascending, in float32.
+    With several groups it is `sum over g of (x_g @ q_g) * scale_g`, ascending, in float32, every product and every sum
+    rounded: without the barrier a compiler may fuse the two, as it likes, and the last bit depends on what is around.
     """
     q, scale = unpack(weights, features)
     q = q.astype(x.dtype)
@@ -61,6 +63,8 @@ def matmul(
             x[..., part], q[..., part, :], preferred_element_type=jnp.float32
         )
         product = product * scale[..., g, None, :]
+        if groups > 1:
+            product = jax.lax.optimization_barrier(product)
         total = product if total is None else total + product
     return total.astype(x.dtype)
 

@@ -126,7 +126,8 @@ def select_tiles(scores: Float[Array, "T N"], k: int = 1) -> Integer[Array, "T K
         )
     if k == 1:
         return jnp.argmax(scores, axis=-1, keepdims=True)
-    return jax.lax.top_k(scores, k)[1]
+    # top_k puts 0.0 before -0.0, argmax takes them for equal.
+    return jax.lax.top_k(jnp.where(scores == 0, 0, scores), k)[1]
 
 
 def cluster_signatures(
@@ -154,7 +155,7 @@ def open_clusters(
             f"top_k_clusters={top_k_clusters} must be at least 1 and at most the {count} clusters."
         )
     chosen = select_tiles(cluster_scores, top_k_clusters)
-    is_open_TC = (chosen[:, :, None] == jnp.arange(count)).any(axis=1)
+    is_open_TC = (chosen[:, :, None] == jnp.arange(count)[None, None]).any(axis=1)
     return is_open_TC[:, cluster_of(members)]
 
 

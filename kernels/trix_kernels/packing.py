@@ -75,7 +75,8 @@ def unpack(
         raise ValueError(
             f"n={n} weights take rows of {packed_length(n)} bytes. Got rows of {words.shape[-1]}."
         )
-    codes = (words[..., None] >> xp.asarray(_SHIFTS, xp.uint8)) & xp.uint8(3)
+    shifts = np.asarray(_SHIFTS, np.uint8).reshape(*[1] * words.ndim, 4)
+    codes = (words[..., None] >> shifts) & xp.uint8(3)
     values = (codes & xp.uint8(1)).astype(xp.int8) - (codes >> xp.uint8(1)).astype(
         xp.int8
     )

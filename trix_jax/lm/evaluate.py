@@ -7,11 +7,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from trix_jax import routing
 from trix_jax.lm import checkpoint, config, export
-from trix_jax.lm.data import Store, eval_batches, load_tokenizer
+from trix_jax.lm.data import (
+    Store,
+    eval_batches,
+    is_store,
+    load_tokenizer,
+    open_store,
+)
 from trix_jax.lm.step import make_eval_step
 from trix_jax.nn.transformer import TransformerConfig, TransformerLM
 
@@ -53,22 +60,19 @@ def evaluate(
 ) -> Evaluation:
     """Evaluates on every token of the validation split but the first, in windows of the model's context."""
     step = _compiled(model)
-    loss, tokens, counts, routes, kept = 0.0, 0.0, 0.0, [], 0
+    loss, tokens, routes, kept = 0.0, 0.0, [], 0
+    total = np.zeros((), np.float64)
     for batch, mask in eval_batches(
         store.val, batch_size=batch_size, context=model.config.context
     ):
         sums = jax.device_get(step(variables, batch, mask, progress))
-        loss, tokens, counts = (
-            loss + float(sums.loss),
-            tokens + float(sums.tokens),
-            counts + sums.counts,
-        )
+        loss, tokens = loss + float(sums.loss), tokens + float(sums.tokens)
+        total = total + sums.counts
         if kept < ROUTES_KEPT:
-            seen = sums.tiles[:, np.asarray(mask, bool).reshape(-1)][
-                :, : ROUTES_KEPT - kept
-            ]
-            routes.append(seen.astype(np.uint16))
-            kept += seen.shape[1]
+            seen = sums.tiles[:, np.asarray(mask, bool).reshape(-1)]
+            routes.append(seen[:, : ROUTES_KEPT - kept].astype(np.uint16))
+            kept += routes[-1].shape[1]
+    counts = jnp.asarray(total, jnp.float32)
     mean = loss / tokens
     nats_per_byte = mean * store.val_tokens / store.val_bytes
     return Evaluation(
@@ -76,14 +80,10 @@ def evaluate(
         val_ppl=math.exp(min(mean, 700.0)),
         val_bits_per_byte=nats_per_byte / math.log(2),
         tokens=int(tokens),
-        tile_usage=(
-            counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)
-        ).tolist(),
-        entropy=np.asarray(routing.usage_entropy(counts)).tolist(),
-        max_load=np.asarray(routing.max_load(counts)).tolist() if counts.size else [],
-        dead_tiles=np.asarray(routing.dead_tiles(counts)).tolist()
-        if counts.size
-        else [],
+        tile_usage=(counts / jnp.maximum(counts.sum(-1, keepdims=True), 1)).tolist(),
+        entropy=routing.usage_entropy(counts).tolist(),
+        max_load=routing.max_load(counts).tolist() if counts.size else [],
+        dead_tiles=routing.dead_tiles(counts).tolist() if counts.size else [],
         routes=np.concatenate(routes, axis=1),
     )
 
@@ -113,11 +113,40 @@ def load_run(
     arrays = checkpoint.restore_arrays(checkpoints, number, ("params", "routing"))
     check_fits(run.model, arrays, f"checkpoint {number} of {directory}")
     variables = {
-        name: jax.tree.map(jax.numpy.asarray, tree)
-        for name, tree in arrays.items()
-        if tree
+        name: jax.tree.map(jnp.asarray, tree) for name, tree in arrays.items() if tree
     }
     return model, variables, load_tokenizer(directory / "tokenizer.json")
+
+
+def resolve_step(directory: str | Path, step: str | int) -> int | None:
+    """The number of a run's step ("latest", "best" or a number); None for an export."""
+    directory = Path(directory)
+    if export.is_export(directory):
+        return None
+    return checkpoint.resolve(directory / "checkpoints", step)
+
+
+def open_run_data(directory: str | Path, data: str | Path | None = None) -> Store:
+    """The token store to evaluate a run on: `data`, or the one it was trained on.
+
+    Raises:
+        ValueError: there is none, or its tokens are not the model's.
+    """
+    directory = Path(directory)
+    if data is None:
+        data = directory / "data"
+        if not is_store(data) and not export.is_export(directory):
+            data = read_config(directory).data.path or data
+    if not is_store(data):
+        raise ValueError(
+            f"data must name a token store (`trix-jax prepare`) to evaluate {directory} "
+            f"on. Got {data}, which is none."
+        )
+    store = open_store(data)
+    own, other = (folder / "tokenizer.json" for folder in (directory, store.directory))
+    if own.read_bytes() != other.read_bytes():
+        raise ValueError(f"{data} was made with another tokenizer than {directory}'s.")
+    return store
 
 
 def read_config(directory: Path) -> config.RunConfig:

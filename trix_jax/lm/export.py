@@ -47,7 +47,7 @@ def export(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    tokens = jnp.zeros((1, 1), jnp.int32)
     dense = model.config.ffn == "dense"
     frozen = (
         variables if dense or PACKED in variables else freeze(model, variables, tokens)
@@ -113,7 +113,7 @@ def to_tensors(
         elif path[-1] != "signature_sums" and not (
             path[0] == "routing" and _is_idle(path, flat, model)
         ):
-            tensors[name] = np.ascontiguousarray(value)
+            tensors[name] = np.array(value, order="C")
     return tensors, columns
 
 

@@ -1,6 +1,7 @@
 """The train and evaluation steps: pure per-device functions that take the name of the mapped axis as an argument."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -71,16 +72,21 @@ def init_state(
 ) -> TrainState:
     """The state before the first step."""
     init_key, dropout_key = jax.random.split(jax.random.key(seed))
-    tokens = jnp.zeros((1, model.config.context), jnp.int32)
-    variables = jax.jit(model.init)(init_key, tokens)
+    variables = _compiled_init(model)(init_key)
     params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=jax.jit(optimizer.init)(params),
+        opt_state=optimizer.init(params),
         routing=variables.get("routing", {}),
         rng=jax.random.key_data(dropout_key),
     )
+
+
+@lru_cache(maxsize=8)
+def _compiled_init(model: TransformerLM) -> Callable:
+    tokens = jnp.zeros((1, model.config.context), jnp.int32)
+    return jax.jit(lambda key: model.init(key, tokens))
 
 
 def make_train_step(
@@ -145,7 +151,7 @@ def make_train_step(
         counts = outputs[3].sum(axis=0)
         counts = jax.lax.psum(counts, axis_name) if axis_name else counts
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         metrics = Metrics(
             loss=loss,
             grad_norm=grad_norm,

@@ -3,18 +3,19 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from trix_jax import routing
 from trix_jax.lm import metrics, parallel
 from trix_jax.lm.accounting import costs
-from trix_jax.lm.config import RunConfig, fingerprint, resolve
+from trix_jax.lm.config import RunConfig, TrainConfig, fingerprint, resolve
 from trix_jax.lm.data import train_batches
 from trix_jax.lm.evaluate import Evaluation, evaluate
 from trix_jax.lm.optimizer import make_optimizer
@@ -40,6 +41,7 @@ def train(
     *,
     resume: Resume = "auto",
     reference: TransformerConfig | None = None,
+    devices: Sequence[jax.Device] | None = None,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Trains a run in `workdir`, or goes on with the one that is there, and returns its summary.
@@ -49,6 +51,7 @@ def train(
         workdir: the run directory.
         resume: "auto" goes on where a run left off, "never" refuses a directory that holds one, "must" an empty one.
         reference: the model whose parameters a "match-params" dense width matches; None takes the hierarchical FFN.
+        devices: what to train on, `jax.pmap` over several; None takes all of this process.
         report: takes one-line messages.
 
     Raises:
@@ -63,19 +66,18 @@ def train(
         config.model, ffn="hierarchical", ffn_width=None
     )
     config = resolve(config, reference, store.tokenizer.vocab_size)
-    devices = jax.local_devices()
+    devices = list(devices or jax.local_devices())
     parallel.check_batch(config.train.batch_size, config.train.accumulate, devices)
     settle(config, workdir, store, devices, is_new=step is None)
     model, optimizer = TransformerLM(config.model), make_optimizer(config.train)
     run = Run(config, workdir, store, model, optimizer, devices)
     position = restore(run, step, report)
-    log = metrics.MetricsFile(workdir / "metrics.jsonl", position.step)
     with (
+        metrics.MetricsFile(workdir / "metrics.jsonl", position.step) as log,
         Progress(config.train.steps, position.step, report) as progress,
         Signals() as signals,
     ):
         seconds = _loop(run, position, log, progress, signals)
-    log.close()
     return _summarize(run, seconds)
 
 
@@ -90,8 +92,7 @@ def _loop(
     train_config, model = run.config.train, run.model
     began = time.perf_counter() - position.seconds
     routes, best = position.routes, position.best
-    make_step = partial(make_train_step, model, run.optimizer, train_config)
-    step_fn = parallel.compile_step(make_step, run.devices)
+    step_fn = _compiled_step(model, train_config, tuple(run.devices))
     state = parallel.place(position.state, run.devices)
     batches = train_batches(
         run.store.train,
@@ -136,6 +137,15 @@ def _loop(
     return time.perf_counter() - began
 
 
+@lru_cache(maxsize=4)
+def _compiled_step(
+    model: TransformerLM, config: TrainConfig, devices: tuple[jax.Device, ...]
+) -> Callable:
+    """The step, compiled once for runs of the same model and settings in a process."""
+    make_step = partial(make_train_step, model, make_optimizer(config), config)
+    return parallel.compile_step(make_step, devices)
+
+
 def _evaluate(run: Run, step: int, state: TrainState) -> Evaluation:
     variables = {"params": state.params}
     if state.routing:
@@ -162,7 +172,7 @@ def _eval_line(
 ) -> dict[str, Any]:
     kept = []
     if step > run.config.train.eval_every:
-        pairs = zip(routes, result.routes, strict=True)
+        pairs = zip(jnp.asarray(routes), jnp.asarray(result.routes), strict=True)
         kept = [float(routing.stability(before, after)) for before, after in pairs]
     return {
         "event": "eval",

@@ -74,5 +74,6 @@ class CausalSelfAttention(nn.Module):
         keys.value = jax.lax.dynamic_update_slice(keys.value, k, (0, start, 0, 0))
         values.value = jax.lax.dynamic_update_slice(values.value, v, (0, start, 0, 0))
         index.value = start + length
-        seen = jnp.arange(self.cache_length) <= (start + jnp.arange(length))[:, None]
+        now = start + jnp.arange(length)
+        seen = jnp.arange(self.cache_length)[None] <= now[:, None]
         return keys.value, values.value, seen[None, None]

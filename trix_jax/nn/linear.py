@@ -66,15 +66,18 @@ class TriXLinear(nn.Module):
             )
         kernel = self._kernel(x.shape[-1], width)(progress)
         tokens = x.reshape(-1, x.shape[-1]).astype(self.dtype or x.dtype)
-        y_NTO = ops.matmul(jnp.broadcast_to(tokens, (n, *tokens.shape)), kernel, width)
+        y_NTO = ops.matmul(
+            jnp.broadcast_to(tokens[None], (n, *tokens.shape)), kernel, width
+        )
         y = jnp.moveaxis(y_NTO, 0, 1).reshape(*x.shape[:-1], n, width)
         y = (y if gate is None else y * gate[..., None].astype(y.dtype)).reshape(
             *x.shape[:-1], self.features
         )
         if self.use_bias:
-            y = y + self.param(
+            bias = self.param(
                 "bias", self.bias_init, (self.features,), self.param_dtype
-            ).astype(y.dtype)
+            )
+            y = y + jnp.broadcast_to(bias, y.shape).astype(y.dtype)
         return y
 
     @nn.compact

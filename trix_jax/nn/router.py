@@ -103,12 +103,12 @@ class Router(nn.Module):
             address = routing.cluster_signatures(signature, members, config.signature)
             cluster_scores = (
                 routing.match(h, address, config.score_scale)
-                + state["cluster_bias"].value
+                + state["cluster_bias"].value[None]
             )
             allowed = routing.open_clusters(
                 cluster_scores, members, self.top_k_clusters
             )
-        biased = jax.lax.stop_gradient(scores) + state["bias"].value
+        biased = jax.lax.stop_gradient(scores) + state["bias"].value[None]
         tiles = routing.select_tiles(
             biased if allowed is None else jnp.where(allowed, biased, -jnp.inf), k
         )
@@ -148,6 +148,5 @@ def _hash_tiles(token_ids, num_tiles, k):
         )
     mixed = (token_ids.astype(jnp.uint32) * jnp.uint32(2654435761)) >> jnp.uint32(16)
     first = (mixed % jnp.uint32(num_tiles)).astype(jnp.int32)
-    return (
-        first[:, None] + jnp.arange(k, dtype=jnp.int32) * (num_tiles // k)
-    ) % num_tiles
+    steps = jnp.arange(k, dtype=jnp.int32) * (num_tiles // k)
+    return (first[:, None] + steps[None]) % num_tiles

@@ -202,7 +202,7 @@ class TransformerLM(nn.Module):
             start.value = start.value + length
         x = embed(tokens) + nn.Embed(
             c.context, c.d_model, embedding_init=init, dtype=dtype, name="positions"
-        )(positions)
+        )(positions[None])
         x = nn.Dropout(c.dropout)(x, deterministic=not train)
         infos, losses = [], []
         for i in range(c.n_layers):

@@ -1,0 +1,221 @@
+"""The console script, as a user's shell sees it: exit codes, sentences, the JSON line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from trix_jax.cli import main
+from trix_jax.lm import checkpoint, metrics
+
+ROOT = Path(__file__).parents[2]
+TINY = (
+    "--model.n-layers 1 --model.d-model 16 --model.n-heads 2 --model.context 16 "
+    "--model.num-tiles 4 --model.tiles-per-cluster 2 --train.batch-size 8 "
+    "--train.eval-batch-size 64"
+).split()
+TRIX = [
+    sys.executable,
+    "-c",
+    "import sys; from trix_jax.cli import main; sys.exit(main())",
+]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "input.txt"
+    path.write_text(
+        "\n".join(f"{i} is {i * i % 61}, not {i * 7 % 53}" for i in range(400))
+    )
+    return path
+
+
+def preset(directory):
+    path = directory / "preset.yaml"
+    path.write_text(
+        "data: {source: text, tokenizer: char}\nmodel: {d_model: 16}\n"
+        "arms: {dense: {model.ffn: dense, model.ffn_width: match-params}}\n"
+    )
+    return path
+
+
+def trix(*args, env):
+    command = [*TRIX, *map(str, args)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["--help"], ["train", "--help"], ["demo", "--help"]]
+)
+def test_help_exits_zero(argv, capsys):
+    assert main(argv) == 0
+    assert "usage" in capsys.readouterr().out.lower()
+
+
+def test_unknown_verb_exits_two_and_lists_verbs(capsys):
+    assert main(["trian"]) == 2
+    assert "'trian' is no verb" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--model.num-tile", "8"], "--model.num-tiles"),
+        (["--model.num-tiles", "many"], "num-tiles"),
+        (["--model.num-tiles", "5"], "num_tiles=5 must divide"),
+        (["--model.n-heads", "3"], "n_heads=3 must divide d_model=16"),
+        (["--model.tiles-per-token", "9"], "tiles_per_token=9"),
+        (["--train.steps", "0"], "steps must be at least 1"),
+        (["--arm", "dens"], "arm must be one of dense, hierarchical"),
+        (["--data.path", "/nowhere/x.txt"], "/nowhere/x.txt"),
+        (["--model.vocab-size", "3"], "vocab_size=3 must be the tokenizer's"),
+    ],
+)
+def test_train_user_mistake_exits_two_with_its_sentence(
+    flags, sentence, text, tmp_path, capsys, no_type_hook
+):
+    argv = ["train", str(preset(tmp_path)), "--workdir", str(tmp_path / "run")]
+    assert main([*argv, "--data.path", str(text), *flags]) == 2
+    out = capsys.readouterr()
+    assert sentence in " ".join((out.err + out.out).split())
+
+
+def test_train_missing_preset_exits_two(capsys):
+    assert main(["train", "nope.yaml", "--workdir", "x"]) == 2
+    assert "nope.yaml cannot be read" in capsys.readouterr().err
+
+
+def test_eval_without_a_run_exits_two(tmp_path, capsys):
+    assert main(["eval", "--checkpoint", str(tmp_path)]) == 2
+    assert "must be a run directory" in capsys.readouterr().err
+
+
+def last_json(done):
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def train_args(directory, text, *more):
+    return [
+        *("train", preset(directory), *TINY, "--workdir", directory / "run"),
+        *("--data.path", text, *more),
+    ]
+
+
+def test_train_eval_generate_export_end_to_end(text, tmp_path, user_env):
+    steps = ["--train.steps", 6, "--train.eval-every", 3, "--json"]
+    summary = last_json(trix(*train_args(tmp_path, text, *steps), env=user_env))
+    assert summary["steps"] == 6
+    run = tmp_path / "run"
+    found = last_json(trix("eval", "--checkpoint", run, "--json", env=user_env))
+    assert found["val_loss"] == summary["final_val_loss"]
+    assert found.keys() >= {"val_ppl", "val_bits_per_byte", "tokens", "step"}
+    packed = last_json(
+        trix(
+            "export",
+            "--checkpoint",
+            run,
+            "--output",
+            tmp_path / "e",
+            "--json",
+            env=user_env,
+        )
+    )
+    assert packed["ratio"] > 8
+    again = last_json(
+        trix(
+            "eval",
+            "--checkpoint",
+            tmp_path / "e",
+            "--data",
+            run / "data",
+            "--json",
+            env=user_env,
+        )
+    )
+    assert again["val_loss"] == found["val_loss"]
+    assert again["step"] is None
+    flags = ["--prompt", "1 is", "--tokens", 5, "--temperature", 0, "--json"]
+    text_of = [
+        last_json(trix("generate", "--checkpoint", where, *flags, env=user_env))["text"]
+        for where in (run, tmp_path / "e")
+    ]
+    assert text_of[0] == text_of[1]
+    assert text_of[0].startswith("1 is")
+
+
+def wait_for_step(run, step, process, seconds=120):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        assert process.poll() is None, process.stderr.read()
+        path = run / "metrics.jsonl"
+        if path.exists():
+            lines = list(metrics.read(path))
+            if lines and lines[-1]["step"] >= step:
+                return
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached in {seconds} seconds.")
+
+
+def test_train_killed_and_started_again_equals_the_uninterrupted_run(
+    text, tmp_path, user_env
+):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "broken").mkdir()
+    flags = ["--train.steps", 3000, "--train.checkpoint-every", 200]
+    flags += ["--train.eval-every", 1000, "--train.rebuild-every", 70]
+    done = trix(*train_args(tmp_path / "whole", text, *flags), env=user_env)
+    assert done.returncode == 0, done.stderr
+    command = [*TRIX, *map(str, train_args(tmp_path / "broken", text, *flags))]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=user_env, cwd=ROOT, **pipes) as process:
+        wait_for_step(tmp_path / "broken" / "run", 250, process)
+        os.kill(process.pid, signal.SIGKILL)
+    done = trix(*train_args(tmp_path / "broken", text, *flags), env=user_env)
+    assert done.returncode == 0, done.stderr
+    assert "resuming" in done.stdout
+    assert_same_run(tmp_path / "whole" / "run", tmp_path / "broken" / "run", 3000)
+
+
+def test_train_sigterm_saves_and_exits_75_and_goes_on(text, tmp_path, user_env):
+    flags = ["--train.steps", 200000, "--train.eval-every", 100000]
+    command = [*TRIX, *map(str, train_args(tmp_path, text, *flags))]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=user_env, cwd=ROOT, **pipes) as process:
+        wait_for_step(tmp_path / "run", 20, process)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    assert "stopped by SIGTERM after step" in errors
+    (step,) = checkpoint.steps(tmp_path / "run" / "checkpoints")
+    assert step >= 20
+
+
+def assert_same_run(a, b, step):
+    trees = [checkpoint.restore_arrays(run / "checkpoints", step) for run in (a, b)]
+    for x, y in zip(*map(jax.tree.leaves, trees), strict=True):
+        np.testing.assert_array_equal(x, y)
+    kept = []
+    for run in (a, b):
+        lines = list(metrics.read(run / "metrics.jsonl"))
+        own = ("tokens_per_second", "memory_bytes")
+        kept.append([{k: v for k, v in line.items() if k not in own} for line in lines])
+    assert kept[0] == kept[1]
+
+
+def test_doctor_passes_and_says_what_runs_where(capsys):
+    assert main(["doctor", "--json"]) == 0
+    out = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert out["passed"]
+    assert set(out["checks"]) >= {
+        "SparseTriXFFN",
+        "HierarchicalTriXFFN",
+        "SparseLookupFFN",
+    }

@@ -1,0 +1,166 @@
+"""Configs: YAML to flags and back, refusals, what is counted."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from trix_jax.lm import config as cfg
+from trix_jax.lm.accounting import active_width, costs, match_params
+from trix_jax.lm.optimizer import decay_mask, learning_rate_schedule
+from trix_jax.nn.transformer import TransformerConfig, TransformerLM
+from trix_jax.routing import RoutingConfig
+from trix_jax.ternary import TernaryConfig
+
+
+def test_to_flags_nested_and_dotted_names_become_flags():
+    tree = {"seed": 1, "model": {"d_model": 64, "tied": False}, "train.clip": 0.5}
+    assert cfg.to_flags(tree) == [
+        *("--seed", "1", "--model.d-model", "64", "--model.no-tied"),
+        *("--train.clip", "0.5"),
+    ]
+
+
+def test_to_flags_list_value_raises():
+    with pytest.raises(ValueError, match=r"model.d_model must be a single value"):
+        cfg.to_flags({"model": {"d_model": [1, 2]}})
+
+
+@pytest.mark.parametrize("text", ["- 1\n", "a: [1\n", "1: 2\n", "\x00"])
+def test_read_yaml_not_a_mapping_raises_naming_the_file(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"bad\.yaml"):
+        cfg.read_yaml(path)
+
+
+def test_read_yaml_missing_file_raises(tmp_path):
+    with pytest.raises(ValueError, match="cannot be read"):
+        cfg.read_yaml(tmp_path / "none.yaml")
+
+
+def test_preset_flags_unknown_arm_names_those_there_are(tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_text("arms: {dense: {model.ffn: dense}}\n")
+    with pytest.raises(ValueError, match=r"dense, hierarchical\. Got 'dens'"):
+        cfg.preset_flags(path, "dens")
+
+
+def test_config_round_trips_through_its_tree():
+    config = cfg.RunConfig(
+        seed=3,
+        model=TransformerConfig(
+            ternary=TernaryConfig(granularity="channel"),
+            routing=RoutingConfig(gate="none"),
+        ),
+    )
+    assert cfg.from_tree(cfg.to_tree(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"sed": 1}, "sed is not a setting"),
+        ({"seed": "x"}, "seed must be"),
+        ({"seed": True}, "seed must be"),
+        ({"model": {"ffn": "moe"}}, "model.ffn must be"),
+        ({"model": 3}, "model. must be a mapping"),
+    ],
+)
+def test_from_tree_bad_value_raises_naming_it(tree, message):
+    with pytest.raises(ValueError, match=message):
+        cfg.from_tree(tree)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", 0),
+        ("learning_rate", -1.0),
+        ("learning_rate", float("inf")),
+        ("beta2", 1.5),
+        ("accumulate", 5),
+        ("clip", -1.0),
+    ],
+)
+def test_train_config_impossible_value_raises_naming_it(no_type_hook, name, value):
+    with pytest.raises(ValueError, match=name):
+        cfg.TrainConfig(**{name: value})
+
+
+def test_resolve_vocabulary_against_tokenizer_raises():
+    config = cfg.RunConfig(model=TransformerConfig(vocab_size=100))
+    with pytest.raises(ValueError, match="vocab_size=100 must be the tokenizer's 65"):
+        cfg.resolve(config, config.model, 65)
+
+
+@pytest.mark.parametrize("ffn", ["hierarchical", "sparse", "lookup"])
+def test_match_params_dense_twin_has_as_many_parameters_within_two_percent(ffn):
+    trix = TransformerConfig(vocab_size=65, ffn=ffn)
+    width = match_params(trix, trix)
+    dense = dataclasses.replace(trix, ffn="dense", ffn_width=width)
+    assert abs(costs(dense).total / costs(trix).total - 1) < 0.02
+
+
+def test_costs_total_is_what_init_makes():
+    config = TransformerConfig(vocab_size=65, n_layers=2)
+    tokens = np.zeros((1, 4), np.int32)
+    params = TransformerLM(config).init(jax.random.key(0), tokens)["params"]
+    assert costs(config).total == sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def test_costs_by_hand():
+    # Two layers, D=128, 16 tiles of 32: scores 16 D, tiles 4 * 2 * D * 32 a token.
+    sparse = TransformerConfig(
+        vocab_size=65, ffn="sparse", n_layers=2, tiles_per_token=4
+    )
+    assert costs(sparse).ffn_active == 2 * (16 * 128 + 4 * 2 * 128 * 32)
+    assert active_width(sparse) == 8 + 4 * 32
+    assert costs(sparse).ffn_bits == 2 * (2 * 2 * 128 * 512 + 16 * 2 * 16)
+    channel = dataclasses.replace(sparse, ternary=TernaryConfig(granularity="channel"))
+    scales = 16 * (32 + 128)
+    assert costs(channel).ffn_bits == 2 * (2 * 2 * 128 * 512 + 16 * scales)
+    dense = TransformerConfig(vocab_size=65, ffn="dense", n_layers=2)
+    assert costs(dense).ffn_active == 2 * 2 * 128 * 512
+    assert costs(dense).ffn_bits == 16 * costs(dense).ffn
+
+
+def test_learning_rate_schedule_warms_up_and_ends_at_its_share():
+    config = cfg.TrainConfig(steps=100, warmup_steps=10, learning_rate=1.0)
+    schedule = learning_rate_schedule(config)
+    assert float(schedule(0)) == pytest.approx(0.1)
+    assert float(schedule(9)) == pytest.approx(1.0)
+    assert float(schedule(100)) == pytest.approx(0.1)
+
+
+def test_learning_rate_schedule_warmup_is_clipped_to_the_run():
+    config = cfg.TrainConfig(steps=5, warmup_steps=100, learning_rate=1.0)
+    assert float(learning_rate_schedule(config)(4)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("ffn", ["hierarchical", "lookup", "dense"])
+def test_decay_mask_leaves_norms_scales_embeddings_and_splines_alone(ffn):
+    config = TransformerConfig(
+        vocab_size=65, n_layers=1, ffn=ffn, ternary=TernaryConfig(rule="fixed")
+    )
+    model = TransformerLM(config)
+    tokens = np.zeros((1, 4), np.int32)
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens))["params"]
+    mask = jax.tree_util.tree_leaves_with_path(decay_mask(params))
+    names = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): m for path, m in mask
+    }
+    decayed = {name for name, m in names.items() if m}
+    assert decayed
+    assert all(name.endswith("/kernel") for name in decayed)
+    for word in (
+        "norm",
+        "scale",
+        "embed",
+        "positions",
+        "splines",
+        "directions",
+        "bias",
+    ):
+        assert not any(word in name for name in decayed)

@@ -1,0 +1,119 @@
+"""`trix-jax doctor`: the smoke test, and what runs where."""
+
+import dataclasses
+import platform
+from importlib import metadata
+from typing import Any
+
+from trix_jax.cli.common import parse, print_json, say
+
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "optax", "orbax-checkpoint", "grain")
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Check the installation: versions, devices, and every layer's forward and backward pass."""
+
+    json: bool = False
+    """End standard output with the result as one line of JSON."""
+
+
+def main(argv: list[str]) -> int:
+    """Prints what is installed, tries every layer, and says which kernels run here; 1 if a check fails."""
+    args = parse(Args, argv, "doctor")
+    report = say(args.json)
+    versions = {name: _version(name) for name in PACKAGES}
+    report(
+        f"python {platform.python_version()} on {platform.system()} {platform.machine()}"
+    )
+    for name, version in versions.items():
+        report(f"  {name} {version or 'not installed (the lm extra brings it)'}")
+    devices = _devices()
+    for device, implementation in devices.items():
+        report(f"{device}: {implementation}")
+    checks = _smoke()
+    for name, problem in checks.items():
+        report(
+            f"{'ok  ' if problem is None else 'FAIL'} {name}{f': {problem}' if problem else ''}"
+        )
+    passed = not any(checks.values())
+    report("SMOKE PASS" if passed else "SMOKE FAIL")
+    if args.json:
+        print_json(
+            {
+                "passed": passed,
+                "versions": versions,
+                "devices": devices,
+                "checks": checks,
+            }
+        )
+    return 0 if passed else 1
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> dict[str, str]:
+    """Each device, and which implementation of the packed matmul runs on it."""
+    import jax
+
+    return {
+        f"{device.platform} {device.device_kind}": "XLA" for device in jax.devices()
+    }
+
+
+def _smoke() -> dict[str, str | None]:
+    """The seed's smoke test for every layer: name to what is wrong, None where nothing is."""
+    import trix_jax
+
+    layers: dict[str, Any] = {
+        "SparseTriXFFN": trix_jax.SparseTriXFFN(d_model=64),
+        "HierarchicalTriXFFN": trix_jax.HierarchicalTriXFFN(
+            d_model=64, num_tiles=8, tiles_per_cluster=4
+        ),
+        "SparseLookupFFN": trix_jax.SparseLookupFFN(
+            d_model=64, num_tiles=8, tiles_per_cluster=4
+        ),
+    }
+    return {name: _check(layer) for name, layer in layers.items()}
+
+
+def _check(layer) -> str | None:
+    import jax
+    import jax.numpy as jnp
+
+    from trix_jax import freeze
+
+    x = jax.random.normal(jax.random.key(0), (2, 16, 64))
+    variables = layer.init(jax.random.key(1), x)
+
+    def loss(params):
+        output, info, aux = layer.apply({**variables, "params": params}, x)
+        return jnp.sum(jnp.square(output)) + aux["total_aux"], (output, info, aux)
+
+    (_, (output, info, _)), grads = jax.value_and_grad(loss, has_aux=True)(
+        variables["params"]
+    )
+    if output.shape != x.shape:
+        return f"output should be {x.shape}. Got {output.shape}."
+    if not bool(jnp.isfinite(output).all()):
+        return "output is not finite."
+    if bool((output == 0).all()):
+        return "output is zero."
+    if int(info.counts.sum()) != 32:
+        return f"32 tokens should be routed. Got {int(info.counts.sum())}."
+    still = [
+        jax.tree_util.keystr(k)
+        for k, g in jax.tree_util.tree_leaves_with_path(grads)
+        if not bool((g != 0).any())
+    ]
+    if still:
+        return f"no gradient reaches {', '.join(still)}."
+    packed = layer.apply(freeze(layer, variables, x), x)[0]
+    if not bool((packed == output).all()):
+        return f"the packed layer differs by {float(jnp.abs(packed - output).max())}."
+    return None

@@ -1,0 +1,52 @@
+"""`trix-jax eval --checkpoint DIR`."""
+
+import dataclasses
+from pathlib import Path
+
+from trix_jax.cli.common import parse, print_json, say
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Restore a run or an export and evaluate it on a validation split."""
+
+    checkpoint: str
+    """The run directory, or an export."""
+    step: str = "latest"
+    """Of a run: latest (the newest good one), best, or a number."""
+    data: str | None = None
+    """A token store; by default the run's own."""
+    batch_size: int = 64
+    """Sequences in a batch."""
+    json: bool = False
+    """End standard output with the result as one line of JSON."""
+
+
+def main(argv: list[str]) -> None:
+    """Evaluates a run or an export."""
+    from trix_jax.lm.evaluate import evaluate, load_run, open_run_data, resolve_step
+
+    args = parse(Args, argv, "eval")
+    report = say(args.json)
+    directory = Path(args.checkpoint)
+    model, variables, _ = load_run(directory, args.step)
+    store = open_run_data(directory, args.data)
+    result = evaluate(model, variables, store, args.batch_size)
+    report(
+        f"validation loss {result.val_loss:.4f} nats a token, perplexity "
+        f"{result.val_ppl:.3f}, {result.val_bits_per_byte:.4f} bits per byte, "
+        f"{result.tokens:,} tokens"
+    )
+    if args.json:
+        print_json(
+            {
+                "val_loss": result.val_loss,
+                "val_ppl": result.val_ppl,
+                "val_bits_per_byte": result.val_bits_per_byte,
+                "tokens": result.tokens,
+                "step": resolve_step(directory, args.step),
+                "entropy": result.entropy,
+                "max_load": result.max_load,
+                "dead_tiles": result.dead_tiles,
+            }
+        )

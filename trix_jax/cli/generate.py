@@ -1,0 +1,52 @@
+"""`trix-jax generate --checkpoint DIR --prompt TEXT`."""
+
+import dataclasses
+from typing import Annotated
+
+from trix_jax.cli.common import parse, print_json
+
+
+def main(argv: list[str]) -> None:
+    """Samples text from a run or an export."""
+    import tyro
+
+    from trix_jax.lm.evaluate import load_run
+    from trix_jax.lm.generate import SamplingConfig, generate
+
+    @dataclasses.dataclass(frozen=True)
+    class Args:
+        """Restore a run or an export and sample from it."""
+
+        checkpoint: str
+        """The run directory, or an export."""
+        prompt: str
+        """The text to go on from."""
+        tokens: int = 300
+        """How many tokens to add."""
+        step: str = "latest"
+        """Of a run: latest (the newest good one), best, or a number."""
+        sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = dataclasses.field(
+            default_factory=SamplingConfig
+        )
+        json: bool = False
+        """End standard output with the text as one line of JSON."""
+
+    args = parse(Args, argv, "generate")
+    model, variables, tokenizer = load_run(args.checkpoint, args.step)
+    prompt = tokenizer.encode(args.prompt)
+    ids = [*map(int, prompt)]
+    shown = tokenizer.decode(ids)
+    if not args.json:
+        print(shown, end="", flush=True)
+    for token in generate(model, variables, prompt, args.tokens, args.sampling):
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        # The last character of a byte sequence may not be whole yet.
+        if not args.json and not text.endswith("\ufffd"):
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    text = tokenizer.decode(ids)
+    if args.json:
+        print_json({"text": text, "prompt": args.prompt, "tokens": args.tokens})
+    else:
+        print(text[len(shown) :])

@@ -1,0 +1,162 @@
+"""The demo: a small TriX and its dense twin on the embedded corpus, compared, packed, sampled and reported."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trix_jax.lm.accounting import costs
+from trix_jax.lm.config import RunConfig, TrainConfig
+from trix_jax.lm.data import DataConfig, prepare
+from trix_jax.lm.evaluate import Evaluation, evaluate, load_run
+from trix_jax.lm.export import export
+from trix_jax.lm.generate import SamplingConfig, generate
+from trix_jax.lm.ngram import ngram_losses
+from trix_jax.lm.report import write_demo_report, write_run_report
+from trix_jax.lm.train import train
+from trix_jax.nn.transformer import TransformerConfig
+
+PROMPT = "def "
+SAMPLE_TOKENS = 400
+NGRAM_ORDERS = (1, 2, 3, 4, 5)
+
+# Chosen to take minutes on two cores. Both arms share the learning rate, which suits both
+# in experiments/quality; a comparison that means something tunes it for each.
+PRESET = RunConfig(
+    model=TransformerConfig(
+        context=64,
+        d_model=128,
+        n_layers=4,
+        n_heads=4,
+        num_tiles=16,
+        tiles_per_cluster=4,
+        top_k_clusters=2,
+        tiles_per_token=4,
+    ),
+    data=DataConfig(source="stdlib", tokenizer="byte"),
+    train=TrainConfig(
+        steps=1000, batch_size=12, learning_rate=4e-3, eval_every=250, rebuild_every=250
+    ),
+)
+
+
+def run_demo(
+    workdir: str | Path,
+    *,
+    steps: int = PRESET.train.steps,
+    seed: int = PRESET.seed,
+    report: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Trains, compares, packs, samples and reports; interrupted, the same call goes on.
+
+    Args:
+        workdir: gets `data/`, the runs `trix/` and `dense/`, `export/`, `plots/` and
+            `REPORT.md`.
+        steps: optimizer steps of each arm.
+        seed: of both arms.
+        report: takes one-line messages.
+
+    Returns:
+        the contents of `demo --json`.
+    """
+    began = time.perf_counter()
+    workdir = Path(workdir)
+    preset = dataclasses.replace(PRESET, seed=seed)
+    report("preparing the embedded corpus, the standard library's own source")
+    store = prepare(preset.data, workdir / "data", report)
+    floors = _floors(store)
+    report("n-gram floors: " + ", ".join(f"{n}: {v:.3f}" for n, v in floors.items()))
+
+    runs = {"trix": preset, "dense": _dense(preset)}
+    for arm, config in runs.items():
+        config = _on(config, workdir / "data", steps)
+        report(f"training {arm}: {steps} steps")
+        train(config, workdir / arm, reference=preset.model, report=report)
+        write_run_report(workdir / arm)
+    arms = {arm: _result(workdir / arm, store) for arm in runs}
+
+    report("packing")
+    model, variables, tokenizer = load_run(workdir / "trix")
+    sizes = export(model, variables, tokenizer, workdir / "export")
+    model, variables, tokenizer = load_run(workdir / "export")
+    packed = evaluate(model, variables, store)
+    prompt = tokenizer.encode(PROMPT)
+    ids = generate(model, variables, prompt, SAMPLE_TOKENS, SamplingConfig(seed=seed))
+    sample = tokenizer.decode([*map(int, prompt), *ids])
+
+    result = {
+        "workdir": str(workdir),
+        "seconds": time.perf_counter() - began,
+        "arms": {arm: values for arm, (values, _) in arms.items()},
+        "ngram": floors,
+        "routing": _routing(arms["trix"][1]),
+        "bytes": sizes,
+        "packed": {"val_loss": packed.val_loss},
+        "prompt": PROMPT,
+        "sample": sample,
+        "config": _shape(preset, steps, store),
+    }
+    write_demo_report(workdir, result)
+    return result
+
+
+def _dense(preset: RunConfig) -> RunConfig:
+    model = dataclasses.replace(preset.model, ffn="dense", ffn_width="match-params")
+    return dataclasses.replace(preset, arm="dense", model=model)
+
+
+def _on(config: RunConfig, data: Path, steps: int) -> RunConfig:
+    every = min(config.train.eval_every, max(1, steps // 2))
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, path=str(data)),
+        train=dataclasses.replace(config.train, steps=steps, eval_every=every),
+    )
+
+
+def _floors(store) -> dict[str, float]:
+    splits = (np.asarray(s.window(0, len(s))) for s in (store.train, store.val))
+    losses = ngram_losses(*splits, NGRAM_ORDERS, store.tokenizer.vocab_size)
+    return {str(order): float(loss) for order, loss in losses.items()}
+
+
+def _result(directory: Path, store) -> tuple[dict[str, Any], Evaluation]:
+    """Restores an arm, evaluates it, and gives what `demo --json` says of it."""
+    model, variables, _ = load_run(directory)
+    evaluation = evaluate(model, variables, store)
+    counted = costs(model.config)
+    values = {
+        "val_loss": evaluation.val_loss,
+        "val_ppl": evaluation.val_ppl,
+        "val_bits_per_byte": evaluation.val_bits_per_byte,
+        "params_total": counted.total,
+        "ffn_active": counted.ffn_active,
+    }
+    return values, evaluation
+
+
+def _routing(evaluation: Evaluation) -> list[dict[str, float]]:
+    names = ("entropy", "max_load", "dead_tiles")
+    columns = (getattr(evaluation, name) for name in names)
+    return [
+        dict(zip(names, layer, strict=True)) for layer in zip(*columns, strict=True)
+    ]
+
+
+def _shape(preset: RunConfig, steps: int, store) -> dict[str, Any]:
+    model, batch = preset.model, preset.train.batch_size
+    return {
+        "steps": steps,
+        "tokens": steps * batch * model.context,
+        "d_model": model.d_model,
+        "n_layers": model.n_layers,
+        "num_tiles": model.num_tiles,
+        "tiles_per_token": model.tiles_per_token,
+        "context": model.context,
+        "batch_size": batch,
+        "corpus": store.manifest["source"],
+        "val_tokens": store.val_tokens,
+    }
