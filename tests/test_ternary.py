@@ -142,7 +142,10 @@ def test_ternarize_agrees_with_and_without_jit(config):
     np.testing.assert_array_equal(eager.q, jitted.q)
     np.testing.assert_array_equal(eager.scale, jitted.scale)
     if eager.scale.shape[0] == 1:
-        product = lambda w: (x @ ternarize(w, config).q) * ternarize(w, config).scale
+
+        def product(w):
+            return (x @ ternarize(w, config).q) * ternarize(w, config).scale
+
         np.testing.assert_array_equal(product(w), jax.jit(product)(w))
 
 
@@ -173,7 +176,10 @@ def test_soft_staircase_has_its_own_gradient():
     w = weights(1, 40)
     gradient = jax.jit(jax.grad(lambda w: ternarize(w, config).q.sum()))(w)
     scale = np.float64(jnp.bfloat16(np.abs(w).mean()))
-    slope = lambda x: np.cosh(x / 0.1) ** -2 / 0.1
+
+    def slope(x):
+        return np.cosh(x / 0.1) ** -2 / 0.1
+
     u = w / scale
     expected = (slope(u - 0.5) + slope(u + 0.5)) / 2 / scale
     # float32 of u / temperature, up to 50 here, doubled by the square of cosh and again by 1 - tanh^2.
@@ -187,7 +193,10 @@ def test_progressive_starts_real_turns_soft_monotonically_and_ends_ternary():
     )
     w = weights(1, 32, 16)
     hard = jit_hard(w, config)
-    at = lambda progress: jit_ternarize(w, config, progress)
+
+    def at(progress):
+        return jit_ternarize(w, config, progress)
+
     for progress in (0.0, 0.2):
         q, scale = at(progress)
         np.testing.assert_allclose(q * scale, w, rtol=3e-7)

@@ -13,6 +13,8 @@ from trix_jax.ternary import Ternary
 from trix_jax.typing import Array, Float, Integer, UInt8
 from trix_kernels import packing
 
+PACKED = "packed"  # the Flax collection that holds packed weights
+
 
 class Packed(NamedTuple):
     """Ternary weights at rest.

@@ -2,7 +2,8 @@
 
     python experiments/quality/run.py --data input.txt [--jobs 2]
 
-Sweeps each arm over the grid with one seed, takes the best rate, and trains the other seeds with it. Every run is a
+Each arm is swept with one seed, outwards from a start until the best rate has worse ones on both sides; then the other
+seeds train with it, and last the rest of the grid. Every run is a
 `trix-jax train` in a process of its own, pinned to a core; runs live under --runs and are resumed or skipped when they are
 there already. The results file is written anew after every run.
 """
@@ -22,7 +23,15 @@ import yaml
 HERE = Path(__file__).parent
 CONFIG = "configs/shakespeare_char.yaml"
 SETTING = "shakespeare-char"
-GRID = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
+DIVERGED = "diverged"  # marks a run whose loss stopped being finite
+GRID = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
+START = {  # where sketches had their best rates
+    "dense": 4e-3,
+    "sparse-16-top4": 4e-3,
+    "sparse-4": 4e-3,
+    "hierarchical-16": 1e-3,
+    "lookup-16": 1e-3,
+}
 SEEDS = (42, 43, 44)
 ARMS = {
     "dense": "--arm dense",
@@ -57,18 +66,28 @@ def main() -> None:
         "--steps", type=int, help="fewer steps than the config's, to try the script out"
     )
     args = parser.parse_args()
-    first = SEEDS[0]
-    run_all([(arm, rate, first) for rate in GRID[:-1] for arm in ARMS], args)
-    run_all([("dense", GRID[0], seed) for seed in SEEDS[1:]], args)
-    # The highest rate first where the optimum may be there, and last, for the record, elsewhere.
-    rising = [arm for arm in ARMS if best_rate(arm, args) == GRID[-2]]
-    run_all([(arm, GRID[-1], first) for arm in rising], args)
-    run_all([(arm, best_rate(arm, args), s) for s in SEEDS[1:] for arm in ARMS], args)
+    first, others = SEEDS[0], SEEDS[1:]
+    run_all([(arm, START[arm], first) for arm in ARMS], args)
+    run_all([("dense", GRID[1], seed) for seed in SEEDS], args)  # nanoGPT's own rate
+    while missing := [
+        (arm, rate, first) for arm in ARMS for rate in neighbours(arm, args)
+    ]:
+        run_all(missing, args)
+    run_all([(arm, best_rate(arm, args), s) for arm in ARMS for s in others], args)
     run_all([(name, ABLATION_RATE, first) for name in ABLATIONS], args)
-    run_all([(arm, GRID[-1], first) for arm in ARMS], args)
-    for arm in ARMS:
-        if (best := best_rate(arm, args)) in (GRID[0], GRID[-1]):
-            print(f"{arm}: the best rate {best:g} is at an edge of the grid.")
+    run_all([(arm, rate, first) for arm in ARMS for rate in GRID[1:]], args)
+
+
+def neighbours(arm: str, args: argparse.Namespace) -> list[float]:
+    """Rates of the grid beside the best so far that have not been run: none once the optimum is inside."""
+    at = GRID.index(best_rate(arm, args))
+    beside = GRID[max(at - 1, 0) : at + 2]
+    return [rate for rate in beside if not is_done(arm, rate, SEEDS[0], args)]
+
+
+def is_done(arm: str, rate: float, seed: int, args: argparse.Namespace) -> bool:
+    workdir = directory(arm, rate, seed, args)
+    return any((workdir / name).exists() for name in ("summary.json", DIVERGED))
 
 
 def run_all(runs: list[tuple[str, float, int]], args: argparse.Namespace) -> None:
@@ -94,7 +113,7 @@ def train(
 ) -> None:
     """One run, in a process pinned to a core where the system can."""
     workdir = directory(arm, rate, seed, args)
-    if (workdir / "summary.json").exists():
+    if is_done(arm, rate, seed, args):
         return
     workdir.mkdir(parents=True, exist_ok=True)
     command = [
@@ -120,7 +139,9 @@ def train(
         code = subprocess.run(
             command, stdout=log, stderr=log, preexec_fn=pin, check=False
         ).returncode
-    if code not in (0, 1):  # 1: diverged, which is a result
+    if code == 1:
+        (workdir / DIVERGED).touch()
+    elif code:
         raise SystemExit(f"{workdir} ended with exit code {code}; see its log.txt.")
     print(f"{workdir.name}: exit code {code}", flush=True)
 
@@ -135,8 +156,8 @@ def directory(arm: str, rate: float, seed: int, args: argparse.Namespace) -> Pat
 
 def best_rate(arm: str, args: argparse.Namespace) -> float:
     """The rate with the lowest final loss among those that have been run."""
-    losses = {rate: loss_of(directory(arm, rate, SEEDS[0], args)) for rate in GRID}
-    return min(GRID, key=lambda rate: losses[rate])
+    done = [rate for rate in GRID if is_done(arm, rate, SEEDS[0], args)]
+    return min(done, key=lambda rate: loss_of(directory(arm, rate, SEEDS[0], args)))
 
 
 def loss_of(workdir: Path) -> float:

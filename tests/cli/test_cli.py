@@ -109,46 +109,32 @@ def train_args(directory, text, *more):
     ]
 
 
-def test_train_eval_generate_export_end_to_end(text, tmp_path, user_env):
+def json_of(capsys, *argv):
+    assert main([*map(str, argv), "--json"]) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_train_eval_generate_export_end_to_end(text, tmp_path, user_env, capsys):
     steps = ["--train.steps", 6, "--train.eval-every", 3, "--json"]
     summary = last_json(trix(*train_args(tmp_path, text, *steps), env=user_env))
     assert summary["steps"] == 6
-    run = tmp_path / "run"
-    found = last_json(trix("eval", "--checkpoint", run, "--json", env=user_env))
-    assert found["val_loss"] == summary["final_val_loss"]
+    run, packed = tmp_path / "run", tmp_path / "packed"
+    assert (run / "REPORT.md").exists()
+    found = json_of(capsys, "eval", "--checkpoint", run)
+    assert found["val_loss"] == pytest.approx(summary["final_val_loss"], rel=1e-6)
     assert found.keys() >= {"val_ppl", "val_bits_per_byte", "tokens", "step"}
-    packed = last_json(
-        trix(
-            "export",
-            "--checkpoint",
-            run,
-            "--output",
-            tmp_path / "e",
-            "--json",
-            env=user_env,
-        )
-    )
-    assert packed["ratio"] > 8
-    again = last_json(
-        trix(
-            "eval",
-            "--checkpoint",
-            tmp_path / "e",
-            "--data",
-            run / "data",
-            "--json",
-            env=user_env,
-        )
-    )
+    sizes = json_of(capsys, "export", "--checkpoint", run, "--output", packed)
+    assert sizes["ratio"] > 8
+    again = json_of(capsys, "eval", "--checkpoint", packed, "--data", run / "data")
     assert again["val_loss"] == found["val_loss"]
     assert again["step"] is None
-    flags = ["--prompt", "1 is", "--tokens", 5, "--temperature", 0, "--json"]
-    text_of = [
-        last_json(trix("generate", "--checkpoint", where, *flags, env=user_env))["text"]
-        for where in (run, tmp_path / "e")
+    flags = ["--prompt", "1 is", "--tokens", 5, "--temperature", 0]
+    texts = [
+        json_of(capsys, "generate", "--checkpoint", where, *flags)["text"]
+        for where in (run, packed)
     ]
-    assert text_of[0] == text_of[1]
-    assert text_of[0].startswith("1 is")
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("1 is")
 
 
 def wait_for_step(run, step, process, seconds=120):
@@ -169,19 +155,19 @@ def test_train_killed_and_started_again_equals_the_uninterrupted_run(
 ):
     (tmp_path / "whole").mkdir()
     (tmp_path / "broken").mkdir()
-    flags = ["--train.steps", 3000, "--train.checkpoint-every", 200]
-    flags += ["--train.eval-every", 1000, "--train.rebuild-every", 70]
+    flags = ["--train.steps", 600, "--train.checkpoint-every", 100]
+    flags += ["--train.eval-every", 300, "--train.rebuild-every", 70]
     done = trix(*train_args(tmp_path / "whole", text, *flags), env=user_env)
     assert done.returncode == 0, done.stderr
     command = [*TRIX, *map(str, train_args(tmp_path / "broken", text, *flags))]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=user_env, cwd=ROOT, **pipes) as process:
-        wait_for_step(tmp_path / "broken" / "run", 250, process)
+        wait_for_step(tmp_path / "broken" / "run", 150, process)
         os.kill(process.pid, signal.SIGKILL)
     done = trix(*train_args(tmp_path / "broken", text, *flags), env=user_env)
     assert done.returncode == 0, done.stderr
     assert "resuming" in done.stdout
-    assert_same_run(tmp_path / "whole" / "run", tmp_path / "broken" / "run", 3000)
+    assert_same_run(tmp_path / "whole" / "run", tmp_path / "broken" / "run", 600)
 
 
 def test_train_sigterm_saves_and_exits_75_and_goes_on(text, tmp_path, user_env):

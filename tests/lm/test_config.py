@@ -3,7 +3,7 @@
 import dataclasses
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import pytest
 
 from trix_jax.lm import config as cfg
@@ -105,7 +105,7 @@ def test_match_params_dense_twin_has_as_many_parameters_within_two_percent(ffn):
 
 def test_costs_total_is_what_init_makes():
     config = TransformerConfig(vocab_size=65, n_layers=2)
-    tokens = np.zeros((1, 4), np.int32)
+    tokens = jnp.zeros((1, 4), jnp.int32)
     params = TransformerLM(config).init(jax.random.key(0), tokens)["params"]
     assert costs(config).total == sum(leaf.size for leaf in jax.tree.leaves(params))
 
@@ -145,7 +145,7 @@ def test_decay_mask_leaves_norms_scales_embeddings_and_splines_alone(ffn):
         vocab_size=65, n_layers=1, ffn=ffn, ternary=TernaryConfig(rule="fixed")
     )
     model = TransformerLM(config)
-    tokens = np.zeros((1, 4), np.int32)
+    tokens = jnp.zeros((1, 4), jnp.int32)
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens))["params"]
     mask = jax.tree_util.tree_leaves_with_path(decay_mask(params))
     names = {

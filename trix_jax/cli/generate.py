@@ -1,45 +1,45 @@
 """`trix-jax generate --checkpoint DIR --prompt TEXT`."""
 
 import dataclasses
+import itertools
 from typing import Annotated
 
+import tyro
+
 from trix_jax.cli.common import parse, print_json
+from trix_jax.lm.evaluate import load_run
+from trix_jax.lm.generate import SamplingConfig, generate
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Restore a run or an export and sample from it."""
+
+    checkpoint: str
+    """The run directory, or an export."""
+    prompt: str
+    """The text to go on from."""
+    sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=SamplingConfig
+    )
+    tokens: int = 300
+    """How many tokens to add."""
+    step: str = "latest"
+    """Of a run: latest (the newest good one), best, or a number."""
+    json: bool = False
+    """End standard output with the text as one line of JSON."""
 
 
 def main(argv: list[str]) -> None:
-    """Samples text from a run or an export."""
-    import tyro
-
-    from trix_jax.lm.evaluate import load_run
-    from trix_jax.lm.generate import SamplingConfig, generate
-
-    @dataclasses.dataclass(frozen=True)
-    class Args:
-        """Restore a run or an export and sample from it."""
-
-        checkpoint: str
-        """The run directory, or an export."""
-        prompt: str
-        """The text to go on from."""
-        tokens: int = 300
-        """How many tokens to add."""
-        step: str = "latest"
-        """Of a run: latest (the newest good one), best, or a number."""
-        sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = dataclasses.field(
-            default_factory=SamplingConfig
-        )
-        json: bool = False
-        """End standard output with the text as one line of JSON."""
-
+    """Prints the prompt and what follows it, as it comes."""
     args = parse(Args, argv, "generate")
     model, variables, tokenizer = load_run(args.checkpoint, args.step)
     prompt = tokenizer.encode(args.prompt)
     ids = [*map(int, prompt)]
-    shown = tokenizer.decode(ids)
-    if not args.json:
-        print(shown, end="", flush=True)
-    for token in generate(model, variables, prompt, args.tokens, args.sampling):
-        ids.append(token)
+    shown = ""
+    tokens = generate(model, variables, prompt, args.tokens, args.sampling)
+    for token in itertools.chain([None], tokens):
+        ids += [] if token is None else [token]
         text = tokenizer.decode(ids)
         # The last character of a byte sequence may not be whole yet.
         if not args.json and not text.endswith("\ufffd"):

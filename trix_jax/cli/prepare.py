@@ -1,28 +1,25 @@
 """`trix-jax prepare --workdir DIR`."""
 
 import dataclasses
-from typing import Annotated
 
 from trix_jax.cli.common import parse, print_json, say
+from trix_jax.lm.data import DataConfig, prepare
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Turn text into a tokenizer and a verified token store."""
+
+    workdir: str
+    """Where the store goes."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    json: bool = False
+    """End standard output with the result as one line of JSON."""
 
 
 def main(argv: list[str]) -> None:
-    """Turns text into a tokenizer and a verified token store."""
-    import tyro
-
-    from trix_jax.lm.data import DataConfig, prepare
-
-    @dataclasses.dataclass(frozen=True)
-    class Args:
-        """Turn text into a tokenizer and a verified token store."""
-
-        workdir: str
-        """Where the store goes."""
-        data: DataConfig = dataclasses.field(default_factory=DataConfig)
-        json: bool = False
-        """End standard output with the result as one line of JSON."""
-
-    args = parse(Annotated[Args, tyro.conf.arg(name="")], argv, "prepare")
+    """Prepares a store and prints its fingerprint."""
+    args = parse(Args, argv, "prepare")
     report = say(args.json)
     store = prepare(args.data, args.workdir, report)
     report(f"{args.workdir}: fingerprint {store.fingerprint}")

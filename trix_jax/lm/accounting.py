@@ -90,7 +90,7 @@ def _bits(layer, c: TransformerConfig) -> int:
     elif c.ffn == "lookup" and c.ternary_splines:
         ternary, scales = (
             layer["splines"]["kernel"].size,
-            0,
+            1,
         )  # spline_scale is counted with the rest
     else:
         return FLOAT_BITS * _size(layer)

@@ -167,7 +167,7 @@ def check_fits(model: TransformerConfig, variables: dict[str, Any], what: str) -
     """Raises a ValueError unless the arrays have the names and shapes that the config gives."""
     expected = jax.eval_shape(
         lambda: TransformerLM(model).init(
-            jax.random.key(0), np.zeros((1, model.context), np.int32)
+            jax.random.key(0), jnp.zeros((1, model.context), jnp.int32)
         )
     )
     for name in ("params", "routing"):

@@ -99,7 +99,8 @@ class HierarchicalTriXFFN(nn.Module):
             axis_name=self.axis_name,
             name="tiles",
         )
-        h = nn.RMSNorm(dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(x)
+        norm = {"dtype": self.dtype or x.dtype, "param_dtype": self.param_dtype}
+        h = nn.RMSNorm(name="norm", **norm)(x)
         y, info, aux = tiles(h, train, progress, token_ids)
         scale = self.param("output_scale", nn.initializers.ones, (), self.param_dtype)
         y = nn.Dropout(self.dropout)(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from trix_jax import ops
+from trix_jax.ops import PACKED
 from trix_jax.ternary import (
     Ternary,
     TernaryConfig,
@@ -15,8 +16,6 @@ from trix_jax.ternary import (
     ternarize,
 )
 from trix_jax.typing import Dtype, Scalar
-
-PACKED = "packed"
 
 
 def tile_init(scale: float = 1.0) -> Callable:
@@ -65,12 +64,17 @@ class TernaryKernel(nn.Module):
             else weights
         )
 
-    def pack(self, params) -> ops.Packed:
-        """The packed form of a trained parameter dictionary of this module; leading axes (scanned layers) pass through."""
+    def pack(self, params: dict, packed: dict) -> dict:
+        """The kernel in two bits; leading axes (scanned layers) pass through.
+
+        Raises:
+            ValueError: the mode is "none".
+        """
+        del packed
         weights = hard_ternary(jnp.asarray(params["kernel"], jnp.float32), self.config)
         if "scale" in params:
             weights = Ternary(weights.q, round_scale(params["scale"]))
-        return ops.pack(weights)
+        return ops.pack(weights)._asdict()
 
     def _scale(self):
         # sqrt of the share of weights beyond the threshold, times the contraction: outputs start at the input's RMS.

@@ -132,10 +132,11 @@ class SparseLookupFFN(nn.Module):
         )
 
     def _splines(self, progress: Scalar) -> Float[Array, "N cells"]:
-        mode = "ste" if self.ternary_splines else "none"
-        rule = TernaryConfig(mode=mode, rule="fixed", threshold=SPLINE_THRESHOLD)
         shape = (self.num_tiles, 3 * self.grid_size**2)
         init = nn.initializers.normal(0.5)
+        if not self.ternary_splines:
+            return self.param("splines", init, shape, self.param_dtype)
+        rule = TernaryConfig(rule="fixed", threshold=SPLINE_THRESHOLD)
         kernel = TernaryKernel(
             shape,
             rule,

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from trix_jax import dispatch, ops, routing
-from trix_jax.nn.kernel import PACKED, TernaryKernel
+from trix_jax.nn.kernel import TernaryKernel
 from trix_jax.nn.router import Route, Router
+from trix_jax.ops import PACKED
 from trix_jax.routing import RoutingConfig, RoutingInfo
 from trix_jax.ternary import TernaryConfig
 from trix_jax.typing import Array, Dtype, Float, Integer, Scalar
@@ -119,8 +120,9 @@ class RoutedTiles(nn.Module):
         y = tile_ffn(tokens, route, up, down, (n, f), activation(self.activation))
         return y.reshape(x.shape).astype(x.dtype), in_shape_of(info, x), aux
 
-    def pack(self, packed: dict) -> dict[str, Array]:
+    def pack(self, params: dict, packed: dict) -> dict[str, Array]:
         """What a frozen model keeps beside the packed kernels: the signature sums, integers that fit 16 bits."""
+        del params
         up = ops.unpack(ops.Packed(**packed["up"]), self.tile_width)
         return {"signature_sums": up.q.sum(axis=-1).astype(jnp.int16)}
 

@@ -1,0 +1,281 @@
+"""A frozen model computes, bit for bit, what its fake-quantized original did."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+
+from trix_jax import (
+    HierarchicalTriXFFN,
+    SparseLookupFFN,
+    SparseTriXFFN,
+    TernaryConfig,
+    TransformerConfig,
+    TransformerLM,
+    TriXLinear,
+    freeze,
+)
+
+D = 256  # two groups of 128, in both products
+X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 7, D)), jnp.float32)
+CONFIGS = {
+    "absmean-tile": TernaryConfig(),
+    "absmean-channel": TernaryConfig(granularity="channel"),
+    "absmean-group": TernaryConfig(granularity="group"),
+    "threshold-tile": TernaryConfig(rule="threshold"),
+    "threshold-channel": TernaryConfig(rule="threshold", granularity="channel"),
+    "threshold-group": TernaryConfig(rule="threshold", granularity="group"),
+    "fixed": TernaryConfig(rule="fixed"),
+    "progressive": TernaryConfig(mode="progressive"),
+}
+
+
+def layer(kind, config=CONFIGS["absmean-tile"]):
+    return {
+        "sparse": SparseTriXFFN(
+            D, num_tiles=2, expansion=2, tiles_per_token=2, ternary=config
+        ),
+        "hierarchical": HierarchicalTriXFFN(
+            D, D, num_tiles=4, tiles_per_cluster=2, ternary=config
+        ),
+        "linear": TriXLinear(10, num_tiles=2, use_bias=True, ternary=config),
+        "lookup": SparseLookupFFN(D, num_tiles=4, tiles_per_cluster=2, grid_size=3),
+    }[kind]
+
+
+def random_variables(model, *args, seed=0):
+    """Variables of the shapes that `init` gives, disturbed as training would; cheaper than to compile `init`."""
+    rng = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        if leaf.dtype != jnp.float32:
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        # Wide enough for the fixed rule's threshold of 0.5.
+        values = 0.6 * rng.normal(size=leaf.shape)
+        if path[-1].key == "scale" or leaf.shape == ():
+            values = 0.1 + 0.02 * values
+        return jnp.asarray(values, jnp.float32)
+
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *args)
+    variables = jax.tree.map_with_path(fill, shapes)
+    for path, state in flatten_dict(
+        variables.get("routing", {}), is_leaf=lambda _, node: "bias" in node
+    ).items():
+        del path
+        state["bias"] = 0.1 * state["bias"]
+        if "members" in state:
+            count = np.prod(state["members"].shape[-2:])
+            flat = np.random.default_rng(1).permutation(count)
+            state["members"] = jnp.broadcast_to(
+                jnp.asarray(flat.reshape(state["members"].shape[-2:]), jnp.int32),
+                state["members"].shape,
+            )
+    return variables
+
+
+def slowly(cases):
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
+def assert_equal(got, expected):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def assert_packed(frozen, kernels):
+    params = flatten_dict(frozen["params"], sep="/")
+    packed = flatten_dict(frozen["packed"], sep="/")
+    bits = {name for name in packed if name.endswith("bits")}
+    assert {name.removesuffix("/bits") for name in bits} == kernels
+    for name in kernels:
+        assert f"{name}/kernel" not in params
+        assert packed[f"{name}/bits"].dtype == jnp.uint8
+        assert packed[f"{name}/scale"].dtype == jnp.bfloat16
+
+
+KERNELS = {
+    "sparse": {"tiles/up", "tiles/down"},
+    "hierarchical": {"tiles/up", "tiles/down"},
+    "linear": {"kernel"},
+    "lookup": {"splines"},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("hierarchical", "absmean-group"),
+        ("sparse", "fixed"),
+        ("lookup", "fixed"),
+        *[("linear", name) for name in CONFIGS],
+        *slowly(
+            (kind, name) for kind in ("sparse", "hierarchical") for name in CONFIGS
+        ),
+    ],
+)
+def test_frozen_layer_equals_the_jitted_fake_quantized_one(kind, config):
+    model = layer(kind, CONFIGS[config])
+    variables = random_variables(model, X)
+    frozen = freeze(model, variables, X)
+    assert_packed(frozen, KERNELS[kind])
+    assert frozen.get("routing") is variables.get("routing")
+    expected = jax.jit(model.apply)(variables, X)
+    assert np.abs(jax.tree.leaves(expected)[0]).max() > 1e-2
+    assert_equal(jax.jit(model.apply)(frozen, X), expected)
+
+
+def test_frozen_groups_without_jit_equal_the_jitted_ones():
+    # A compiler that fuses the products of groups with their sum would change the last bit.
+    model = layer("linear", CONFIGS["threshold-group"])
+    variables = random_variables(model, X)
+    y = model.apply(freeze(model, variables, X), X)
+    expected = jax.jit(model.apply)(variables, X)
+    assert_equal(y, expected)
+
+
+@pytest.mark.parametrize("tokens", [1, *slowly([(40,)])])
+def test_frozen_layer_equals_with_few_and_many_blocks(tokens):
+    # Fewer blocks than tiles gather packed bytes, more unpack all tiles first.
+    model = HierarchicalTriXFFN(16, 10, num_tiles=8, tiles_per_cluster=2)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(tokens, 16)), jnp.float32)
+    variables = random_variables(model, x)
+    frozen = freeze(model, variables, x)
+    assert_equal(jax.jit(model.apply)(frozen, x), jax.jit(model.apply)(variables, x))
+
+
+def test_packed_tensors_are_a_sixteenth_of_float32():
+    model = layer("sparse")
+    variables = random_variables(model, X)
+    frozen = freeze(model, variables, X)
+    bits = [a for a in jax.tree.leaves(frozen["packed"]) if a.dtype == jnp.uint8]
+    kernels = jax.tree.leaves(variables["params"])
+    assert 16 * sum(a.nbytes for a in bits) == sum(a.nbytes for a in kernels)
+
+
+TOKENS = jnp.asarray(np.random.default_rng(2).integers(0, 11, (2, 9)))
+
+
+def language_model(ffn, **kwargs):
+    return TransformerLM(
+        TransformerConfig(
+            vocab_size=11,
+            context=9,
+            d_model=16,
+            n_layers=1,
+            n_heads=2,
+            ffn=ffn,
+            num_tiles=4,
+            tiles_per_cluster=2,
+            grid_size=3,
+            **kwargs,
+        )
+    )
+
+
+@pytest.mark.parametrize("ffn", ["hierarchical", *slowly([("sparse",), ("lookup",)])])
+def test_frozen_language_model_equals_the_jitted_one(ffn):
+    model = language_model(ffn)
+    variables = random_variables(model, TOKENS)
+    frozen = freeze(model, variables, TOKENS)
+    kind = KERNELS[ffn]
+    assert_packed(frozen, {f"block_00/ffn/{k}" for k in kind})
+    assert_equal(
+        jax.jit(model.apply)(frozen, TOKENS), jax.jit(model.apply)(variables, TOKENS)
+    )
+
+
+class Scanned(nn.Module):
+    """Two layers under `nn.scan`."""
+
+    make: object
+
+    @nn.compact
+    def __call__(self, x):
+        make = self.make
+
+        class Step(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                y, info, _ = make(name="ffn")(x)
+                return x + y, info.tiles
+
+        axes = {"params": 0, "routing": 0, "packed": 0}
+        scan = nn.scan(Step, variable_axes=axes, split_rngs={"params": True}, length=2)
+        return scan(name="steps")(x, None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "make"),
+    [
+        (
+            "hierarchical",
+            functools.partial(
+                HierarchicalTriXFFN,
+                16,
+                10,
+                num_tiles=4,
+                tiles_per_cluster=2,
+                ternary=TernaryConfig(rule="fixed"),
+            ),
+        ),
+        *slowly(
+            [
+                (
+                    "lookup",
+                    functools.partial(
+                        SparseLookupFFN,
+                        16,
+                        num_tiles=4,
+                        tiles_per_cluster=2,
+                        grid_size=3,
+                    ),
+                )
+            ]
+        ),
+    ],
+)
+def test_frozen_scanned_layers_equal_the_jitted_ones(kind, make):
+    model, x = Scanned(make), X[..., :16]
+    variables = random_variables(model, x)
+    frozen = freeze(model, variables, x)
+    assert_packed(frozen, {f"steps/ffn/{name}" for name in KERNELS[kind]})
+    assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(frozen["packed"]))
+    assert_equal(jax.jit(model.apply)(frozen, x), jax.jit(model.apply)(variables, x))
+
+
+def test_freezing_twice_is_refused():
+    model = layer("linear")
+    frozen = freeze(model, random_variables(model, X), X)
+    with pytest.raises(ValueError, match="frozen already"):
+        freeze(model, frozen, X)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "hierarchical", "linear"])
+def test_freezing_a_layer_with_real_weights_is_refused(kind):
+    model = layer(kind, TernaryConfig(mode="none"))
+    with pytest.raises(ValueError, match="mode='none'"):
+        freeze(model, random_variables(model, X), X)
+
+
+def test_freezing_a_model_without_ternary_weights_is_refused():
+    dense = language_model("dense")
+    with pytest.raises(ValueError, match="TransformerLM holds no ternary weights"):
+        freeze(dense, random_variables(dense, TOKENS), TOKENS)
+    lookup = language_model("lookup", ternary_splines=False)
+    with pytest.raises(ValueError, match="holds no ternary weights"):
+        freeze(lookup, random_variables(lookup, TOKENS), TOKENS)
+
+
+def test_frozen_parameters_keep_what_is_not_ternary():
+    model = layer("hierarchical")
+    variables = random_variables(model, X)
+    frozen = freeze(model, variables, X)
+    assert set(flatten_dict(frozen["params"], sep="/")) == {
+        "norm/scale",
+        "output_scale",
+    }
+    assert "kernel" in variables["params"]["tiles"]["up"]

@@ -1,0 +1,195 @@
+"""Routing as the layers use it: where routes come from, what they stay the same under, the controls."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trix_jax import HierarchicalTriXFFN, RoutingConfig, SparseTriXFFN, routing
+
+# Compiling is what takes the time here; no test in this file asks for equal bits across programs.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def floats(*rows):
+    return jnp.asarray(rows, jnp.float32)
+
+
+@functools.cache
+def initialized(layer, seed=0):
+    return jit(layer.init)(jax.random.key(seed), X, token_ids=jnp.zeros(40, int))
+
+
+def variables_of(layer, seed=0):
+    """A copy that a test may change."""
+    return jax.tree.map(lambda leaf: leaf, initialized(layer, seed))
+
+
+@functools.cache
+def tiles_of(layer):
+    return jit(lambda v, x: layer.apply(v, x)[1].tiles)
+
+
+X = normal(40, 16)
+
+
+@pytest.mark.parametrize("factor", [2.0**-5, 2.0**7])
+def test_scaling_the_input_or_a_tile_changes_no_route(factor):
+    layer = SparseTriXFFN(16, num_tiles=8)
+    variables, tiles = variables_of(layer), tiles_of(layer)
+    before = tiles(variables, X)
+    assert len(np.unique(before)) > 4
+    np.testing.assert_array_equal(tiles(variables, factor * X), before)
+    up = variables["params"]["tiles"]["up"]["kernel"]
+    variables["params"]["tiles"]["up"]["kernel"] = up.at[3].multiply(factor)
+    np.testing.assert_array_equal(tiles(variables, X), before)
+
+
+def test_nan_input_gives_tiles_in_range_and_spares_the_other_tokens():
+    x = X.at[2].set(jnp.nan)
+    layer = hierarchical(1)
+    y, info, _ = jit(layer.apply)(initialized(layer), x)
+    assert ((info.tiles >= 0) & (info.tiles < 8)).all()
+    assert info.counts.sum() == 80
+    finite = np.isfinite(y).all(axis=-1)
+    np.testing.assert_array_equal(finite, np.arange(40) != 2)
+
+
+def hierarchical(top_k_clusters, **kwargs):
+    return HierarchicalTriXFFN(
+        16,
+        d_hidden=4,
+        num_tiles=8,
+        tiles_per_cluster=2,
+        top_k_clusters=top_k_clusters,
+        tiles_per_token=2,
+        **kwargs,
+    )
+
+
+def test_hierarchical_selection_stays_inside_the_chosen_clusters():
+    variables = variables_of(hierarchical(1))
+    state = variables["routing"]["tiles"]["router"]
+    state["members"] = jnp.asarray([[7, 0], [5, 2], [1, 4], [3, 6]])
+    tiles = tiles_of(hierarchical(1))(variables, X)
+    cluster = np.asarray(routing.cluster_of(state["members"]))[np.asarray(tiles)]
+    np.testing.assert_array_equal(cluster[:, 0], cluster[:, 1])
+    assert len(np.unique(cluster)) == 4
+    # Some token's best tile lies in another cluster, or the hierarchy would not show.
+    assert (tiles_of(hierarchical(4))(variables, X) != tiles).any()
+
+
+def test_hierarchical_selection_with_every_cluster_open_is_flat():
+    variables = variables_of(hierarchical(1))
+    state = variables["routing"]["tiles"]["router"]
+    bias = 0.1 * normal(8, seed=3)
+    state.update(bias=bias, cluster_bias=normal(4))
+    scores = routing.match(routing.rms_unit(X), state["signature"])
+    np.testing.assert_array_equal(
+        tiles_of(hierarchical(4))(variables, X),
+        routing.select_tiles(scores + bias[None], 2),
+    )
+
+
+@pytest.mark.parametrize("kind", ["sum", "sign"])
+def test_auxiliary_losses_reach_the_latent_weights_of_a_layer(kind):
+    layer = SparseTriXFFN(16, num_tiles=8, routing=RoutingConfig(signature=kind))
+    variables = initialized(SparseTriXFFN(16, num_tiles=8))
+
+    @jit
+    @jax.jacrev
+    def gradients(params):
+        return layer.apply({**variables, "params": params}, X)[2]
+
+    for loss, gradient in gradients(variables["params"]).items():
+        assert np.abs(gradient["tiles"]["up"]["kernel"]).max() > 1e-5, loss
+
+
+def test_total_aux_is_the_weighted_sum():
+    config = RoutingConfig(balance_weight=0.5, diversity_weight=0.25)
+    layer = SparseTriXFFN(16, num_tiles=8, routing=config)
+    variables = initialized(SparseTriXFFN(16, num_tiles=8))
+    aux = jit(lambda v, x: layer.apply(v, x)[2])(variables, X)
+    expected = 0.5 * aux["balance"] + 0.25 * aux["diversity"]
+    assert aux["total_aux"] == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_freeze_routing_holds_routes_while_weights_change_until_released():
+    layer = hierarchical(1)
+    before, other = initialized(layer), initialized(layer, seed=1)
+    tiles = functools.partial(tiles_of(layer), x=X)
+    held = {**other, "routing": routing.freeze_routing(before["routing"])}
+    np.testing.assert_array_equal(tiles(held), tiles(before))
+    released = {**held, "routing": routing.freeze_routing(held["routing"], False)}
+    np.testing.assert_array_equal(tiles(released), tiles(other))
+    assert (tiles(other) != tiles(before)).any()
+
+
+def test_apply_with_mutable_routing_adds_counts_and_remembers_the_signature():
+    layer = SparseTriXFFN(16, num_tiles=8)
+    variables = initialized(layer)
+    counts = variables["routing"]["tiles"]["router"]["counts"]
+    np.testing.assert_array_equal(counts, np.zeros(8))
+    step = jit(lambda v: layer.apply(v, X, train=True, mutable=["routing"]))
+    (_, info, _), state = step(variables)
+    _, state = step({**variables, **state})
+    router = state["routing"]["tiles"]["router"]
+    np.testing.assert_array_equal(router["counts"], 2 * info.counts)
+    assert info.counts.sum() == 40
+
+
+def test_balance_loss_of_mapped_devices_sees_the_load_of_all():
+    layer = SparseTriXFFN(16, num_tiles=8, axis_name="data")
+    alone = layer.clone(axis_name=None)
+    variables = initialized(alone)
+
+    def run(x):
+        return layer.apply(variables, x, train=True)[2]["balance"]
+
+    balance = jax.pmap(run, axis_name="data")(X.reshape(8, 5, 16))
+    # The probabilities of the devices average to those of the whole batch, so the losses do.
+    whole = jit(lambda x: alone.apply(variables, x)[2]["balance"])(X)
+    np.testing.assert_allclose(balance.mean(), whole, rtol=1e-5, atol=1e-6)
+
+
+def control(source, **kwargs):
+    config = RoutingConfig(source=source)
+    return SparseTriXFFN(16, num_tiles=8, routing=config, **kwargs)
+
+
+def test_hash_control_routes_equal_tokens_alike_and_needs_ids():
+    layer = control("hash", tiles_per_token=2)
+    ids = jnp.arange(40) % 20
+    variables = initialized(SparseTriXFFN(16, num_tiles=8))
+    run = jit(lambda v, ids: layer.apply(v, X, token_ids=ids)[1].tiles)
+    tiles = run(variables, ids)
+    np.testing.assert_array_equal(tiles[:20], tiles[20:])
+    assert (tiles[:, 0] != tiles[:, 1]).all()
+    assert len(np.unique(tiles)) == 8
+    with pytest.raises(ValueError, match="token_ids must be given"):
+        layer.apply(variables, X)
+
+
+def test_random_control_does_not_look_at_the_weights():
+    layer = control("random")
+    before, other = initialized(layer), initialized(layer, seed=1)
+    tiles = functools.partial(tiles_of(layer), x=X)
+    swapped = {**other, "routing": before["routing"]}
+    np.testing.assert_array_equal(tiles(swapped), tiles(before))
+    assert (tiles(other) != tiles(before)).any()
+
+
+def test_learned_control_is_the_only_one_with_a_routing_parameter():
+    x, ids = normal(4, 16), jnp.arange(4)
+    for source in ("weights", "random", "hash", "learned"):
+        variables = jax.eval_shape(
+            lambda s=source: control(s).init(jax.random.key(0), x, token_ids=ids)
+        )
+        has_router = "router" in variables["params"]["tiles"]
+        assert has_router == (source == "learned")

@@ -1,0 +1,1 @@
+"""In and out: files and formats of other programs."""
