@@ -4,6 +4,7 @@ Whatever holds the weights, the numbers are the same: `(x @ q) * scale` in this 
 over groups of the contraction in ascending order. A frozen layer therefore equals its fake-quantized forward bit for bit.
 """
 
+from functools import reduce
 from typing import NamedTuple
 
 import jax
@@ -33,17 +34,16 @@ Weights = Ternary | Packed
 
 def pack(weights: Ternary) -> Packed:
     """Ternary weights to two bits each; exact."""
-    return Packed(packing.pack(weights.q), weights.scale.astype(jnp.bfloat16))
+    bits = jnp.asarray(packing.pack(weights.q))
+    return Packed(bits, weights.scale.astype(jnp.bfloat16))
 
 
 def unpack(weights: Weights, features: int) -> Ternary:
     """The inverse of `pack` for weights of `features` outputs; ternary weights pass through."""
     if isinstance(weights, Ternary):
         return weights
-    return Ternary(
-        packing.unpack(weights.bits, features, jnp.float32),
-        weights.scale.astype(jnp.float32),
-    )
+    q = jnp.asarray(packing.unpack(weights.bits, features, jnp.float32))
+    return Ternary(q, weights.scale.astype(jnp.float32))
 
 
 def matmul(
@@ -58,17 +58,16 @@ def matmul(
     q = q.astype(x.dtype)
     groups = scale.shape[-2]
     rows = q.shape[-2] // groups
-    total = None
+    products = []
     for g in range(groups):
         part = slice(g * rows, (g + 1) * rows)
         product = jnp.matmul(
             x[..., part], q[..., part, :], preferred_element_type=jnp.float32
         )
-        product = product * scale[..., g, None, :]
-        if groups > 1:
-            product = jax.lax.optimization_barrier(product)
-        total = product if total is None else total + product
-    return total.astype(x.dtype)
+        products.append(product * scale[..., g, None, :])
+    if groups > 1:
+        products = jax.lax.optimization_barrier(products)
+    return reduce(jnp.add, products).astype(x.dtype)
 
 
 def tile_matmul(

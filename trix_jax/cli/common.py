@@ -8,9 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def parse[Args](
-    kind: type[Args], argv: list[str], verb: str, default: Args | None = None
-) -> Args:
+def parse(kind: Any, argv: list[str], verb: str, default: Any = None) -> Any:
     """Parses flags into a dataclass; a mistake prints what is wrong, with the nearest name, and exits with 2."""
     import tyro
 
@@ -18,9 +16,7 @@ def parse[Args](
     return tyro.cli(kind, args=argv, prog=f"trix-jax {verb}", **extra)
 
 
-def parse_preset[Args](
-    kind: type[Args], argv: list[str], verb: str
-) -> tuple[Args, Any]:
+def parse_preset(kind: Any, argv: list[str], verb: str) -> tuple[Any, Any]:
     """Parses `[CONFIG.yaml] --flags` into a dataclass with a field `config: RunConfig`.
 
     The preset is read first, then its `--arm`, then the flags; each may override what came before.

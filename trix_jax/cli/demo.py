@@ -11,7 +11,7 @@ class Args:
 
     workdir: str = "runs/demo"
     """Where everything goes; a demo that was stopped there goes on."""
-    steps: int = 1000
+    steps: int = 800
     """Optimizer steps of each arm."""
     seed: int = 42
     """Of both arms."""

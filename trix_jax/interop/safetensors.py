@@ -118,7 +118,7 @@ def from_tensors(
 
 def kernel_shapes(model: TransformerLM) -> dict[tuple[str, ...], tuple[int, ...]]:
     """Shapes of all kernels of a model by the path of their module."""
-    params = flatten_dict(_abstract(model)["params"])
+    params: dict = flatten_dict(_abstract(model)["params"])
     return {
         path[:-1]: leaf.shape for path, leaf in params.items() if path[-1] == "kernel"
     }
@@ -147,7 +147,7 @@ def _complete(model, flat):
         if needs_packing
         else want
     )
-    need = flatten_dict(abstract)
+    need: dict = flatten_dict(abstract)
     for path in sorted(need.keys() - flat.keys()):
         if path[0] == "routing" and path[-1] in ("counts", "signature"):
             flat[path] = jnp.zeros(need[path].shape, need[path].dtype)

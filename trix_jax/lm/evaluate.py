@@ -47,8 +47,8 @@ class Evaluation(NamedTuple):
 
 
 @lru_cache(maxsize=8)
-def _compiled(model: TransformerLM) -> Callable:
-    return jax.jit(make_eval_step(model))
+def _compiled(config: TransformerConfig) -> Callable:
+    return jax.jit(make_eval_step(TransformerLM(config)))
 
 
 def evaluate(
@@ -59,7 +59,7 @@ def evaluate(
     progress: float = 1.0,
 ) -> Evaluation:
     """Evaluates on every token of the validation split but the first, in windows of the model's context."""
-    step = _compiled(model)
+    step = _compiled(model.config)
     loss, tokens, routes, kept = 0.0, 0.0, [], 0
     total = np.zeros((), np.float64)
     for batch, mask in eval_batches(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trix_jax.nn.transformer import TransformerLM
+from trix_jax.nn.transformer import TransformerConfig, TransformerLM
 from trix_jax.typing import Array, Float, Integer, Variables
 
 
@@ -81,7 +81,7 @@ def generate(
         ValueError: an empty prompt, ids outside the vocabulary, a negative `new_tokens`.
     """
     prompt = np.asarray(prompt)
-    vocabulary = model.config.vocab_size
+    vocabulary = model.config.vocab_size or 0
     if prompt.size == 0:
         raise ValueError("prompt must have at least one token. Got none.")
     if new_tokens < 0:
@@ -94,7 +94,7 @@ def generate(
 
 
 def _generate(model, variables, prompt, new_tokens, config) -> Iterator[int]:
-    step, context = _compiled(model, config), model.config.context
+    step, context = _compiled(model.config, config), model.config.context
     key = jax.random.key(config.seed)
     text, cache, used = list(map(int, prompt)), {}, 0
     chunk = text[-context:]
@@ -110,8 +110,9 @@ def _generate(model, variables, prompt, new_tokens, config) -> Iterator[int]:
 
 
 @lru_cache(maxsize=8)
-def _compiled(model: TransformerLM, config: SamplingConfig) -> Callable:
+def _compiled(shape: TransformerConfig, config: SamplingConfig) -> Callable:
     """`(variables, cache, tokens, key) -> (token, cache)`, compiled once for a prompt and once for a token."""
+    model = TransformerLM(shape)
 
     def step(variables: Any, cache: Any, tokens, key):
         (logits, _, _), mutated = model.apply(

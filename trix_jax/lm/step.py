@@ -11,7 +11,7 @@ import optax
 from trix_jax import routing
 from trix_jax.lm.config import TrainConfig
 from trix_jax.lm.optimizer import learning_rate_schedule
-from trix_jax.nn.transformer import TransformerLM
+from trix_jax.nn.transformer import TransformerConfig, TransformerLM
 from trix_jax.typing import Array, Float, Int, Integer
 
 AXIS = "data"
@@ -72,7 +72,7 @@ def init_state(
 ) -> TrainState:
     """The state before the first step."""
     init_key, dropout_key = jax.random.split(jax.random.key(seed))
-    variables = _compiled_init(model)(init_key)
+    variables = _compiled_init(model.config)(init_key)
     params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -84,8 +84,9 @@ def init_state(
 
 
 @lru_cache(maxsize=8)
-def _compiled_init(model: TransformerLM) -> Callable:
-    tokens = jnp.zeros((1, model.config.context), jnp.int32)
+def _compiled_init(config: TransformerConfig) -> Callable:
+    model = TransformerLM(config)
+    tokens = jnp.zeros((1, config.context), jnp.int32)
     return jax.jit(lambda key: model.init(key, tokens))
 
 
@@ -179,7 +180,8 @@ def make_eval_step(model: TransformerLM) -> Callable[[Any, Any, Any, Any], EvalS
     """Builds `(variables, tokens [B, L + 1], mask [B, L], progress) -> EvalSums` for one device."""
 
     def step(variables, tokens, mask, progress) -> EvalSums:
-        logits, infos, _ = model.apply(variables, tokens[:, :-1], progress=progress)
+        outputs: Any = model.apply(variables, tokens[:, :-1], progress=progress)
+        logits, infos, _ = outputs
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
         routed = [info for info in infos if info is not None]
         if not routed:

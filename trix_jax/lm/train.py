@@ -92,7 +92,7 @@ def _loop(
     train_config, model = run.config.train, run.model
     began = time.perf_counter() - position.seconds
     routes, best = position.routes, position.best
-    step_fn = _compiled_step(model, train_config, tuple(run.devices))
+    step_fn = _compiled_step(model.config, train_config, tuple(run.devices))
     state = parallel.place(position.state, run.devices)
     batches = train_batches(
         run.store.train,
@@ -139,10 +139,11 @@ def _loop(
 
 @lru_cache(maxsize=4)
 def _compiled_step(
-    model: TransformerLM, config: TrainConfig, devices: tuple[jax.Device, ...]
+    model: TransformerConfig, config: TrainConfig, devices: tuple[jax.Device, ...]
 ) -> Callable:
     """The step, compiled once for runs of the same model and settings in a process."""
-    make_step = partial(make_train_step, model, make_optimizer(config), config)
+    optimizer = make_optimizer(config)
+    make_step = partial(make_train_step, TransformerLM(model), optimizer, config)
     return parallel.compile_step(make_step, devices)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -86,7 +87,7 @@ class Block(nn.Module):
     param_dtype: Dtype = dataclasses.field(default=jnp.float32, kw_only=True)
     axis_name: str | None = dataclasses.field(default=None, kw_only=True)
 
-    FFN = DenseFFN
+    FFN: ClassVar[type[nn.Module]] = DenseFFN
 
     @nn.compact
     def __call__(
@@ -131,7 +132,7 @@ class DenseBlock(Block):
 
     width: int = 512
     activation: str = "gelu"
-    FFN = DenseFFN
+    FFN: ClassVar[type[nn.Module]] = DenseFFN
 
 
 class SparseTriXBlock(Block):
@@ -143,7 +144,7 @@ class SparseTriXBlock(Block):
     activation: str = "relu2"
     ternary: TernaryConfig = TernaryConfig()
     routing: RoutingConfig = RoutingConfig()
-    FFN = SparseTriXFFN
+    FFN: ClassVar[type[nn.Module]] = SparseTriXFFN
 
 
 class HierarchicalTriXBlock(Block):
@@ -157,7 +158,7 @@ class HierarchicalTriXBlock(Block):
     activation: str = "relu2"
     ternary: TernaryConfig = TernaryConfig()
     routing: RoutingConfig = RoutingConfig()
-    FFN = HierarchicalTriXFFN
+    FFN: ClassVar[type[nn.Module]] = HierarchicalTriXFFN
 
 
 class SparseLookupBlock(Block):
@@ -169,4 +170,4 @@ class SparseLookupBlock(Block):
     compress_hidden: int | None = None
     ternary_splines: bool = True
     routing: RoutingConfig = RoutingConfig()
-    FFN = SparseLookupFFN
+    FFN: ClassVar[type[nn.Module]] = SparseLookupFFN

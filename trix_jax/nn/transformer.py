@@ -1,7 +1,7 @@
 """A decoder-only language model whose FFN is any of the four."""
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -227,7 +227,7 @@ class TransformerLM(nn.Module):
 def make_block(config: TransformerConfig, axis_name: str | None, name: str) -> Block:
     """The block that a config asks for; residual projections start smaller by `sqrt(2 * n_layers)`, as in GPT-2."""
     c = config
-    shared = {
+    shared: dict[str, Any] = {
         "dropout": c.dropout,
         "cache_length": c.context,
         "attention_init": nn.initializers.normal(0.02),
@@ -238,35 +238,19 @@ def make_block(config: TransformerConfig, axis_name: str | None, name: str) -> B
         "axis_name": axis_name,
         "name": name,
     }
-    tiles = {"num_tiles": c.num_tiles, "routing": c.routing}
-    ternary = {
-        "ternary": c.ternary,
-        "activation": c.activation or "relu2",
-        "tiles_per_token": c.tiles_per_token,
-    }
-    clusters = {"tiles_per_cluster": c.tiles_per_cluster}
     if c.ffn == "dense":
-        return DenseBlock(
-            c.d_model, c.n_heads, c.dense_width, c.activation or "gelu", **shared
-        )
+        act = c.activation or "gelu"
+        return DenseBlock(c.d_model, c.n_heads, c.dense_width, activation=act, **shared)
+    shared |= {"num_tiles": c.num_tiles, "routing": c.routing}
+    if c.ffn != "sparse":
+        shared["tiles_per_cluster"] = c.tiles_per_cluster
+    if c.ffn == "lookup":
+        for option in ("grid_size", "compress_hidden", "ternary_splines"):
+            shared[option] = getattr(c, option)
+        return SparseLookupBlock(c.d_model, c.n_heads, **shared)
+    shared |= {"ternary": c.ternary, "tiles_per_token": c.tiles_per_token}
+    shared["activation"] = c.activation or "relu2"
     if c.ffn == "sparse":
-        return SparseTriXBlock(
-            c.d_model, c.n_heads, expansion=c.expansion, **tiles, **ternary, **shared
-        )
-    if c.ffn == "hierarchical":
-        more = {
-            "d_hidden": c.tile_width,
-            "top_k_clusters": c.top_k_clusters,
-            **clusters,
-        }
-        return HierarchicalTriXBlock(
-            c.d_model, c.n_heads, **more, **tiles, **ternary, **shared
-        )
-    more = {
-        "grid_size": c.grid_size,
-        "compress_hidden": c.compress_hidden,
-        "ternary_splines": c.ternary_splines,
-    }
-    return SparseLookupBlock(
-        c.d_model, c.n_heads, **more, **clusters, **tiles, **shared
-    )
+        return SparseTriXBlock(c.d_model, c.n_heads, expansion=c.expansion, **shared)
+    shared |= {"d_hidden": c.tile_width, "top_k_clusters": c.top_k_clusters}
+    return HierarchicalTriXBlock(c.d_model, c.n_heads, **shared)
