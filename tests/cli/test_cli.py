@@ -150,6 +150,7 @@ def wait_for_step(run, step, process, seconds=120):
     raise AssertionError(f"step {step} was not reached in {seconds} seconds.")
 
 
+@pytest.mark.slow
 def test_train_killed_and_started_again_equals_the_uninterrupted_run(
     text, tmp_path, user_env
 ):

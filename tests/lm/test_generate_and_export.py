@@ -93,7 +93,7 @@ def test_evaluate_counts_every_validation_token_once_but_the_first(run_dir, load
 def test_generate_cached_equals_uncached_and_greedy_repeats(loaded):
     model, variables, tokenizer = loaded
     prompt = tokenizer.encode("the tile")
-    greedy = SamplingConfig(temperature=0)
+    greedy = SamplingConfig(temperature=0.0)
     new = list(generate(model, variables, prompt, 8, greedy))
     text = list(map(int, prompt))
     for token in new:
@@ -148,7 +148,7 @@ def test_sample_temperature_top_k_and_top_p_cut_what_they_say():
     assert (top_p[:2] > 0).all()
     sharp = draws(SamplingConfig(temperature=0.05), logits)
     assert sharp[0] > 0.99
-    assert draws(SamplingConfig(temperature=0), logits)[0] == 1
+    assert draws(SamplingConfig(temperature=0.0), logits)[0] == 1
 
 
 @pytest.mark.parametrize(
@@ -181,6 +181,7 @@ def test_export_bytes_are_two_bits_a_weight_and_scales(exported, loaded):
     assert not any(name.endswith("tiles.up.kernel") for name in names)
 
 
+@pytest.mark.slow
 def test_export_all_ffn_kinds_load_back_bit_for_bit(tmp_path, loaded):
     tokenizer = loaded[2]
     for kind, number in itertools.product(("hierarchical", "lookup", "dense"), (4,)):

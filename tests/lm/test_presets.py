@@ -23,7 +23,8 @@ SMALL = (
 def cases():
     for path in PRESETS:
         for arm in yaml.safe_load(path.read_text())["arms"]:
-            yield pytest.param(path, arm, id=f"{path.stem}-{arm}")
+            marks = () if arm == "hierarchical" else pytest.mark.slow
+            yield pytest.param(path, arm, id=f"{path.stem}-{arm}", marks=marks)
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
@@ -31,7 +32,7 @@ def test_preset_has_the_arms_that_every_preset_has(path):
     assert set(yaml.safe_load(path.read_text())["arms"]) >= ARMS
 
 
-@pytest.mark.parametrize(("path", "arm"), cases())
+@pytest.mark.parametrize(("path", "arm"), list(cases()))
 def test_preset_arm_trains_shrunken(path, arm, corpus, tmp_path):
     argv = [str(path), "--arm", arm, *SMALL, "--data.path", str(corpus)]
     args, reference = parse_preset(Args, argv, "train")

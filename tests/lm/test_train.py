@@ -121,6 +121,7 @@ def test_train_eight_devices_match_one_within_addition_order(
         np.testing.assert_allclose(x, y, atol=1e-3, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
 def test_train_accumulated_micro_batches_match_one_batch(
     tiny_config, one_device, tmp_path
 ):

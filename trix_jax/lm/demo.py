@@ -35,7 +35,7 @@ PRESET = RunConfig(
         tiles_per_token=4,
     ),
     data=DataConfig(source="stdlib", tokenizer="byte", val_fraction=0.05),
-    train=TrainConfig(steps=800, batch_size=12, learning_rate=4e-3, eval_every=200),
+    train=TrainConfig(steps=800, batch_size=12, learning_rate=2e-3, eval_every=200),
 )
 
 
