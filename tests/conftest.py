@@ -16,14 +16,18 @@ if "jax" in sys.modules:
         "tests/conftest.py must run before jax is imported: a pytest plugin imported it first."
     )
 
-_USER_ENV = dict(os.environ)
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
-)
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
-os.environ.setdefault("MPLBACKEND", "agg")
+_EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
+_STRICT_ENV = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+    "JAX_NUMPY_RANK_PROMOTION": "raise",
+    "MPLBACKEND": "agg",
+}
+# A worker of pytest-xdist inherits what the first process has set, hence taken out by name.
+_USER_FLAGS = os.environ.get("XLA_FLAGS", "").replace(_EIGHT_DEVICES, "").strip()
+_USER_ENV = {k: v for k, v in os.environ.items() if k not in _STRICT_ENV}
+_USER_ENV["XLA_FLAGS"] = _USER_FLAGS
+os.environ.update(_STRICT_ENV, XLA_FLAGS=f"{_USER_FLAGS} {_EIGHT_DEVICES}".strip())
 
 import hypothesis  # noqa: E402  the environment above must be there before anything imports jax
 import jaxtyping  # noqa: E402
