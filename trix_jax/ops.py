@@ -1,73 +1,83 @@
-"""The one seam between the layers and `trix_kernels`: matmuls on ternary weights, packed or not.
+"""The one seam between the layers and `trix_kernels`: matmuls on ternary weights,
+packed or not.
 
-Whatever holds the weights, the numbers are the same: `(x @ q) * scale` in this order, accumulated in float32, the sum
-over groups of the contraction in ascending order. A frozen layer therefore equals its fake-quantized forward bit for bit.
+Whatever holds the weights, the numbers are the same: `(x @ q) * scale` in this order,
+accumulated in float32, the sum over groups of the contraction in ascending order. On
+the XLA path a frozen layer therefore equals its fake-quantized forward bit for bit.
 """
 
-from functools import reduce
-from typing import NamedTuple
+from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 
+import trix_kernels
 from trix_jax.ternary import Ternary
-from trix_jax.typing import Array, Float, Integer, UInt8
-from trix_kernels import packing
+from trix_jax.typing import Array, Float, Integer, Variables
+from trix_kernels import Packed as Packed
+from trix_kernels.tile_matmul import xla
+from trix_kernels.weights import ROWS, layout_of, planar_unsupported_reason
 
 PACKED = "packed"  # the Flax collection that holds packed weights
-
-
-class Packed(NamedTuple):
-    """Ternary weights at rest.
-
-    Attributes:
-        bits: four weights a byte along the outputs (`trix_kernels.packing.pack` of `q`), the layout of the XLA path.
-        scale: as in `Ternary`, bfloat16.
-    """
-
-    bits: UInt8[Array, "*N I bytes"]
-    scale: Float[Array, "*N G S"]
-
 
 Weights = Ternary | Packed
 
 
 def pack(weights: Ternary) -> Packed:
-    """Ternary weights to two bits each; exact."""
-    bits = jnp.asarray(packing.pack(weights.q))
-    return Packed(bits, weights.scale.astype(jnp.bfloat16))
+    """Ternary weights to two bits each; exact.
+
+    In the layout of the Mosaic GPU kernels where the default device runs them and the
+    shape has it, else in that of the XLA path.
+    """
+    rows, features = weights.q.shape[-2:]
+    has_planar = planar_unsupported_reason(rows, features, weights.scale.shape[-2])
+    on_gpu = trix_kernels.device.arch() is not None
+    layout = "planar" if on_gpu and has_planar is None else "rows"
+    return trix_kernels.pack(weights.q, weights.scale, layout)
 
 
 def unpack(weights: Weights, features: int) -> Ternary:
-    """The inverse of `pack` for weights of `features` outputs; ternary weights pass through."""
+    """The inverse of `pack` for weights of `features` outputs; ternary weights pass
+    through.
+    """
     if isinstance(weights, Ternary):
         return weights
-    q = jnp.asarray(packing.unpack(weights.bits, features, jnp.float32))
-    return Ternary(q, weights.scale.astype(jnp.float32))
+    q, scale = trix_kernels.unpack(weights, features)
+    return Ternary(q, scale)
+
+
+def implementation(variables: Variables) -> str:
+    """Which ternary matmuls a model with these variables runs on the default device."""
+    if PACKED not in variables:
+        return "xla, weights not packed"
+    reason = trix_kernels.device.unsupported_reason()
+    return (
+        f"xla, packed. {reason}" if reason else "mosaic_gpu where shapes allow, packed"
+    )
+
+
+def least_rows(weights: Weights) -> int:
+    """Rows that a block must have at least for the kernels that these weights are
+    packed for.
+    """
+    is_planar = isinstance(weights, Packed) and layout_of(weights) == "planar"
+    return min(ROWS) if is_planar else 1
 
 
 def matmul(
-    x: Float[Array, "*B T I"], weights: Weights, features: int
-) -> Float[Array, "*B T O"]:
-    """Computes `(x @ q) * scale`, batched over leading axes, in the dtype of `x`.
-
-    With several groups it is `sum over g of (x_g @ q_g) * scale_g`, ascending, in float32, every product and every sum
-    rounded: without the barrier a compiler may fuse the two, as it likes, and the last bit depends on what is around.
-    """
+    x: Float[Array, "T I"], weights: Weights, features: int
+) -> Float[Array, "T N O"]:
+    """Computes `(x @ q_n) * scale_n` for every tile n, in the dtype of `x`."""
+    if isinstance(weights, Packed) and layout_of(weights) == "planar":
+        # Outputs are rows of the planar words: all tiles are one wider matrix.
+        n, width, words = weights.bits.shape
+        scale = jnp.broadcast_to(weights.scale, (n, weights.scale.shape[-2], width))
+        scale = jnp.moveaxis(scale, 0, 1).reshape(-1, n * width)
+        joined = Packed(weights.bits.reshape(n * width, words), scale)
+        y = trix_kernels.ternary_matmul(x, joined, n * width)
+        return y.reshape(-1, n, width)
     q, scale = unpack(weights, features)
-    q = q.astype(x.dtype)
-    groups = scale.shape[-2]
-    rows = q.shape[-2] // groups
-    products = []
-    for g in range(groups):
-        part = slice(g * rows, (g + 1) * rows)
-        product = jnp.matmul(
-            x[..., part], q[..., part, :], preferred_element_type=jnp.float32
-        )
-        products.append(product * scale[..., g, None, :])
-    if groups > 1:
-        products = jax.lax.optimization_barrier(products)
-    return reduce(jnp.add, products).astype(x.dtype)
+    x_NTI = jnp.broadcast_to(x[None], (q.shape[0], *x.shape))
+    return jnp.moveaxis(xla.matmul(x_NTI, q, scale), 0, 1)
 
 
 def tile_matmul(
@@ -75,8 +85,36 @@ def tile_matmul(
     weights: Weights,
     block_tile: Integer[Array, " M"],
     features: int,
+    used: Integer[Array, "1"] | None = None,
 ) -> Float[Array, "M R O"]:
-    """Computes `(x_m @ q_n) * scale_n` with `n = block_tile[m]`: every block meets only its own tile's weights."""
-    if isinstance(weights, Packed) and block_tile.shape[0] > weights.bits.shape[0]:
-        weights = unpack(weights, features)
-    return matmul(x, type(weights)(*(leaf[block_tile] for leaf in weights)), features)
+    """Computes `(x_m @ q_n) * scale_n` with `n = block_tile[m]`: every block meets only
+    its own tile's weights.
+
+    Args:
+        used: blocks from this one on need not be computed; None computes all.
+    """
+    if isinstance(weights, Packed):
+        return trix_kernels.block_matmul(x, weights, block_tile, features, used=used)
+    return xla.matmul(x, weights.q[block_tile], weights.scale[block_tile])
+
+
+def tile_ffn(
+    x: Float[Array, "M R D"],
+    up: Weights,
+    down: Weights,
+    block_tile: Integer[Array, " M"],
+    shape: tuple[int, int],
+    act: Callable,
+    used: Integer[Array, "1"] | None = None,
+) -> Float[Array, "M R O"]:
+    """Computes `act(x_m @ up_n) @ down_n`, `n = block_tile[m]`, in one kernel where
+    there is one.
+
+    Args:
+        shape: F, the hidden width, and O.
+        used: blocks from this one on need not be computed; None computes all.
+    """
+    if isinstance(up, Packed) and isinstance(down, Packed):
+        return trix_kernels.block_ffn(x, up, down, block_tile, shape, act, used=used)
+    hidden = act(tile_matmul(x, up, block_tile, shape[0]))
+    return tile_matmul(hidden, down, block_tile, shape[1])

@@ -1,12 +1,14 @@
-"""The interchange format of ternary weights: two bits each, four to a byte. What files hold.
+"""The interchange format of ternary weights: two bits each, four to a byte. What files
+hold.
 
     byte[..., j] = sum over i in 0..3 of code(q[..., 4 j + i]) << 2 i
     code(0) = 00,  code(+1) = 01,  code(-1) = 10,  11 is not a weight
 
-Rows, the last axis, start on a byte: a row of `n` weights takes `ceil(n / 4)` bytes and the unused
-bits of its last byte are zero. In files a row is one output's weights along the contraction,
-`[..., out, in]`, which makes the bytes equal to those of the PyTorch original's `pack_weights`.
-The functions take numpy arrays on the host and jax arrays, under `jit` included, and return the same kind.
+Rows, the last axis, start on a byte: a row of `n` weights takes `ceil(n / 4)` bytes and
+the unused bits of its last byte are zero. In files a row is one output's weights along
+the contraction, `[..., out, in]`, which makes the bytes equal to those of the PyTorch
+original's `pack_weights`. The functions take numpy arrays on the host and jax arrays,
+under `jit` included, and return the same kind.
 """
 
 import jax.numpy as jnp
@@ -26,7 +28,8 @@ def packed_length(n: int) -> int:
 
 
 def pack(q: Num[Array, "*B n"] | Num[np.ndarray, "*B n"]) -> Words:
-    """Computes `byte[j] = code(q[4j]) | code(q[4j+1]) << 2 | code(q[4j+2]) << 4 | code(q[4j+3]) << 6`.
+    """Computes `byte[j] = code(q[4j]) | code(q[4j+1]) << 2 | code(q[4j+2]) << 4 |
+    code(q[4j+3]) << 6`.
 
     Args:
         q: weights, each exactly -1, 0 or +1, of any real dtype.
@@ -35,8 +38,8 @@ def pack(q: Num[Array, "*B n"] | Num[np.ndarray, "*B n"]) -> Words:
         `uint8[..., ceil(n / 4)]`.
 
     Raises:
-        ValueError: a numpy `q` holds another value. (A jax array may be traced and is not looked at:
-            there the sign is what is stored.)
+        ValueError: a numpy `q` holds another value. (A jax array may be traced and is
+            not looked at: there the sign is what is stored.)
     """
     xp = np if isinstance(q, np.ndarray) else jnp
     if q.ndim == 0:
@@ -60,7 +63,8 @@ def pack(q: Num[Array, "*B n"] | Num[np.ndarray, "*B n"]) -> Words:
 def unpack(
     words: Words, n: int, dtype=np.int8
 ) -> Integer[Array, "*B n"] | Num[Array, "*B n"] | Num[np.ndarray, "*B n"]:
-    """Computes `q[4j + i] = (c & 1) - (c >> 1)` with `c = byte[j] >> 2i & 3`, the inverse of `pack`.
+    """Computes `q[4j + i] = (c & 1) - (c >> 1)` with `c = byte[j] >> 2i & 3`, the
+    inverse of `pack`.
 
     Args:
         words: bytes from `pack`.
@@ -84,7 +88,8 @@ def unpack(
 
 
 def check(words: UInt8[np.ndarray, "*B bytes"], n: int) -> None:
-    """Refuses bytes that no `pack` wrote: the code 11, or set bits behind the last weight of a row.
+    """Refuses bytes that no `pack` wrote: the code 11, or set bits behind the last
+    weight of a row.
 
     Raises:
         ValueError: naming the first offending byte.

@@ -1,4 +1,6 @@
-"""The interchange format: exact, the same bytes from numpy and jax, and refused where no `pack` wrote it."""
+"""The interchange format: exact, the same bytes from numpy and jax, and refused where
+no `pack` wrote it.
+"""
 
 import hypothesis.extra.numpy as hnp
 import jax

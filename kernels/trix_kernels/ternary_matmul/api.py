@@ -1,0 +1,49 @@
+"""`ternary_matmul`: a dense matmul whose weights stay in two bits."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from trix_kernels.ternary_matmul import reference, xla
+from trix_kernels.tile_matmul.api import (
+    Implementation,
+    block_matmul,
+    unsupported_reason,
+)
+from trix_kernels.weights import ROWS, Packed, unpack
+
+
+def ternary_matmul(
+    x: Float[Array, "T I"],
+    weights: Packed,
+    features: int,
+    *,
+    implementation: Implementation | None = None,
+) -> Float[Array, "T O"]:
+    """Computes `(x @ q) * scale`, summed over groups of the contraction, in the dtype
+    of `x`.
+
+    On Hopper and Blackwell it is `tile_matmul` with one tile.
+
+    Args:
+        weights: of one matrix: bits `[I, words]`, scale `[G, S]`.
+        features: O.
+        implementation: None takes "mosaic_gpu" where it runs and "xla" elsewhere; a
+            name runs exactly that. "reference" is numpy in float64, on concrete arrays.
+
+    Raises:
+        NotImplementedError: the named implementation does not run here, and why.
+    """
+    if implementation == "reference":
+        q, scale = unpack(weights, features)
+        y = reference.ternary_matmul(x.astype(jnp.float32), q, scale)
+        return jnp.asarray(y, x.dtype)
+    rows = next((rows for rows in ROWS if rows >= x.shape[0]), max(ROWS))
+    one_tile = Packed(*(leaf[None] for leaf in weights))
+    padding = -x.shape[0] % rows
+    blocks = jnp.pad(x, ((0, padding), (0, 0))).reshape(-1, rows, x.shape[1])
+    reason = unsupported_reason(blocks, one_tile)
+    if implementation == "xla" or (implementation is None and reason):
+        return xla.ternary_matmul(x, weights, features)
+    tile = jnp.zeros(blocks.shape[0], jnp.int32)
+    y = block_matmul(blocks, one_tile, tile, features, implementation="mosaic_gpu")
+    return y.reshape(-1, features)[: x.shape[0]]

@@ -1,0 +1,95 @@
+"""`tile_ffn`: both matmuls of a tile, the hidden layer never in device memory."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer
+
+from trix_kernels import device
+from trix_kernels.tile_ffn import reference, xla
+from trix_kernels.tile_ffn.config import FUSED_BLOCKS, SHARED_BYTES, shared_bytes
+from trix_kernels.tile_matmul.api import (
+    Implementation,
+    block_matmul,
+    mosaic_scale,
+    split,
+)
+from trix_kernels.tile_matmul.api import unsupported_reason as matmul_reason
+from trix_kernels.weights import ROWS, Packed, unpack
+
+
+def block_ffn(
+    x: Float[Array, "M R D"],
+    up: Packed,
+    down: Packed,
+    block_tile: Integer[Array, " M"],
+    shape: tuple[int, int],
+    act: Callable,
+    *,
+    used: Integer[Array, "1"] | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "M R O"]:
+    """Computes `act((x[m] @ q_up) * s_up) @ q_down * s_down` with tile `block_tile[m]`.
+
+    Args:
+        shape: F, the hidden width, and O.
+        act: elementwise, of jnp functions.
+        used: blocks from this one on need not be computed: what they hold is undefined.
+            None computes all.
+        implementation: None takes the fused "mosaic_gpu" where it runs and there is a
+            block for most cores of the GPU, else `block_matmul` twice; a name runs
+            exactly that. "reference" is numpy in float64, on concrete arrays.
+
+    Raises:
+        NotImplementedError: the named implementation does not run here, and why.
+    """
+    reason = unsupported_reason(x, up, down)
+    if implementation is None and (reason or x.shape[0] < FUSED_BLOCKS):
+        hidden = act(block_matmul(x, up, block_tile, shape[0], used=used))
+        return block_matmul(hidden, down, block_tile, shape[1], used=used)
+    if implementation == "reference":
+        pairs = unpack(up, shape[0]), unpack(down, shape[1])
+        y = reference.tile_ffn(x.astype(jnp.float32), *pairs, block_tile, act)
+        return jnp.asarray(y, x.dtype)
+    if implementation == "xla":
+        return xla.tile_ffn(x, up, down, block_tile, shape, act)
+    arch = device.arch()
+    if reason or arch is None:
+        raise NotImplementedError(reason)
+    # Only here: importing Mosaic GPU takes longer than importing jax.
+    from trix_kernels.tile_ffn import mosaic_gpu
+
+    if used is None:
+        used = jnp.full((1,), x.shape[0], jnp.int32)
+    blocks, tile, used = split(x, block_tile, used, _fitting_rows(up, down)[-1])
+    y = mosaic_gpu.tile_ffn(
+        blocks,
+        (up.bits, mosaic_scale(up.scale, shape[0])),
+        (down.bits, mosaic_scale(down.scale, shape[1])),
+        tile,
+        used,
+        act,
+        arch,
+    )
+    return y.reshape(*x.shape[:2], -1)
+
+
+def unsupported_reason(
+    x: Float[Array, "M R D"], up: Packed, down: Packed
+) -> str | None:
+    """Why the fused kernel does not run on these arrays here; None where it does."""
+    for weights in (up, down):
+        if reason := matmul_reason(x, weights):
+            return reason
+        if weights.bits.shape[-2] % 128:
+            return f"The fused FFN needs widths that are multiples of 128. Got {weights.bits.shape[-2]}."
+    if not _fitting_rows(up, down):
+        widths = " + ".join(str(8 * w.bits.shape[-1]) for w in (up, down))
+        return f"Eight rows of {widths} activations do not fit the shared memory."
+    return None
+
+
+def _fitting_rows(up: Packed, down: Packed) -> list[int]:
+    """The sizes of a block whose activations fit the shared memory, ascending."""
+    d_in, hidden = 8 * up.bits.shape[-1], 8 * down.bits.shape[-1]
+    return [rows for rows in ROWS if shared_bytes(rows, d_in, hidden) <= SHARED_BYTES]

@@ -1,0 +1,49 @@
+"""`tile_matmul` for XLA: CPU, TPU, any GPU, any dtype, any shape."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer, Num
+
+from trix_kernels.weights import Packed, unpack
+
+
+def matmul(
+    x: Float[Array, "*B T I"], q: Num[Array, "*N I O"], scale: Float[Array, "*N G S"]
+) -> Float[Array, "*B T O"]:
+    """Computes `(x @ q) * scale`, batched over leading axes, in the dtype of `x`.
+
+    With several groups it is `sum over g of (x_g @ q_g) * scale_g`, ascending, in
+    float32, every product and every sum rounded: without the barrier a compiler may
+    fuse the two, as it likes, and the last bit depends on what is around.
+    """
+    q = q.astype(x.dtype)
+    groups = scale.shape[-2]
+    rows = q.shape[-2] // groups
+    products = []
+    for g in range(groups):
+        part = slice(g * rows, (g + 1) * rows)
+        product = jnp.matmul(
+            x[..., part], q[..., part, :], preferred_element_type=jnp.float32
+        )
+        products.append(product * scale[..., g, None, :])
+    if groups > 1:
+        products = jax.lax.optimization_barrier(products)
+    return functools.reduce(jnp.add, products).astype(x.dtype)
+
+
+def tile_matmul(
+    x: Float[Array, "M R I"],
+    weights: Packed,
+    block_tile: Integer[Array, " M"],
+    features: int,
+) -> Float[Array, "M R O"]:
+    """Computes `(x_m @ q_n) * scale_n` with `n = block_tile[m]`."""
+    if (
+        block_tile.shape[0] > weights.bits.shape[0]
+    ):  # unpack each tile once, not a block
+        q, scale = unpack(weights, features)
+        return matmul(x, q[block_tile], scale[block_tile])
+    q, scale = unpack(Packed(*(leaf[block_tile] for leaf in weights)), features)
+    return matmul(x, q, scale)

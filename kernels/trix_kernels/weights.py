@@ -1,0 +1,107 @@
+"""Ternary weights at rest in a kernel's own layout: two bits each, and bfloat16 scales
+beside.
+
+    "rows"    uint8  [*N, I, O / 4]   the byte order of `packing`, along the outputs
+    "planar"  uint16 [*N, O, I / 8]   what the Mosaic GPU kernels decode
+
+Planar words cut the contraction into blocks of b weights; word j of a block holds the
+eight weights j, j + b/8, j + 2b/8, ..., the first in its highest two bits:
+
+    word[o, k b/8 + j] = sum over p of code(q[k b + p b/8 + j, o]) << (14 - 2 p)
+    code(0) = 00,  code(+1) = 01,  code(-1) = 11
+
+so that `(word << 2 p) & 0xC000` is, bit for bit, the bfloat16 0, +2 or -2, and plane p
+meets the p-th eighth of the block's activations: no shuffle and no conversion. The 2 is
+taken out of the scale. Layouts are private: files hold `packing`'s format.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Num, UInt
+
+from trix_kernels import packing
+
+Layout = Literal["rows", "planar"]
+
+PLANES = 8
+BLOCKS = (256, 128)  # weights of the contraction in a planar block, best first
+ROWS = (8, 16, 32, 64, 128)  # rows of a block that the Mosaic GPU kernels take
+
+
+class Packed(NamedTuple):
+    """Weights `q * scale` in two bits each.
+
+    Attributes:
+        bits: uint8 in the layout "rows", uint16 in "planar".
+        scale: one per group of the contraction and output, or broadcast over outputs.
+    """
+
+    bits: UInt[Array, "*N rows words"]
+    scale: Float[Array, "*N G S"]
+
+
+def layout_of(weights: Packed) -> Layout:
+    """The layout, which the type of the words tells."""
+    return "planar" if weights.bits.dtype == jnp.uint16 else "rows"
+
+
+def pack(
+    q: Num[Array, "*N I O"], scale: Float[Array, "*N G S"], layout: Layout = "rows"
+) -> Packed:
+    """Ternary weights to two bits each; exact.
+
+    Raises:
+        ValueError: the shape has no planar layout (`planar_unsupported_reason`).
+    """
+    scale = scale.astype(jnp.bfloat16)
+    if layout == "rows":
+        return Packed(jnp.asarray(packing.pack(q)), scale)
+    *lead, rows, features = q.shape
+    if reason := planar_unsupported_reason(rows, features, scale.shape[-2]):
+        raise ValueError(reason)
+    block = planar_block(rows, scale.shape[-2])
+    cut = jnp.swapaxes(q, -1, -2).reshape(*lead, features, -1, PLANES, block // PLANES)
+    code = jnp.where(cut > 0, 1, jnp.where(cut < 0, 3, 0)).astype(jnp.uint16)
+    shifted = code << _shifts(code.ndim)
+    words = shifted.sum(axis=-2, dtype=jnp.uint16)
+    return Packed(words.reshape(*lead, features, rows // PLANES), scale)
+
+
+def unpack(
+    weights: Packed, features: int, dtype=jnp.float32
+) -> tuple[Float[Array, "*N I O"], Float[Array, "*N G S"]]:
+    """`q` in `dtype` and the scale in float32: the inverse of `pack` in either layout."""
+    bits, scale = weights.bits, weights.scale.astype(jnp.float32)
+    if layout_of(weights) == "rows":
+        return jnp.asarray(packing.unpack(bits, features, dtype)), scale
+    *lead, _, words = bits.shape
+    width = planar_block(words * PLANES, scale.shape[-2]) // PLANES
+    cut = bits.reshape(*lead, features, -1, 1, width)
+    code = (cut >> _shifts(cut.ndim)) & jnp.uint16(3)
+    q = jnp.where(code == 3, -1, code.astype(jnp.int8)).astype(dtype)
+    return jnp.swapaxes(q.reshape(*lead, features, words * PLANES), -1, -2), scale
+
+
+def planar_unsupported_reason(rows: int, features: int, groups: int = 1) -> str | None:
+    """Why weights of this shape have no planar layout; None where they have."""
+    group = rows // groups
+    if group % min(BLOCKS):
+        return (
+            f"The contraction, in {groups} group(s) of {group} weights, must be a "
+            f"multiple of {min(BLOCKS)}."
+        )
+    if features % 64:
+        return f"features={features} must be a multiple of 64."
+    return None
+
+
+def planar_block(rows: int, groups: int = 1) -> int:
+    """Weights of the contraction in a block: the largest that divides a group."""
+    return next(block for block in BLOCKS if rows // groups % block == 0)
+
+
+def _shifts(ndim: int) -> np.ndarray:
+    shifts = np.arange(14, -2, -2, dtype=np.uint16)
+    return shifts.reshape(*[1] * (ndim - 2), PLANES, 1)

@@ -1,0 +1,92 @@
+"""Every kernel compiled for GPUs that are not here, against the committed table.
+
+Needs the dependency group `aot`. TRIX_AOT_PYTHON names a Python that has it (CI makes
+one, and there the test fails where it is missing); without it, this one must have it.
+
+    TRIX_AOT_PYTHON=... pytest -m slow tests/kernels/test_aot.py
+
+A change that means to move the table writes it anew: `TRIX_AOT_WRITE=1` with the same
+command.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from importlib import util
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+TABLE = Path(__file__).resolve().parents[2] / "kernels" / "resources.json"
+KEPT = (
+    "name",
+    "registers",
+    "spill_bytes",
+    "smem_bytes",
+    "decode_instructions_per_weight",
+)
+PYTHON = os.environ.get("TRIX_AOT_PYTHON")
+TARGETS = ("h100", "b200")
+
+XLA_ON_THOR = """
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+from trix_jax import SparseTriXFFN
+from trix_kernels.gpu_specs import GPUS, target_config
+
+topology = topologies.get_topology_desc(
+    platform="cuda", target_config=target_config(GPUS["thor"]), topology="1x1x1"
+)
+sharding = NamedSharding(topologies.make_mesh(topology, (1,), ("d",)), PartitionSpec())
+layer = SparseTriXFFN(128)
+x = jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=sharding)
+variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+compiled = jax.jit(layer.apply).lower(jax.tree.map(place, variables), x).compile()
+print("compiled", len(compiled.as_text()) > 1000)
+"""
+
+
+@pytest.fixture(scope="module")
+def python():
+    if PYTHON is None and util.find_spec("jax_cuda13_plugin") is None:
+        pytest.skip("the dependency group aot is not installed")
+    return PYTHON or sys.executable
+
+
+def run(python, *args):
+    # Paths of this checkout first: the other Python may have no trix_jax of its own.
+    root = TABLE.parents[1]
+    env = os.environ | {
+        "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}",
+        "JAX_PLATFORMS": "cpu",
+    }
+    env.pop("XLA_FLAGS", None)
+    done = subprocess.run(
+        [python, *args], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_compile_as_the_table_says(python, target):
+    code = f"import json; from trix_kernels.aot import report; print(json.dumps(report({target!r})))"
+    kernels = json.loads(run(python, "-c", code).splitlines()[-1])["kernels"]
+    found = [{key: kernel[key] for key in KEPT} for kernel in kernels]
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    if os.environ.get("TRIX_AOT_WRITE"):
+        TABLE.write_text(json.dumps(table | {target: found}, indent=1) + "\n")
+        table = json.loads(TABLE.read_text())
+    assert found == table[target]
+    assert all(kernel["spill_bytes"] == 0 for kernel in found)
+    # Blackwell's fused kernel and grouped matmul too stay below what sm_90a is held to.
+    assert max(k["decode_instructions_per_weight"] for k in found) <= 2.0
+
+
+def test_the_layers_compile_for_a_gpu_without_our_kernels(python):
+    assert run(python, "-c", XLA_ON_THOR).split() == ["compiled", "True"]

@@ -1,0 +1,79 @@
+"""`trix-jax aot --target GPU`: compile the kernels and train steps for a GPU that is
+not here.
+"""
+
+import dataclasses
+from importlib import util
+from typing import Any, Literal
+
+from trix_jax.cli.common import parse, print_json, say
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Compile for a GPU that is not here: resources of every kernel, modelled times,
+    memory of train steps.
+    """
+
+    target: Literal["h100", "b200"] = "h100"
+    """Which GPU."""
+    configs: bool = True
+    """Compile train steps too, on 1 and 8 GPUs: minutes."""
+    json: bool = False
+    """End standard output with the result as one line of JSON."""
+
+
+def main(argv: list[str]) -> int:
+    """Prints the tables; 1 if a kernel spills registers."""
+    from trix_kernels import aot
+
+    args = parse(Args, argv, "aot")
+    if util.find_spec("jax_cuda13_plugin") is None:
+        raise RuntimeError(
+            "jax-cuda13-plugin, nvidia-cuda-nvcc, nvidia-nvvm and nvidia-cuda-nvdisasm "
+            "are missing: uv sync --group aot brings them."
+        )
+    report = say(args.json)
+    result: dict[str, Any] = aot.report(args.target)
+    report(f"{result['gpu']}, kernels compiled, times modelled:")
+    report(kernel_table(result["kernels"]))
+    if args.configs:
+        from trix_jax.lm import compile as train_steps
+
+        result["configs"] = train_steps.report(args.target)
+        report(config_table(result["configs"]))
+    if args.json:
+        print_json(result)
+    return 1 if any(kernel["spill_bytes"] for kernel in result["kernels"]) else 0
+
+
+def kernel_table(kernels: list[dict[str, Any]]) -> str:
+    """Markdown: resources, bytes and times of every kernel."""
+    rows = [
+        "| kernel | registers | spills | shared memory, bytes | decode instructions a weight "
+        "| bytes over minimum | of bfloat16's | modelled us | roofline us | ratio |",
+        "|---|" + "---:|" * 9,
+    ]
+    for k in kernels:
+        rows.append(
+            f"| {k['name']} | {k['registers']} | {k['spill_bytes']} | {k['smem_bytes']:,} | "
+            f"{k['decode_instructions_per_weight']:.2f} | "
+            f"{k['bytes_moved'] / k['bytes_minimum']:.3f} | "
+            f"{k['bytes_moved'] / k['bytes_of_bfloat16']:.2f} | {k['modelled_us']:.2f} | "
+            f"{k['roofline_us']:.2f} | {k['modelled_us'] / k['roofline_us']:.2f} |"
+        )
+    return "\n".join(rows)
+
+
+def config_table(configs: list[dict[str, Any]]) -> str:
+    """Markdown: memory and collectives of every train step."""
+    rows = [
+        "| train step | GPUs | peak MiB a GPU | collectives |",
+        "|---|---:|---:|---|",
+    ]
+    for c in configs:
+        found = ", ".join(f"{n} {name}" for name, n in c["collectives"].items())
+        rows.append(
+            f"| {c['name']} | {c['devices']} | {c['peak_bytes'] / 2**20:,.0f} | {found or '-'} |"
+        )
+    return "\n".join(rows)

@@ -1,0 +1,127 @@
+"""Train steps compiled for GPUs that are not here: memory and collectives.
+
+    python -m trix_jax.lm.compile h100
+
+Run in a process with the environment of `trix_kernels.aot.environment`.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from trix_jax.lm.config import TrainConfig
+from trix_jax.lm.optimizer import make_optimizer
+from trix_jax.lm.step import AXIS, init_state, make_train_step
+from trix_jax.nn.transformer import TransformerConfig, TransformerLM
+from trix_kernels import aot
+from trix_kernels.gpu_specs import GPUS, target_config
+
+CONFIGS = {
+    "small, hierarchical 64 tiles": TransformerConfig(
+        vocab_size=8192,
+        context=512,
+        d_model=256,
+        n_layers=4,
+        n_heads=4,
+        ffn="hierarchical",
+        num_tiles=64,
+        tiles_per_cluster=8,
+        dtype="bfloat16",
+    ),
+    "small, dense": TransformerConfig(
+        vocab_size=8192,
+        context=512,
+        d_model=256,
+        n_layers=4,
+        n_heads=4,
+        ffn="dense",
+        dtype="bfloat16",
+    ),
+}
+BATCH = 32  # sequences a GPU
+COLLECTIVES = re.compile(
+    r"(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
+)
+
+
+def report(target: str) -> list[dict[str, Any]]:
+    """Compiles every config for 1 and 8 GPUs of a target, in a process of its own.
+
+    Raises:
+        RuntimeError: the compilation failed; the message ends with what it printed.
+    """
+    command = [sys.executable, "-m", "trix_jax.lm.compile", target]
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            command,
+            env=aot.environment(folder),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode:
+        last = done.stderr.strip()[-2000:]
+        raise RuntimeError(
+            f"Compiling train steps for {target} ended with {done.returncode}: {last}"
+        )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compile_step(model: TransformerConfig, target: str, devices: int) -> dict[str, Any]:
+    """Compiles one data-parallel step, `jit(shard_map(step))`, and reads what it needs."""
+    topology = topologies.get_topology_desc(
+        platform="cuda",
+        target_config=target_config(GPUS[target]),
+        topology=f"1x{devices}x1",
+    )
+    mesh = topologies.make_mesh(topology, (devices,), (AXIS,))
+    config = TrainConfig(steps=1000, batch_size=BATCH * devices)
+    optimizer = make_optimizer(config)
+    step = make_train_step(TransformerLM(model), optimizer, config, AXIS)
+    everywhere, split = PartitionSpec(), PartitionSpec(None, AXIS)
+    sharded = jax.shard_map(
+        step,
+        mesh=mesh,
+        in_specs=(everywhere, split),
+        out_specs=everywhere,
+        check_vma=False,
+    )
+    state = jax.eval_shape(lambda: init_state(TransformerLM(model), optimizer, 0))
+    state = jax.tree.map(lambda x: _abstract(x.shape, x.dtype, mesh, everywhere), state)
+    batch = _abstract((1, BATCH * devices, model.context + 1), jnp.int32, mesh, split)
+    compiled = jax.jit(sharded, donate_argnums=0).lower(state, batch).compile()
+    memory: Any = compiled.memory_analysis()
+    found = Counter(COLLECTIVES.findall(compiled.as_text() or ""))
+    return {
+        "devices": devices,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "peak_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
+        "collectives": dict(found),
+    }
+
+
+def _abstract(shape, dtype, mesh: Mesh, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+
+def main(target: str) -> list[dict[str, Any]]:
+    """Compiles in this process."""
+    return [
+        {"name": name, "target": target, **compile_step(model, target, devices)}
+        for name, model in CONFIGS.items()
+        for devices in (1, 8)
+    ]
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1])))
