@@ -1,10 +1,10 @@
 """Packed models as a safetensors file, ternary kernels in the interchange format.
 
 A ternary kernel is a tensor `NAME.bits`, uint8 `[..., out, ceil(in / 4)]` as
-`trix_kernels.packing` defines it, with `NAME.scale`, bfloat16. Everything else is stored
-under its own name. Names are paths joined by dots and start with their collection. The
-file's metadata holds the format's name and version and, as `columns`, the unpacked row
-length of every kernel.
+`trix_kernels.packing` defines it, with `NAME.scale`, bfloat16. Everything else is
+stored under its own name. Names are paths joined by dots and start with their
+collection. The file's metadata holds the format's name and version and, as `columns`,
+the unpacked row length of every kernel.
 """
 
 import json
@@ -19,9 +19,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from trix_jax import ops
 from trix_jax.frozen import freeze
 from trix_jax.nn.transformer import TransformerLM
 from trix_jax.ops import PACKED
+from trix_jax.routing import MARGINS
+from trix_jax.ternary import Ternary
 from trix_jax.typing import Variables
 from trix_kernels import packing
 
@@ -69,14 +72,18 @@ def write_whole(path: Path, data: bytes) -> None:
 def to_tensors(
     model: TransformerLM, variables: Variables
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """Variables as named arrays in the interchange format, and the unpacked row length of every packed kernel."""
-    flat = flatten_dict(dict(variables))
+    """Variables as named arrays in the interchange format, and the unpacked row length
+    of every packed kernel.
+    """
+    flat: dict[tuple[str, ...], Any] = flatten_dict(dict(variables))
     shapes = kernel_shapes(model)
     tensors, columns = {}, {}
     for path, leaf in flat.items():
         value, name = np.asarray(leaf), ".".join(path)
         if path[0] == PACKED and path[-1] == "bits":
-            rows = np.swapaxes(packing.unpack(value, shapes[path[1:-1]][-1]), -1, -2)
+            held = ops.Packed(leaf, flat[(*path[:-1], "scale")])
+            q = np.asarray(ops.unpack(held, shapes[path[1:-1]][-1]).q, np.int8)
+            rows = np.swapaxes(q, -1, -2)
             tensors[name], columns[name] = (
                 packing.pack(np.ascontiguousarray(rows)),
                 rows.shape[-1],
@@ -106,7 +113,11 @@ def from_tensors(
             rows = shapes[path[1:-1]][-2]
             packing.check(value, rows)
             q = np.ascontiguousarray(np.swapaxes(packing.unpack(value, rows), -1, -2))
-            flat[path] = jnp.asarray(packing.pack(q))
+            scale = tensors.get(f"{name.removesuffix('bits')}scale")
+            if scale is None:
+                raise ValueError(f"{name} must have a scale beside it. Got none.")
+            ternary = Ternary(jnp.asarray(q, jnp.float32), jnp.asarray(scale))
+            flat[path] = ops.pack(ternary).bits
             if path[-2] == "up":
                 flat[(*path[:-2], "signature_sums")] = jnp.asarray(
                     q.sum(axis=-1, dtype=np.int16)
@@ -131,15 +142,19 @@ def _abstract(model):
 
 
 def _is_idle(path, flat, model) -> bool:
-    """Whether a leaf of the routing state does nothing in a frozen model: counts, and signatures that nobody holds."""
+    """Whether a leaf of the routing state does nothing in a frozen model: margins, and
+    signatures that nobody holds.
+    """
     held = model.config.routing.source == "random" or bool(
         np.any(flat[(*path[:-1], "frozen")])
     )
-    return path[-1] == "counts" or (path[-1] == "signature" and not held)
+    return path[-1] in MARGINS or (path[-1] == "signature" and not held)
 
 
 def _complete(model, flat):
-    """Checks every array against what the frozen model needs, and adds the routing state that files leave out."""
+    """Checks every array against what the frozen model needs, and adds the routing
+    state that files leave out.
+    """
     want = dict(_abstract(model))
     needs_packing = any(path[0] == PACKED for path in flat)
     abstract = (
@@ -149,7 +164,7 @@ def _complete(model, flat):
     )
     need: dict = flatten_dict(abstract)
     for path in sorted(need.keys() - flat.keys()):
-        if path[0] == "routing" and path[-1] in ("counts", "signature"):
+        if path[0] == "routing" and path[-1] in MARGINS | {"signature"}:
             flat[path] = jnp.zeros(need[path].shape, need[path].dtype)
     for path in sorted(need.keys() | flat.keys()):
         have = (

@@ -1,0 +1,65 @@
+"""A TriX layer inside a Flax NNX model, through `flax.nnx.bridge.ToNNX`.
+
+    python examples/nnx_model.py
+
+The routing state arrives as variables of the type "routing", which is not `nnx.Param`:
+the optimizer leaves it alone. A call with `mutable=["routing"]` fills it,
+`routing.update` moves it.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from trix_jax import HierarchicalTriXFFN, routing
+
+Routing = nnx.variable_type_from_name("routing", allow_register=True)
+
+
+class Regressor(nnx.Module):
+    """Computes `head(x + ffn(x))` with `x = embed(inputs)`."""
+
+    def __init__(self, width: int, rngs: nnx.Rngs):
+        self.embed = nnx.Linear(2, width, rngs=rngs)
+        ffn = HierarchicalTriXFFN(width, num_tiles=8, tiles_per_cluster=4)
+        sample = jnp.zeros((1, width))
+        self.ffn = nnx.bridge.ToNNX(ffn, rngs=rngs).lazy_init(sample)
+        self.head = nnx.Linear(width, 1, rngs=rngs)
+
+    def __call__(self, inputs, train: bool = False):
+        x = self.embed(inputs)
+        y, info, aux = self.ffn(x, train, mutable=["routing"] if train else False)
+        return self.head(x + y), info, aux["total_aux"]
+
+
+@nnx.jit
+def step(model, optimizer, inputs, target):
+    def loss_fn(model):
+        prediction, _, aux = model(inputs, train=True)
+        task = jnp.mean((prediction - target) ** 2)
+        return task + aux, task
+
+    grads, task = nnx.grad(loss_fn, has_aux=True)(model)
+    optimizer.update(model, grads)
+    reported = nnx.to_pure_dict(nnx.state(model, Routing))
+    nnx.update(model, routing.update(reported))
+    return task
+
+
+inputs = jax.random.uniform(jax.random.key(0), (256, 2), minval=-2, maxval=2)
+target = jnp.sin(inputs[:, :1] * inputs[:, 1:])
+
+model = Regressor(32, nnx.Rngs(0))
+optimizer = nnx.Optimizer(model, optax.adam(3e-3), wrt=nnx.Param)
+first = step(model, optimizer, inputs, target)
+for _ in range(200):
+    loss = step(model, optimizer, inputs, target)
+print(f"task loss {first:.3f}, then {loss:.3f}")
+assert loss < first / 2
+
+state = nnx.to_pure_dict(nnx.state(model, Routing))["ffn"]["tiles"]["router"]
+assert (state["bias"] != 0).any()  # it moved
+assert not state["margins"].any()  # and starts anew for the next step
+_, info, _ = model(inputs)
+print(f"tokens a tile {info.counts.astype(int)}")
