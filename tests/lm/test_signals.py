@@ -1,0 +1,161 @@
+"""Signals and the trigger file, at every stage of a run, in this process."""
+
+import os
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from trix_jax.cli import main
+from trix_jax.lm import checkpoint, metrics, train
+from trix_jax.lm.data import store
+from trix_jax.lm.signals import Interrupted, Signals
+
+SIGNALS = [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+
+
+def quiet(_):
+    pass
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+
+
+def assert_same_run(a, b, step=10):
+    trees = [checkpoint.restore_arrays(run / "checkpoints", step) for run in (a, b)]
+    assert jax.tree.structure(trees[0]) == jax.tree.structure(trees[1])
+    for x, y in zip(*map(jax.tree.leaves, trees), strict=True):
+        np.testing.assert_array_equal(x, y)
+    own = ("tokens_per_second", "memory_bytes")
+    kept = [
+        [
+            {k: v for k, v in line.items() if k not in own}
+            for line in metrics.read(run / "metrics.jsonl")
+        ]
+        for run in (a, b)
+    ]
+    assert kept[0] == kept[1]
+
+
+def with_signal_before_batch(monkeypatch, batch, number):
+    sound = train.train_batches
+
+    def batches(split, *, start_step, **kwargs):
+        for i, value in enumerate(sound(split, start_step=start_step, **kwargs)):
+            if start_step + i == batch:
+                send(number)
+            yield value
+
+    monkeypatch.setattr(train, "train_batches", batches)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("batch", [0, 6])
+def test_signal_in_warmup_or_training_saves_and_the_same_call_goes_on(
+    tiny_config, one_device, run_dir, tmp_path, monkeypatch, batch, number
+):
+    run, handler = tmp_path / "run", signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        with_signal_before_batch(patch, batch, number)
+        with pytest.raises(Interrupted, match=f"after step {batch + 1}, saved"):
+            train.train(tiny_config, run, devices=one_device, report=quiet)
+    assert checkpoint.resolve(run / "checkpoints", "latest") == batch + 1
+    assert signal.getsignal(number) == handler  # SIG_IGN in a shell's background job
+    train.train(tiny_config, run, devices=one_device, report=quiet)
+    assert_same_run(run, run_dir)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_signal_in_an_evaluation_saves_and_the_same_call_goes_on(
+    tiny_config, one_device, run_dir, tmp_path, monkeypatch, number
+):
+    run, sound = tmp_path / "run", train.evaluate
+
+    def evaluate(*args):
+        send(number)
+        return sound(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", evaluate)
+        with pytest.raises(Interrupted, match="after step 5, saved"):
+            train.train(tiny_config, run, devices=one_device, report=quiet)
+    train.train(tiny_config, run, devices=one_device, report=quiet)
+    assert_same_run(run, run_dir)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_signal_in_preparation_leaves_nothing_and_the_same_call_goes_on(
+    tiny_config, one_device, run_dir, tmp_path, number
+):
+    run = tmp_path / "run"
+    with pytest.raises(Interrupted, match="before its first step"):
+        train.train(tiny_config, run, devices=one_device, report=lambda _: send(number))
+    assert [path.name for path in run.iterdir()] == []
+    train.train(tiny_config, run, devices=one_device, report=quiet)
+    assert_same_run(run, run_dir)
+
+
+def test_signal_in_restore_changes_nothing(tiny_config, one_device, run_dir, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    shutil.rmtree(run / "checkpoints" / "00000010")
+
+    def stop(text):
+        assert "resuming" in text
+        send(signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="SIGTERM before its first step"):
+        train.train(tiny_config, run, devices=one_device, report=stop)
+    assert checkpoint.steps(run / "checkpoints") == [5]
+    train.train(tiny_config, run, devices=one_device, report=quiet)
+    assert_same_run(run, run_dir)
+
+
+def test_second_signal_acts_as_it_did_before():
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+    try:
+        with Signals() as signals:
+            send(signal.SIGTERM)
+            assert (signals.caught, seen) == ("SIGTERM", [])
+            send(signal.SIGTERM)
+        assert seen == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_prepare_verb_stopped_exits_75_and_goes_on(tmp_path, monkeypatch, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be " * 20)
+    argv = ["prepare", "--workdir", str(tmp_path / "store"), "--data.path", str(text)]
+    with monkeypatch.context() as patch:
+        stop = lambda *_, **__: send(signal.SIGTERM)  # noqa: E731
+        patch.setattr(store.SplitWriter, "append", stop)
+        assert main(argv) == 75
+    assert "The same command goes on" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+    assert main(argv) == 0
+
+
+def test_trigger_file_asks_for_one_checkpoint(
+    tiny_config, one_device, run_dir, tmp_path, monkeypatch
+):
+    run, sound = tmp_path / "run", train.train_batches
+    messages = []
+
+    def batches(split, **kwargs):
+        for i, value in enumerate(sound(split, **kwargs)):
+            if i == 6:
+                (run / train.TRIGGER).touch()
+            yield value
+            if i == 6:
+                assert checkpoint.steps(run / "checkpoints") == [5, 7]
+
+    monkeypatch.setattr(train, "train_batches", batches)
+    train.train(tiny_config, run, devices=one_device, report=messages.append)
+    assert not (run / train.TRIGGER).exists()
+    assert sum("step 7 is saved" in text for text in messages) == 1
+    assert_same_run(run, run_dir)
