@@ -2,10 +2,11 @@
 
     python experiments/quality/run.py --data input.txt [--jobs 2]
 
-Each arm is swept with one seed, outwards from a start until the best rate has worse ones on both sides; then the other
-seeds train with it, and last the rest of the grid. Every run is a
-`trix-jax train` in a process of its own, pinned to a core; runs live under --runs and are resumed or skipped when they are
-there already. The results file is written anew after every run.
+Each arm is swept with one seed, outwards from a start until the best rate has worse
+ones on both sides; then the other seeds train with it, and last the rest of the grid.
+Every run is a `trix-jax train` in a process of its own, pinned to a core; runs live
+under --runs and are resumed or skipped when they are there already. The results file is
+written anew after every run.
 """
 
 import argparse
@@ -29,7 +30,7 @@ START = {  # where sketches had their best rates
     "dense": 4e-3,
     "sparse-16-top4": 4e-3,
     "sparse-4": 4e-3,
-    "hierarchical-16": 1e-3,
+    "hierarchical-16": 2e-3,
     "lookup-16": 1e-3,
 }
 SEEDS = (42, 43, 44)
@@ -40,7 +41,8 @@ ARMS = {
     "hierarchical-16": "--arm hierarchical",
     "lookup-16": "--arm lookup",
 }
-# One seed at the rate that suits sparse-16-top4: the gate that lets the task's gradient reach the routing.
+# At the rate that suits sparse-16-top4: the gate that lets the task's gradient reach
+# the routing.
 ABLATIONS = {
     f"sparse-16-top4-gate-{gate}": f"{ARMS['sparse-16-top4']} --model.routing.gate {gate}"
     for gate in ("none", "softmax", "renormalized")
@@ -74,12 +76,14 @@ def main() -> None:
     ]:
         run_all(missing, args)
     run_all([(arm, best_rate(arm, args), s) for arm in ARMS for s in others], args)
-    run_all([(name, ABLATION_RATE, first) for name in ABLATIONS], args)
+    run_all([(name, ABLATION_RATE, s) for s in SEEDS for name in ABLATIONS], args)
     run_all([(arm, rate, first) for arm in ARMS for rate in GRID[1:]], args)
 
 
 def neighbours(arm: str, args: argparse.Namespace) -> list[float]:
-    """Rates of the grid beside the best so far that have not been run: none once the optimum is inside."""
+    """Rates of the grid beside the best so far that have not been run: none once the
+    optimum is inside.
+    """
     at = GRID.index(best_rate(arm, args))
     beside = GRID[max(at - 1, 0) : at + 2]
     return [rate for rate in beside if not is_done(arm, rate, SEEDS[0], args)]
