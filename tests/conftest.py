@@ -1,9 +1,11 @@
 """The stricter world that tests live in; users never see it.
 
-Before JAX starts: eight virtual CPU devices, no compilation cache, and an error where arrays of different rank would
-broadcast. On every import of ours: beartype checks the jaxtyping annotations of each call.
+Before JAX starts: eight virtual CPU devices, no compilation cache, and an error where
+arrays of different rank would broadcast. On every import of ours: beartype checks the
+jaxtyping annotations of each call.
 
-What a user's process would see is another matter: a test that starts one passes the `user_env` fixture to it.
+What a user's process would see is another matter: a test that starts one passes the
+`user_env` fixture to it.
 """
 
 import os
@@ -23,7 +25,8 @@ _STRICT_ENV = {
     "JAX_NUMPY_RANK_PROMOTION": "raise",
     "MPLBACKEND": "agg",
 }
-# A worker of pytest-xdist inherits what the first process has set, hence taken out by name.
+# A worker of pytest-xdist inherits what the first process has set, hence taken out by
+# name.
 _USER_FLAGS = os.environ.get("XLA_FLAGS", "").replace(_EIGHT_DEVICES, "").strip()
 _USER_ENV = {k: v for k, v in os.environ.items() if k not in _STRICT_ENV}
 _USER_ENV["XLA_FLAGS"] = _USER_FLAGS
@@ -32,11 +35,13 @@ os.environ.update(_STRICT_ENV, XLA_FLAGS=f"{_USER_FLAGS} {_EIGHT_DEVICES}".strip
 import hypothesis  # noqa: E402  the environment above must be there before anything imports jax
 import jaxtyping  # noqa: E402
 
-# Stays in force until the process ends. Traps: an annotation must be importable when the function is called, so names
-# that only exist under TYPE_CHECKING fail; pytree dataclasses fail under tree.map, so states are NamedTuples.
+# Stays in force until the process ends. Traps: an annotation must be importable when
+# the function is called, so names that only exist under TYPE_CHECKING fail; pytree
+# dataclasses fail under tree.map, so states are NamedTuples.
 jaxtyping.install_import_hook(["trix_jax", "trix_kernels"], "beartype.beartype")
 
-# Compilation makes the first example of a JAX property slow, and its time says nothing about the property.
+# Compilation makes the first example of a JAX property slow, and its time says nothing
+# about the property.
 hypothesis.settings.register_profile(
     "trix",
     deadline=None,
@@ -51,7 +56,9 @@ hypothesis.settings.load_profile("trix-ci" if os.environ.get("CI") else "trix")
 
 @pytest.fixture
 def no_type_hook():
-    """Switches the checks of annotations off: they would answer before our own ValueErrors do."""
+    """Switches the checks of annotations off: they would answer before our own
+    ValueErrors do.
+    """
     before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
@@ -60,5 +67,7 @@ def no_type_hook():
 
 @pytest.fixture
 def user_env() -> dict[str, str]:
-    """The environment for a subprocess that should run as a user's would: one CPU device, JAX's own defaults."""
+    """The environment for a subprocess that should run as a user's would: one CPU
+    device, JAX's own defaults.
+    """
     return {**_USER_ENV, "JAX_PLATFORMS": "cpu", "MPLBACKEND": "agg"}

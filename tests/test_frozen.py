@@ -48,7 +48,9 @@ def layer(kind, config=CONFIGS["absmean-tile"]):
 
 
 def random_variables(model, *args, seed=0):
-    """Variables of the shapes that `init` gives, disturbed as training would; cheaper than to compile `init`."""
+    """Variables of the shapes that `init` gives, disturbed as training would; cheaper
+    than to compile `init`.
+    """
     rng = np.random.default_rng(seed)
 
     def fill(path, leaf):
@@ -129,7 +131,8 @@ def test_frozen_layer_equals_the_jitted_fake_quantized_one(kind, config):
 
 
 def test_frozen_groups_without_jit_equal_the_jitted_ones():
-    # A compiler that fuses the products of groups with their sum would change the last bit.
+    # A compiler that fuses the products of groups with their sum would change the last
+    # bit.
     model = layer("linear", CONFIGS["threshold-group"])
     variables = random_variables(model, X)
     y = model.apply(freeze(model, variables, X), X)

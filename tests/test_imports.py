@@ -1,4 +1,6 @@
-"""Imports point one way (DESIGN section 3), and what the base install lacks stays out of the layers."""
+"""Imports point one way (DESIGN section 3), and what the base install lacks stays out
+of the layers.
+"""
 
 import ast
 import subprocess
@@ -54,7 +56,9 @@ def module_name(path: str) -> str:
 def imported(
     tree: ast.Module, module: str, is_package: bool
 ) -> Iterator[tuple[int, str]]:
-    """Line and absolute name of everything imported at any depth; for `from a import b` both `a` and `a.b`."""
+    """Line and absolute name of everything imported at any depth; for `from a import b`
+    both `a` and `a.b`.
+    """
     for node in ast.walk(tree):
         match node:
             case ast.Import():
@@ -209,7 +213,9 @@ def test_sources_follow_the_rules():
 
 
 def test_import_trix_jax_brings_nothing_of_the_lm_extra(user_env):
-    """`import trix_jax` works on the base install: it loads no third-party package that jax and flax do not load."""
+    """`import trix_jax` works on the base install: it loads no third-party package that
+    jax and flax do not load.
+    """
     script = (
         "import sys, jax, flax.linen, jaxtyping\n"
         "before = {name.split('.')[0] for name in sys.modules}\n"

@@ -9,7 +9,8 @@ import pytest
 
 from trix_jax import RoutingConfig, routing
 
-# Compiling is what takes the time here, and no test in this file asks for equal bits across programs.
+# Compiling is what takes the time here, and no test in this file asks for equal bits
+# across programs.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -92,16 +93,12 @@ def test_cluster_of_inverts_members():
     np.testing.assert_array_equal(routing.cluster_of(members), [0, 1, 2, 2, 0, 1])
 
 
-def test_open_clusters_opens_the_tiles_of_the_best():
+def test_open_tiles_are_those_of_the_chosen_clusters():
     members = jnp.asarray([[4, 0], [1, 5], [3, 2]])
-    scores = floats([1, 3, 2], [2, 2, 0])
-    once = routing.open_clusters(scores, members, 1)
+    once = routing.open_tiles(jnp.asarray([[1], [0]]), members)
     np.testing.assert_array_equal(once, [[0, 1, 0, 0, 0, 1], [1, 0, 0, 0, 1, 0]])
-    twice = routing.open_clusters(scores, members, 2)
+    twice = routing.open_tiles(jnp.asarray([[1, 2], [0, 1]]), members)
     np.testing.assert_array_equal(twice, [[0, 1, 1, 1, 0, 1], [1, 1, 0, 0, 1, 1]])
-    for k in (0, 4):
-        with pytest.raises(ValueError, match=f"top_k_clusters={k} .* 3 clusters"):
-            routing.open_clusters(scores, members, k)
 
 
 # Gates -----------------------------------------------------------------------------------------------------------------

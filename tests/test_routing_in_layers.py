@@ -1,4 +1,6 @@
-"""Routing as the layers use it: where routes come from, what they stay the same under, the controls."""
+"""Routing as the layers use it: where routes come from, what they stay the same under,
+the controls.
+"""
 
 import functools
 
@@ -7,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trix_jax import HierarchicalTriXFFN, RoutingConfig, SparseTriXFFN, routing
+from trix_jax import HierarchicalTriXFFN, RoutingConfig, SparseTriXFFN, balance, routing
 
-# Compiling is what takes the time here; no test in this file asks for equal bits across programs.
+# Compiling is what takes the time here; no test in this file asks for equal bits across
+# programs.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -131,17 +134,36 @@ def test_freeze_routing_holds_routes_while_weights_change_until_released():
     assert (tiles(other) != tiles(before)).any()
 
 
-def test_apply_with_mutable_routing_adds_counts_and_remembers_the_signature():
+def test_apply_with_mutable_routing_adds_margins_and_remembers_the_signature():
     layer = SparseTriXFFN(16, num_tiles=8)
     variables = initialized(layer)
-    counts = variables["routing"]["tiles"]["router"]["counts"]
-    np.testing.assert_array_equal(counts, np.zeros(8))
+    assert not variables["routing"]["tiles"]["router"]["margins"].any()
     step = jit(lambda v: layer.apply(v, X, train=True, mutable=["routing"]))
     (_, info, _), state = step(variables)
     _, state = step({**variables, **state})
     router = state["routing"]["tiles"]["router"]
-    np.testing.assert_array_equal(router["counts"], 2 * info.counts)
+    np.testing.assert_array_equal(balance.loads(router["margins"]), 2 * info.counts)
     assert info.counts.sum() == 40
+
+
+@pytest.mark.parametrize("top_k_clusters", [1, 2])
+def test_updates_make_both_levels_of_a_hierarchy_even(top_k_clusters):
+    layer = hierarchical(top_k_clusters)
+    variables = initialized(layer)
+    x = normal(1000, 16) + 2 * normal(1, 16, seed=1)  # what all tokens share
+
+    @jit
+    def step(routing_state):
+        variables_now = {**variables, "routing": routing_state}
+        (_, info, _), state = layer.apply(variables_now, x, mutable=["routing"])
+        return routing.update(state["routing"]), info.counts
+
+    state, before = step(variables["routing"])
+    for _ in range(80):
+        state, counts = step(state)
+    assert routing.max_load(before) > 2
+    assert routing.max_load(counts) < 1.25
+    assert routing.dead_tiles(counts) == 0
 
 
 def test_balance_loss_of_mapped_devices_sees_the_load_of_all():
@@ -152,10 +174,11 @@ def test_balance_loss_of_mapped_devices_sees_the_load_of_all():
     def run(x):
         return layer.apply(variables, x, train=True)[2]["balance"]
 
-    balance = jax.pmap(run, axis_name="data")(X.reshape(8, 5, 16))
-    # The probabilities of the devices average to those of the whole batch, so the losses do.
+    losses = jax.pmap(run, axis_name="data")(X.reshape(8, 5, 16))
+    # The probabilities of the devices average to those of the whole batch, so the
+    # losses do.
     whole = jit(lambda x: alone.apply(variables, x)[2]["balance"])(X)
-    np.testing.assert_allclose(balance.mean(), whole, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(losses.mean(), whole, rtol=1e-5, atol=1e-6)
 
 
 def control(source, **kwargs):

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trix_jax import routing
+from trix_jax import balance, routing
 from trix_jax.clusters import balanced_kmeans
 
-# Compiling is what takes the time here; no test in this file asks for equal bits across programs.
+# Compiling is what takes the time here; no test in this file asks for equal bits across
+# programs.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -22,40 +23,61 @@ def floats(*rows):
     return jnp.asarray(rows, jnp.float32)
 
 
-def flat_state(counts, bias=None, frozen=False):
-    counts = floats(counts)[0]
+def margins(loads, tokens=16):
+    """Histograms of tiles that `loads` of the tokens chose, all by half of the reach."""
+    hist = np.zeros((len(loads), balance.BINS), np.float32)
+    hist[:, balance.CHOSEN // 2] = loads
+    hist[:, balance.CHOSEN + balance.CHOSEN // 2] = tokens - np.asarray(loads)
+    return jnp.asarray(hist)
+
+
+def flat_state(loads, bias=None, frozen=False):
     return {
-        "bias": jnp.zeros(counts.shape) if bias is None else floats(bias)[0],
-        "counts": counts,
-        "signature": jnp.ones((counts.size, 3)),
+        "bias": jnp.zeros(len(loads)) if bias is None else floats(bias)[0],
+        "margins": margins(loads),
+        "signature": jnp.ones((len(loads), 3)),
         "frozen": jnp.asarray(frozen),
     }
 
 
-def clustered_state(counts, members, frozen=False):
+def clustered_state(loads, members, frozen=False):
+    by_cluster = [sum(loads[tile] for tile in cluster) for cluster in members]
     return {
-        **flat_state(counts, frozen=frozen),
+        **flat_state(loads, frozen=frozen),
         "members": jnp.asarray(members),
         "cluster_bias": jnp.zeros(len(members)),
+        "cluster_margins": margins(by_cluster),
     }
 
 
 def test_update_moves_a_flat_bias_against_the_load_and_centres_it():
-    state = {"block": {"router": flat_state([3, 1, 0, 0], bias=[0, 0, 0, 1])}}
+    bias = [0, 0, 0, 1]
+    state = {"block": {"router": flat_state([3, 1, 0, 0], bias=bias)}}
     new = routing.update(state, rate=0.5)["block"]["router"]
-    # (-0.5, 0, 0.5, 1.5) less its mean.
-    np.testing.assert_allclose(new["bias"], [-0.875, -0.375, 0.125, 1.125], rtol=1e-6)
-    np.testing.assert_array_equal(new["counts"], np.zeros(4))
+    moved = balance.step_bias(floats(bias)[0], margins([3, 1, 0, 0]), 0.5)
+    np.testing.assert_array_equal(new["bias"], moved)
+    step = new["bias"] - floats(bias)[0]
+    assert step[0] < step[1] < step[2]
+    np.testing.assert_allclose(step[3], step[2], rtol=1e-4)
+    np.testing.assert_allclose(new["bias"].mean(), 0, atol=1e-6)
+    np.testing.assert_array_equal(new["margins"], np.zeros((4, balance.BINS)))
     np.testing.assert_array_equal(new["signature"], np.ones((4, 3)))
 
 
 def test_update_moves_both_levels_of_a_hierarchy():
     state = {"router": clustered_state([4, 0, 2, 1], [[2, 0], [1, 3]])}
     new = routing.update(state, rate=0.5)["router"]
-    # Cluster 0 holds tiles 2 and 0 (loads 2 and 4), cluster 1 tiles 1 and 3 (loads 0 and 1).
-    np.testing.assert_array_equal(new["bias"], [-0.5, 0.5, 0.5, -0.5])
-    np.testing.assert_array_equal(new["cluster_bias"], [-0.5, 0.5])
-    np.testing.assert_array_equal(new["counts"], np.zeros(4))
+    # Cluster 0 holds tiles 2 and 0 (loads 2 and 4), cluster 1 tiles 1 and 3 (loads 0
+    # and 1). The mean of all tiles is 1.75, so that cluster 1 is not asked for more
+    # than its own mean of 0.5.
+    load = floats([1.75, 0.5, 1.75, 0.5])[0]
+    moved = balance.step_bias(jnp.zeros(4), margins([4, 0, 2, 1]), 0.5, load)
+    np.testing.assert_array_equal(new["bias"], moved)
+    assert new["bias"][0] < new["bias"][2]
+    assert new["bias"][3] < new["bias"][1]
+    np.testing.assert_array_equal(np.sign(new["cluster_bias"]), [-1, 1])
+    assert not new["margins"].any()
+    assert not new["cluster_margins"].any()
     np.testing.assert_array_equal(new["members"], [[2, 0], [1, 3]])
 
 
@@ -64,7 +86,7 @@ def test_update_leaves_the_biases_of_a_frozen_layer():
     new = routing.update(state, rate=0.5)["router"]
     np.testing.assert_array_equal(new["bias"], np.zeros(4))
     np.testing.assert_array_equal(new["cluster_bias"], np.zeros(2))
-    np.testing.assert_array_equal(new["counts"], np.zeros(4))
+    assert not new["margins"].any()
 
 
 def test_update_of_stacked_layers_equals_a_layer_at_a_time():
@@ -83,24 +105,27 @@ def test_update_of_something_else_is_refused(no_type_hook):
         routing.update({"router": {"bias": jnp.zeros(3)}})
 
 
-def test_update_over_eight_devices_sees_the_sum_of_their_counts():
+def test_update_over_eight_devices_sees_the_sum_of_their_margins():
     rng = np.random.default_rng(0)
-    counts = jnp.asarray(rng.integers(0, 9, (8, 4)), jnp.float32)
-    state = {"router": flat_state([0, 0, 0, 0])}
+    parts = jnp.asarray(rng.integers(0, 9, (8, 4, balance.BINS)), jnp.float32)
+    parts = parts.at[:, 0].multiply(3)
+    state = flat_state([0, 0, 0, 0])
 
     @functools.partial(jax.pmap, axis_name="data")
-    def step(counts):
-        local = {"router": {**state["router"], "counts": counts}}
-        reduced = routing.reduce(local, "data")["router"]["counts"]
+    def step(part):
+        local = {"router": {**state, "margins": part}}
+        reduced = routing.reduce(local, "data")["router"]["margins"]
         return reduced, routing.update(local, rate=0.1, axis_name="data")["router"]
 
-    reduced, new = step(counts)
-    np.testing.assert_array_equal(reduced, np.tile(counts.sum(axis=0), (8, 1)))
-    whole = flat_state(np.asarray(counts.sum(axis=0)))
-    expected = routing.update({"router": whole}, rate=0.1)["router"]
-    assert np.abs(expected["bias"]).max() > 0
+    reduced, new = step(parts)
+    np.testing.assert_array_equal(reduced[3], parts.sum(axis=0))
+    whole = {**state, "margins": parts.sum(axis=0)}
+    expected = jit(functools.partial(routing.update, rate=0.1))({"router": whole})
+    expected = expected["router"]["bias"]
+    assert np.abs(expected).max() > 0
     for device in range(8):
-        np.testing.assert_array_equal(new["bias"][device], expected["bias"])
+        np.testing.assert_allclose(new["bias"][device], expected, rtol=1e-5, atol=1e-7)
+        np.testing.assert_array_equal(new["bias"][device], new["bias"][0])
 
 
 # Clusters --------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,6 @@
-"""`ternarize` against an oracle in numpy, its straight-through gradient, and the schedules."""
+"""`ternarize` against an oracle in numpy, its straight-through gradient, and the
+schedules.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +125,8 @@ def test_gradient_is_that_of_the_latent_matmul(rule, granularity):
         return jnp.sum(y * dy)
 
     gradient = jax.jit(jax.grad(quantized))(w)
-    # The scale is divided by and multiplied with: two roundings, and five for the sum over tokens.
+    # The scale is divided by and multiplied with: two roundings, and five for the sum
+    # over tokens.
     exact = x.astype(np.float64).T @ dy
     bound = 8 * np.finfo(np.float32).eps * (np.abs(x).T @ np.abs(dy))
     assert np.all(np.abs(gradient - exact) <= bound)
@@ -182,7 +185,8 @@ def test_soft_staircase_has_its_own_gradient():
 
     u = w / scale
     expected = (slope(u - 0.5) + slope(u + 0.5)) / 2 / scale
-    # float32 of u / temperature, up to 50 here, doubled by the square of cosh and again by 1 - tanh^2.
+    # float32 of u / temperature, up to 50 here, doubled by the square of cosh and again
+    # by 1 - tanh^2.
     bound = 4 * 50 * np.finfo(np.float32).eps / 0.1 / scale
     np.testing.assert_allclose(gradient, expected, rtol=0, atol=bound)
 

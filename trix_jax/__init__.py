@@ -1,4 +1,5 @@
-"""Ternary, sparse, router-free feed-forward layers for JAX: "don't learn what you can read".
+"""Ternary, sparse, router-free feed-forward layers for JAX: "don't learn what you can
+read".
 
 >>> import jax
 >>> from trix_jax import HierarchicalTriXFFN
@@ -26,7 +27,9 @@ __version__ = "0.1.0"
 
 
 def load_run(*args, **kwargs):
-    """Restores a trained run: `(model, variables, tokenizer)`. See `trix_jax.lm.evaluate.load_run`; needs the `lm` extra."""
+    """Restores a trained run: `(model, variables, tokenizer)`. See
+    `trix_jax.lm.evaluate.load_run`; needs the `lm` extra.
+    """
     from trix_jax.lm.evaluate import load_run as load
 
     return load(*args, **kwargs)

@@ -17,7 +17,8 @@ def rms_unit(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
 def balanced_kmeans(
     signature: Float[Array, "N D"], members: Int[Array, "C m"], iterations: int = 10
 ) -> Int[Array, "C m"]:
-    """Clusters of equal size by cosine: in each round, the closest (tile, centroid) pairs are joined first while there is room.
+    """Clusters of equal size by cosine: in each round, the closest (tile, centroid)
+    pairs are joined first while there is room.
 
     Returns:
         the tiles of each cluster, ascending.

@@ -1,13 +1,16 @@
 """Tokens to tile-sorted blocks and back, with static shapes and nothing dropped.
 
-The A = T * K assignments are sorted by tile and each tile's run is padded to whole blocks of R rows, so that every block
-belongs to one tile. However the tokens are routed, `floor((A + N (R - 1)) / R)` blocks are enough: the shapes do not depend
-on the routing, one trace serves all of it, and a tile may take every token or none.
+The A = T * K assignments are sorted by tile and each tile's run is padded to whole
+blocks of R rows, so that every block belongs to one tile. However the tokens are
+routed, `floor((A + N (R - 1)) / R)` blocks are enough: the shapes do not depend on the
+routing, one trace serves all of it, and a tile may take every token or none.
 
-The moves are gathers both ways, forward and backward: `to_blocks` and `from_blocks` are each other's transpose.
+The moves are gathers both ways, forward and backward: `to_blocks` and `from_blocks` are
+each other's transpose.
 
 References:
-    Gale et al., 2022, "MegaBlocks: Efficient Sparse Training with Mixture-of-Experts", https://arxiv.org/abs/2211.15841.
+    Gale et al., 2022, "MegaBlocks: Efficient Sparse Training with Mixture-of-Experts",
+    https://arxiv.org/abs/2211.15841.
 """
 
 from typing import NamedTuple
@@ -23,31 +26,40 @@ class Plan(NamedTuple):
     """Where every assignment goes.
 
     Attributes:
-        block_tile: the tile of each block (any tile for an unused block, whose rows are zero).
+        block_tile: the tile of each block (any tile for an unused block, whose rows are
+            zero).
         source: the assignment `t * K + k` in each row of the blocks; A marks padding.
         slot: the row of each assignment, the inverse of `source`.
+        used: number of blocks that hold assignments; the others come last.
     """
 
     block_tile: Integer[Array, " M"]
     source: Integer[Array, "M R"]
     slot: Integer[Array, "T K"]
+    used: Integer[Array, "1"]
 
 
 def block_rows(assignments: int, num_tiles: int) -> int:
-    """Rows in a block: about half a tile's mean load, a power of two up to 128; 1 when tiles outnumber assignments."""
-    mean = assignments / num_tiles
-    return 1 if mean <= 1 else int(np.clip(2 ** int(np.log2(mean)) // 2, 1, 128))
+    """Rows in a block: a tile's mean load, down to a power of two, from 1 to 128.
+
+    On two CPU cores the forward pass of T=8192, D=512, N=64, F=128 takes 33 to 41 ms in
+    blocks of 128 rows (the mean load), 48 in blocks of 64, 67 in blocks of 32.
+    """
+    return int(2 ** np.clip(np.floor(np.log2(assignments / num_tiles)), 0, 7))
 
 
 def num_blocks(assignments: int, num_tiles: int, rows: int) -> int:
-    """The most blocks that any routing needs: the largest possible sum of `ceil(count_n / rows)`."""
+    """The most blocks that any routing needs: the largest possible sum of `ceil(count_n
+    / rows)`.
+    """
     return min(assignments, (assignments + num_tiles * (rows - 1)) // rows)
 
 
 def make_plan(
     tiles: Integer[Array, "T K"], num_tiles: int, rows: int | None = None
 ) -> Plan:
-    """Sorts assignments by tile, in token order within a tile, into blocks of `rows` rows.
+    """Sorts assignments by tile, in token order within a tile, into blocks of `rows`
+    rows.
 
     Args:
         tiles: the chosen tiles, each in 0..N-1.
@@ -86,7 +98,12 @@ def make_plan(
         last_block_N, jnp.arange(blocks, dtype=jnp.int32), side="right"
     )
     block_tile = jnp.minimum(block_tile, num_tiles - 1).astype(jnp.int32)
-    return Plan(block_tile, source.reshape(blocks, rows), slot.reshape(tiles.shape))
+    return Plan(
+        block_tile,
+        source.reshape(blocks, rows),
+        slot.reshape(tiles.shape),
+        last_block_N[-1:],
+    )
 
 
 @jax.custom_vjp
@@ -97,7 +114,9 @@ def to_blocks(x: Float[Array, "T D"], plan: Plan) -> Float[Array, "M R D"]:
 
 @jax.custom_vjp
 def from_blocks(y: Float[Array, "M R D"], plan: Plan) -> Float[Array, "T K D"]:
-    """Reads every assignment's row back into token order: the exact inverse permutation."""
+    """Reads every assignment's row back into token order: the exact inverse
+    permutation.
+    """
     return y.reshape(-1, y.shape[-1])[plan.slot]
 
 

@@ -2,8 +2,8 @@
 
 A module takes part by having a method `pack(params, packed) -> dict`. It is given its
 own parameters, which then leave `"params"`, and what the modules inside it have packed;
-what it returns are its variables in the collection `"packed"`, where its `__call__` looks
-before it looks for parameters.
+what it returns are its variables in the collection `"packed"`, where its `__call__`
+looks before it looks for parameters.
 """
 
 from typing import Any
@@ -19,11 +19,12 @@ Path = tuple[str, ...]
 
 
 def freeze(model: nn.Module, variables: Variables, *args: Any, **kwargs: Any) -> dict:
-    """Replaces every ternary kernel by its two-bit form, for `model.apply` to use as it is.
+    """Replaces every ternary kernel by its two-bit form, for `model.apply` to use as it
+    is.
 
     Works on any model that holds TriX layers. The latent weights leave `"params"`; the
-    packed ones and their bfloat16 scales come in a collection `"packed"`. In float32 the
-    outputs are equal bit for bit to those of a model that trained to the end.
+    packed ones and their bfloat16 scales come in a collection `"packed"`. In float32
+    the outputs are equal bit for bit to those of a model that trained to the end.
 
     Args:
         model: the module that `variables` belong to.

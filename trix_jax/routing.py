@@ -1,17 +1,19 @@
-"""Routing without a router: a token goes to the tile whose signature, read off the tile's weights, matches it best.
+"""Routing without a router: a token goes to the tile whose signature, read off the
+tile's weights, matches it best.
 
     signature_n = rms_unit(sum_f q_up[n, :, f])          ("sum")    or    sign(sum_f q_up[n, :, f])    ("sign")
     score_tn    = rms_unit(h_t) . signature_n / sqrt(D)
     tiles_t     = top_k over n of (score_tn + bias_n)
 
-Nothing here is learned: there are no routing parameters. The bias balances loads, is only used to select, and lives with
-the tile assignment of clusters in the Flax collection `"routing"`, which the optimizer never sees. A layer reports counts
-there; `update`, called once per optimizer step, moves the state.
+Nothing here is learned: there are no routing parameters. The bias balances loads, is
+only used to select, and lives with the tile assignment of clusters in the Flax
+collection `"routing"`, which the optimizer never sees. A layer reports there by how
+much its tiles were chosen or missed (`trix_jax.balance`); `update`, called once per
+optimizer step, moves the state.
 
 References:
-    Wang et al., 2024, "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts",
-    https://arxiv.org/abs/2408.15664 (bias). Fedus et al., 2021, "Switch Transformers", https://arxiv.org/abs/2101.03961
-    (balance loss). Clark et al., 2022, "Unified Scaling Laws for Routed Language Models",
+    Fedus et al., 2021, "Switch Transformers", https://arxiv.org/abs/2101.03961 (balance
+    loss). Clark et al., 2022, "Unified Scaling Laws for Routed Language Models",
     https://arxiv.org/abs/2202.01169 (hash and base layers as controls).
 """
 
@@ -22,6 +24,7 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
+from trix_jax import balance
 from trix_jax.clusters import EPSILON, balanced_kmeans
 from trix_jax.clusters import rms_unit as rms_unit
 from trix_jax.typing import Array, Bool, Float, Integer, Variables
@@ -30,6 +33,7 @@ Signature = Literal["sum", "sign"]
 Gate = Literal["none", "sigmoid", "softmax", "renormalized"]
 Source = Literal["weights", "random", "learned", "hash"]
 
+MARGINS = {"margins", "cluster_margins"}  # what adds up over batches and devices
 DEAD_SHARE = 0.1  # a tile below this share of the uniform load 1/N is dead
 
 
@@ -38,12 +42,15 @@ class RoutingConfig:
     """How tokens find tiles.
 
     Attributes:
-        source: "weights" reads signatures off the tiles. The others are controls for experiments on the same tiles:
-            "random" keeps frozen random signatures, "learned" has a trained linear router, "hash" looks at token ids.
-        signature: "sum" keeps the summed ternary weights at unit RMS, "sign" (the seed's) only their sign.
-        gate: what multiplies a chosen tile's output and lets the task's gradient reach the routing: "none" (1),
-            "sigmoid" of the score, "softmax" (N times the tile's share of the softmax over all tiles), "renormalized"
-            (K times its share of the softmax over the chosen).
+        source: "weights" reads signatures off the tiles. The others are controls for
+            experiments on the same tiles: "random" keeps frozen random signatures,
+            "learned" has a trained linear router, "hash" looks at token ids.
+        signature: "sum" keeps the summed ternary weights at unit RMS, "sign" (the
+            seed's) only their sign.
+        gate: what multiplies a chosen tile's output and lets the task's gradient reach
+            the routing: "none" (1), "sigmoid" of the score, "softmax" (N times the
+            tile's share of the softmax over all tiles), "renormalized" (K times its
+            share of the softmax over the chosen).
         score_scale: multiplies the scores.
         balance_weight: of the probability balance loss in `total_aux`.
         diversity_weight: of the signature diversity loss in `total_aux`.
@@ -86,7 +93,8 @@ class RoutingInfo(NamedTuple):
         max_load: largest load over the mean load.
         dead_tiles: tiles with less than a tenth of the mean load.
         tie_rate: share of tokens with more than one best score.
-        signature_cosine: mean absolute cosine between the signatures of different tiles.
+        signature_cosine: mean absolute cosine between the signatures of different
+            tiles.
     """
 
     tiles: Integer[Array, "*B K"]
@@ -102,7 +110,9 @@ class RoutingInfo(NamedTuple):
 def signatures(
     sums: Float[Array, "*B D"], kind: Signature = "sum"
 ) -> Float[Array, "*B D"]:
-    """A tile's address, from the sum of its up-projection's columns: unit RMS ("sum") or `sign`, ties 0 ("sign")."""
+    """A tile's address, from the sum of its up-projection's columns: unit RMS ("sum")
+    or `sign`, ties 0 ("sign").
+    """
     sums = sums.astype(jnp.float32)
     return rms_unit(sums) if kind == "sum" else _sign_through(sums)
 
@@ -115,7 +125,8 @@ def match(
 
 
 def select_tiles(scores: Float[Array, "T N"], k: int = 1) -> Integer[Array, "T K"]:
-    """The `k` best tiles of each token, best first; of equal scores the lowest index wins.
+    """The `k` best tiles of each token, best first; of equal scores the lowest index
+    wins.
 
     Raises:
         ValueError: `k` is not in 1..N.
@@ -139,23 +150,12 @@ def cluster_signatures(
     return signatures(signature[members].mean(axis=1), kind)
 
 
-def open_clusters(
-    cluster_scores: Float[Array, "T C"],
-    members: Integer[Array, "C m"],
-    top_k_clusters: int = 1,
+def open_tiles(
+    clusters: Integer[Array, "T k"], members: Integer[Array, "C m"]
 ) -> Bool[Array, "T N"]:
-    """Which tiles a token may choose from: those of its `top_k_clusters` best clusters.
-
-    Raises:
-        ValueError: `top_k_clusters` is not in 1..C.
-    """
+    """Which tiles a token may choose from: those of the clusters it chose."""
     count = members.shape[0]
-    if not 1 <= top_k_clusters <= count:
-        raise ValueError(
-            f"top_k_clusters={top_k_clusters} must be at least 1 and at most the {count} clusters."
-        )
-    chosen = select_tiles(cluster_scores, top_k_clusters)
-    is_open_TC = (chosen[:, :, None] == jnp.arange(count)[None, None]).any(axis=1)
+    is_open_TC = (clusters[:, :, None] == jnp.arange(count)[None, None]).any(axis=1)
     return is_open_TC[:, cluster_of(members)]
 
 
@@ -198,16 +198,20 @@ def count_tiles(tiles: Integer[Array, "T K"], num_tiles: int) -> Float[Array, " 
 def balance_loss(
     scores: Float[Array, "T N"], share: Float[Array, " N"]
 ) -> Float[Array, ""]:
-    """Computes `N * sum_n share_n * mean_t softmax(scores)_tn - 1`: 0 at even use, at most N - 1.
+    """Computes `N * sum_n share_n * mean_t softmax(scores)_tn - 1`: 0 at even use, at
+    most N - 1.
 
-    The shares carry no gradient, the probabilities do (Switch Transformers, equation 4).
+    The shares carry no gradient, the probabilities do (Switch Transformers, equation
+    4).
     """
     probability = jax.nn.softmax(scores, axis=-1).mean(axis=0)
     return scores.shape[-1] * jnp.sum(jax.lax.stop_gradient(share) * probability) - 1
 
 
 def diversity_loss(signature: Float[Array, "N D"]) -> Float[Array, ""]:
-    """Computes the mean of `cos(signature_i, signature_j)^2` over i != j: 0 when all are orthogonal."""
+    """Computes the mean of `cos(signature_i, signature_j)^2` over i != j: 0 when all
+    are orthogonal.
+    """
     return _off_diagonal_mean(jnp.square(_cosines(signature)))
 
 
@@ -240,7 +244,9 @@ def tie_rate(scores: Float[Array, "T N"]) -> Float[Array, ""]:
 def stability(
     before: Integer[Array, "*B K"], after: Integer[Array, "*B K"]
 ) -> Float[Array, ""]:
-    """Share of assignments in `after` that the same token had in `before`; with K = 1, tokens that kept their tile."""
+    """Share of assignments in `after` that the same token had in `before`; with K = 1,
+    tokens that kept their tile.
+    """
     return jnp.mean((after[..., :, None] == before[..., None, :]).any(axis=-1))
 
 
@@ -248,17 +254,21 @@ def stability(
 
 
 def update(
-    routing: Variables, *, rate: float = 1e-3, axis_name: str | None = None
+    routing: Variables, *, rate: float = 0.5, axis_name: str | None = None
 ) -> dict:
-    """Moves every layer's routing state by one optimizer step: `bias += rate * sign(mean(counts) - counts)`, centred.
+    """Moves every layer's routing state by one optimizer step: selection biases go
+    towards even loads.
 
-    A tile's load is compared with the mean of its cluster, a cluster's with the mean of all clusters; without a
-    hierarchy the layer is one cluster. Counts restart at 0. A layer whose `frozen` is set keeps its bias.
+    See `trix_jax.balance`. A tile's load is compared with the mean of all tiles, or of
+    its cluster if that is less; a cluster's with the mean of all clusters. Margins
+    restart at 0. A layer whose `frozen` is set keeps its biases.
 
     Args:
-        routing: the `"routing"` collection as returned by `apply(..., mutable=["routing"])`, nested as the model is.
-        rate: step of the bias, in units of the score.
-        axis_name: the mapped axis over which counts are summed first; None where they are already global.
+        routing: the `"routing"` collection as returned by `apply(...,
+            mutable=["routing"])`, nested as the model is.
+        rate: share of the way, 0 to 1.
+        axis_name: the mapped axis over which margins are summed first; None where they
+            are already global.
     """
     if axis_name is not None:
         routing = reduce(routing, axis_name)
@@ -266,15 +276,22 @@ def update(
 
 
 def reduce(routing: Variables, axis_name: str) -> dict:
-    """Sums the counts of every layer over a mapped axis; the rest of the state is the same on all devices."""
+    """Sums the margins of every layer over a mapped axis; the rest of the state is the
+    same on all devices.
+    """
     return _each_layer(
         routing,
-        lambda state: {**state, "counts": jax.lax.psum(state["counts"], axis_name)},
+        lambda state: {
+            **state,
+            **jax.lax.psum({m: state[m] for m in MARGINS & state.keys()}, axis_name),
+        },
     )
 
 
 def freeze_routing(routing: Variables, frozen: bool = True) -> dict:
-    """Holds (or releases) the routes: signatures and biases stay as they are while the weights go on training."""
+    """Holds (or releases) the routes: signatures and biases stay as they are while the
+    weights go on training.
+    """
     return _each_layer(
         routing,
         lambda state: {**state, "frozen": jnp.full_like(state["frozen"], frozen)},
@@ -282,10 +299,11 @@ def freeze_routing(routing: Variables, frozen: bool = True) -> dict:
 
 
 def rebuild_clusters(routing: Variables, iterations: int = 10) -> dict:
-    """Groups the tiles of every hierarchical layer anew by balanced k-means on their last signatures.
+    """Groups the tiles of every hierarchical layer anew by balanced k-means on their
+    last signatures.
 
-    Belongs outside the hot path, every few hundred steps. Starts from the present clusters, so that a cluster keeps its
-    index and its bias. Deterministic.
+    Belongs outside the hot path, every few hundred steps. Starts from the present
+    clusters, so that a cluster keeps its index and its bias. Deterministic.
     """
 
     def rebuild(state):
@@ -303,32 +321,41 @@ def rebuild_clusters(routing: Variables, iterations: int = 10) -> dict:
 
 
 def _update_layer(state, rate):
-    counts, new = state["counts"], {}
-    if "members" not in state:
-        new["bias"] = _step_bias(state["bias"], counts, rate)
+    margins, new = state["margins"], {}
+    if "members" in state:
+        new["bias"] = balance.step_bias(
+            state["bias"], margins, rate, _cluster_load(margins, state["members"])
+        )
+        new["cluster_bias"] = balance.step_bias(
+            state["cluster_bias"], state["cluster_margins"], rate
+        )
     else:
-        members = state["members"]
-        flat = members.reshape(counts.shape)
-        load = jnp.take_along_axis(counts, flat, axis=-1).reshape(members.shape)
-        bias = jnp.take_along_axis(state["bias"], flat, axis=-1).reshape(members.shape)
-        bias = _step_bias(bias, load, rate).reshape(counts.shape)
-        new["bias"] = jnp.take_along_axis(bias, jnp.argsort(flat, axis=-1), axis=-1)
-        new["cluster_bias"] = _step_bias(state["cluster_bias"], load.sum(axis=-1), rate)
+        new["bias"] = balance.step_bias(state["bias"], margins, rate)
     hold = state["frozen"][..., None]
     new = {name: jnp.where(hold, state[name], value) for name, value in new.items()}
-    return {**state, **new, "counts": jnp.zeros_like(counts)}
+    empty = {m: jnp.zeros_like(state[m]) for m in MARGINS & state.keys()}
+    return {**state, **new, **empty}
 
 
-def _step_bias(bias, load, rate):
-    bias = bias + rate * jnp.sign(load.mean(axis=-1, keepdims=True) - load)
-    return bias - bias.mean(axis=-1, keepdims=True)
+def _cluster_load(margins, members):
+    """What a tile should get: the mean load, or that of its cluster where the whole
+    cluster has less.
+    """
+    load = balance.loads(margins)
+    flat = members.reshape(load.shape)
+    by_cluster = jnp.take_along_axis(load, flat, axis=-1).reshape(members.shape)
+    mean = jnp.broadcast_to(by_cluster.mean(axis=-1, keepdims=True), members.shape)
+    mean = jnp.take_along_axis(
+        mean.reshape(load.shape), jnp.argsort(flat, axis=-1), axis=-1
+    )
+    return jnp.minimum(mean, load.mean(axis=-1, keepdims=True))
 
 
 def _each_layer(tree, function):
     if isinstance(tree, Mapping):
         return (
             function(dict(tree))
-            if "counts" in tree
+            if "margins" in tree
             else {k: _each_layer(v, function) for k, v in tree.items()}
         )
     raise ValueError(
@@ -350,7 +377,9 @@ def _off_diagonal_mean(matrix):
 
 @jax.custom_jvp
 def _sign_through(x):
-    """`sign(x)` with the gradient of `rms_unit(x)`, which points the same way and has the same size."""
+    """`sign(x)` with the gradient of `rms_unit(x)`, which points the same way and has
+    the same size.
+    """
     return jnp.sign(x)
 
 

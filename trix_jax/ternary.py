@@ -1,14 +1,16 @@
-"""Ternary weights with a straight-through gradient, their scales, and how training becomes ternary.
+"""Ternary weights with a straight-through gradient, their scales, and how training
+becomes ternary.
 
-Everything computes `w ~ q * scale` with `q` in {-1, 0, +1} and leaves the product to the caller as
-`(x @ q) * scale`, in this order: then a frozen model, which has only `q` and `scale`, agrees with the
-trained one bit for bit (`x @ (q * scale)` does not).
+Everything computes `w ~ q * scale` with `q` in {-1, 0, +1} and leaves the product to
+the caller as `(x @ q) * scale`, in this order: then a frozen model, which has only `q`
+and `scale`, agrees with the trained one bit for bit (`x @ (q * scale)` does not).
 
 References:
-    Ma et al., 2024, "The Era of 1-bit LLMs: All Large Language Models are in 1.58 Bits",
-    https://arxiv.org/abs/2402.17764 (absmean). Li et al., 2016, "Ternary Weight Networks",
-    https://arxiv.org/abs/1605.04711 (threshold). Bengio et al., 2013, "Estimating or Propagating Gradients
-    Through Stochastic Neurons", https://arxiv.org/abs/1308.3432 (straight-through).
+    Ma et al., 2024, "The Era of 1-bit LLMs: All Large Language Models are in 1.58
+    Bits", https://arxiv.org/abs/2402.17764 (absmean). Li et al., 2016, "Ternary Weight
+    Networks", https://arxiv.org/abs/1605.04711 (threshold). Bengio et al., 2013,
+    "Estimating or Propagating Gradients Through Stochastic Neurons",
+    https://arxiv.org/abs/1308.3432 (straight-through).
 """
 
 import dataclasses
@@ -31,7 +33,8 @@ class Ternary(NamedTuple):
 
     Attributes:
         q: weights in {-1, 0, +1} (real numbers while a soft mode is at work).
-        scale: representable in bfloat16; one per group of the contraction and output, or broadcast over outputs.
+        scale: representable in bfloat16; one per group of the contraction and output,
+            or broadcast over outputs.
     """
 
     q: Float[Array, "*N I O"]
@@ -43,17 +46,22 @@ class TernaryConfig:
     """How weights become ternary.
 
     Attributes:
-        mode: "ste" is ternary forward, straight-through backward. "none" leaves the weights as they are. "soft" is a
-            smooth staircase, `(tanh((u - t) / temperature) + tanh((u + t) / temperature)) / 2` with `u = w / scale` and
-            `t` the rule's threshold. "progressive" sharpens that staircase as training goes on and ends ternary.
-        rule: "absmean" rounds `w / mean|w|`; "threshold" keeps `|w| > threshold * mean|w|` and scales by the mean of
-            what it kept; "fixed" keeps `|w| > threshold` (the original's rule; its scale is learned by the layer).
-        granularity: a scale per "tile" (matrix), per output "channel", or per "group" of the contraction and output.
+        mode: "ste" is ternary forward, straight-through backward. "none" leaves the
+            weights as they are. "soft" is a smooth staircase, `(tanh((u - t) /
+            temperature) + tanh((u + t) / temperature)) / 2` with `u = w / scale` and
+            `t` the rule's threshold. "progressive" sharpens that staircase as training
+            goes on and ends ternary.
+        rule: "absmean" rounds `w / mean|w|`; "threshold" keeps `|w| > threshold *
+            mean|w|` and scales by the mean of what it kept; "fixed" keeps `|w| >
+            threshold` (the original's rule; its scale is learned by the layer).
+        granularity: a scale per "tile" (matrix), per output "channel", or per "group"
+            of the contraction and output.
         group_size: weights in a group; a contraction no longer than this is one group.
         threshold: None takes the rule's own: 0.7 for "threshold", 0.5 for "fixed".
         temperature: of the staircase, at the start of "progressive".
         final_temperature: the temperature at which "progressive" turns ternary.
-        full_precision_fraction: share of training before which weights stay real ("ste" and "progressive").
+        full_precision_fraction: share of training before which weights stay real ("ste"
+            and "progressive").
         hard_fraction: share of training after which "progressive" is ternary.
     """
 
@@ -104,18 +112,21 @@ def ternarize(
     config: TernaryConfig = TernaryConfig(),
     progress: Scalar = 1.0,
 ) -> Ternary:
-    """Computes `q = clip(round(w / scale), -1, 1)` and `scale = mean|w|`, or as `config` says otherwise.
+    """Computes `q = clip(round(w / scale), -1, 1)` and `scale = mean|w|`, or as
+    `config` says otherwise.
 
-    `dq/dw = 1 / scale` (straight-through), the scale takes no gradient, so the gradient of `(x @ q) * scale` with
-    respect to `w` is that of `x @ w`.
+    `dq/dw = 1 / scale` (straight-through), the scale takes no gradient, so the gradient
+    of `(x @ q) * scale` with respect to `w` is that of `x @ w`.
 
     Args:
         w: latent weights, the contraction on the last axis but one.
         config: the rule and its options.
-        progress: share of training that is done, 0 to 1; only schedules look at it. May be traced.
+        progress: share of training that is done, 0 to 1; only schedules look at it. May
+            be traced.
 
     Raises:
-        ValueError: "group" granularity on a contraction that is not a multiple of `group_size`.
+        ValueError: "group" granularity on a contraction that is not a multiple of
+            `group_size`.
     """
     if config.mode == "none":
         return Ternary(w, jnp.ones((*w.shape[:-2], 1, 1), w.dtype))
@@ -163,7 +174,9 @@ def expand_scale(
 
 
 def round_scale(scale: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Rounds to bfloat16 and stays float32. (A cast there and back may be optimized away; this is not.)"""
+    """Rounds to bfloat16 and stays float32. (A cast there and back may be optimized
+    away; this is not.)
+    """
     return jax.lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=7)
 
 
@@ -202,7 +215,9 @@ def _hard(w, config: TernaryConfig):
 
 
 def _group_mean(values, weight, config: TernaryConfig):
-    """Weighted mean of `values` over the weights that share a scale, `[..., G, 1 or O]`."""
+    """Weighted mean of `values` over the weights that share a scale, `[..., G, 1 or
+    O]`.
+    """
     *lead, rows, columns = values.shape
     groups = 1
     if config.granularity == "group" and rows > config.group_size:

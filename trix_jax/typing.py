@@ -20,8 +20,8 @@ A       assignments, ``T * K``
 M       blocks of tile-sorted rows, R rows in each
 ======  ==============================================================
 
-In a signature the letters are types, ``x: Float[Array, "*B D"]``; inside a body that juggles
-several shapes they are a suffix of the name, ``scores_TN``.
+In a signature the letters are types, ``x: Float[Array, "*B D"]``; inside a body that
+juggles several shapes they are a suffix of the name, ``scores_TN``.
 """
 
 from collections.abc import Mapping

@@ -98,7 +98,8 @@ def test_what_dead_processes_left_is_cleared_and_what_living_ones_write_is_not(
     assert {p.name for p in tmp_path.iterdir()} == {f".tmp-{os.getppid()}", "00000001"}
 
 
-# One process imports, which takes seconds, and for every line it reads forks a child that saves until it is killed.
+# One process imports, which takes seconds, and for every line it reads forks a child
+# that saves until it is killed.
 SAVER = """
     import itertools, os, pathlib, signal, sys, time
     import numpy as np

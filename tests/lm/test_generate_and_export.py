@@ -14,10 +14,13 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import trix_jax
+from trix_jax import TransformerConfig, TransformerLM, freeze
+from trix_jax.interop import safetensors
 from trix_jax.lm.data import open_store
 from trix_jax.lm.evaluate import evaluate, load_run, open_run_data, resolve_step
 from trix_jax.lm.export import export
 from trix_jax.lm.generate import SamplingConfig, generate, sample
+from trix_kernels import device
 
 
 @pytest.fixture(scope="module")
@@ -244,3 +247,27 @@ def test_open_run_data_of_another_tokenizer_is_refused(run_dir, tmp_path):
     prepare(config, tmp_path / "store", lambda _: None)
     with pytest.raises(ValueError, match="another tokenizer"):
         open_run_data(run_dir, tmp_path / "store")
+
+
+def test_an_export_does_not_depend_on_the_layout_that_kernels_want(monkeypatch):
+    model = TransformerLM(
+        TransformerConfig(vocab_size=8, context=4, d_model=128, n_layers=1, num_tiles=4)
+    )
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    variables = jax.jit(model.init)(jax.random.key(0), tokens)
+    rows, columns = safetensors.to_tensors(model, freeze(model, variables, tokens))
+    monkeypatch.setattr(device, "arch", lambda: "sm_90a")
+    frozen = freeze(model, variables, tokens)
+    kinds = {leaf.dtype for leaf in jax.tree.leaves(frozen["packed"])}
+    assert np.dtype("uint16") in kinds
+    assert np.dtype("uint8") not in kinds
+    planar, same_columns = safetensors.to_tensors(model, frozen)
+    assert planar.keys() == rows.keys()
+    assert same_columns == columns
+    for name, value in rows.items():
+        np.testing.assert_array_equal(planar[name], value)
+    back = safetensors.from_tensors(model, planar)
+    for a, b in zip(
+        jax.tree.leaves(back["packed"]), jax.tree.leaves(frozen["packed"]), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)

@@ -1,4 +1,6 @@
-"""Every preset, with every arm, runs shrunken; what its arms share and where they differ."""
+"""Every preset, with every arm, runs shrunken; what its arms share and where they
+differ.
+"""
 
 from pathlib import Path
 

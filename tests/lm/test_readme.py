@@ -1,4 +1,6 @@
-"""Nothing rots: the README's Python runs, its links resolve, its commands are those there are."""
+"""Nothing rots: the README's Python runs, its links resolve, its commands are those
+there are.
+"""
 
 import os
 import re
@@ -21,7 +23,8 @@ def blocks(language):
 def test_readme_python_blocks_run_in_order(run_dir, tmp_path, monkeypatch):
     demo = tmp_path / "runs" / "demo" / "trix"
     shutil.copytree(run_dir, demo)
-    # The demo's last step is 800, the small run's 10; the text has the letters used here.
+    # The demo's last step is 800, the small run's 10; the text has the letters used
+    # here.
     os.rename(demo / "checkpoints" / "00000005", demo / "checkpoints" / "00000800")
     monkeypatch.chdir(tmp_path)
     names: dict = {}

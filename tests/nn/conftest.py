@@ -1,4 +1,6 @@
-"""The FFN layers as one registry: every test of `ffn` runs for all of them, and they share what was compiled."""
+"""The FFN layers as one registry: every test of `ffn` runs for all of them, and they
+share what was compiled.
+"""
 
 import collections
 import functools
@@ -10,7 +12,8 @@ import pytest
 
 from trix_jax import HierarchicalTriXFFN, SparseLookupFFN, SparseTriXFFN
 
-# Compiling is what takes the time; no test that uses this asks for equal bits across programs.
+# Compiling is what takes the time; no test that uses this asks for equal bits across
+# programs.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 D = 16
@@ -92,7 +95,9 @@ def ffn(request):
 
 @pytest.fixture(params=KINDS)
 def ffn_kind(request):
-    """Without top-1, for what takes a compilation of its own and cannot differ between top-1 and top-2."""
+    """Without top-1, for what takes a compilation of its own and cannot differ between
+    top-1 and top-2.
+    """
     return CASES[request.param]
 
 

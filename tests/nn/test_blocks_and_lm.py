@@ -16,7 +16,8 @@ from trix_jax import (
 )
 from trix_jax.nn import CausalSelfAttention, DenseBlock
 
-# Compiling is what takes the time here; no test in this file asks for equal bits across programs.
+# Compiling is what takes the time here; no test in this file asks for equal bits across
+# programs.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 EPS = np.finfo(np.float32).eps
@@ -90,7 +91,8 @@ def test_attention_matches_the_oracle(attention):
     layer, variables, x = attention
     y = jit(layer.apply)(variables, jnp.float32(x))
     expected = attention_oracle(variables["params"], x)
-    # Two sums of D, one of L, and a softmax whose argument of a few units carries the error of its sum of E.
+    # Two sums of D, one of L, and a softmax whose argument of a few units carries the
+    # error of its sum of E.
     np.testing.assert_allclose(y, expected, rtol=0, atol=(4 * D + L) * 4 * EPS)
 
 
@@ -226,7 +228,8 @@ def test_cached_decoding_gives_the_logits_of_one_call(ffn):
         (logits, _, _), cache = step(cache, TOKENS[:, t : t + 1])
         pieces.append(logits)
     whole = forward(ffn)(variables, TOKENS)[0]
-    # The longest chain of roundings in a layer is about 6 D, in two layers and a head; half of that is never seen.
+    # The longest chain of roundings in a layer is about 6 D, in two layers and a head;
+    # half of that is never seen.
     bound = 8 * D * EPS * np.abs(whole).max()
     np.testing.assert_allclose(
         jnp.concatenate(pieces, axis=1), whole, rtol=0, atol=bound
@@ -289,7 +292,8 @@ def test_bfloat16_compute_stays_near_float32():
     model, variables = TransformerLM(config(dtype="bfloat16")), initialized("sparse")
     logits, infos, _ = jit(model.apply)(variables, TOKENS)
     whole, whole_infos, _ = forward("sparse")(variables, TOKENS)
-    # A token whose tile differs differs in earnest, and is seen by those after it through no further layer.
+    # A token whose tile differs differs in earnest, and is seen by those after it
+    # through no further layer.
     same = (infos[0].tiles == whole_infos[0].tiles).all(axis=-1)
     assert same.mean() > 0.8
     error = np.abs(logits - whole)[same]

@@ -1,4 +1,6 @@
-"""Every FFN against a naive oracle written from the docstrings: float64 numpy, one token at a time."""
+"""Every FFN against a naive oracle written from the docstrings: float64 numpy, one
+token at a time.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +48,9 @@ def routes(h, signature, k, state, top_k_clusters=1):
 
 
 def tiles_oracle(h, tiles, matches, params):
-    """The output, and the sum of the absolute values of its terms, which bounds what float32 may lose."""
+    """The output, and the sum of the absolute values of its terms, which bounds what
+    float32 may lose.
+    """
     up = [ternary(w) for w in np.float64(params["up"]["kernel"])]
     down = [ternary(w) for w in np.float64(params["down"]["kernel"])]
     y, size = np.zeros_like(h), np.zeros_like(h)
@@ -125,7 +129,9 @@ ORACLES = {
 
 
 def disturbed(variables):
-    """Variables as after some training: nothing is at its initial one or zero, tiles have moved between clusters."""
+    """Variables as after some training: nothing is at its initial one or zero, tiles
+    have moved between clusters.
+    """
     rng = np.random.default_rng(5)
     variables = jax.tree.map(
         lambda leaf: (
@@ -153,7 +159,8 @@ def test_ffn_matches_the_oracle(ffn):
     )
     np.testing.assert_array_equal(info.tiles.reshape(-1, tiles.shape[1]), tiles)
     assert len(np.unique(tiles)) > 2
-    # Roundings: D and F in the two products (the first squared), D in the norm, D in the gate, a few in between.
+    # Roundings: D and F in the two products (the first squared), D in the norm, D in
+    # the gate, a few in between.
     width = 4 * D // 4
     bound = (2 * D + width + 2 * D + 16) * EPS * size
     error = np.abs(np.float64(y).reshape(-1, D) - expected)

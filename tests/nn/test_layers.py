@@ -1,4 +1,6 @@
-"""What every layer must do: initialization, shapes, dtypes, training against evaluation, refusals."""
+"""What every layer must do: initialization, shapes, dtypes, training against
+evaluation, refusals.
+"""
 
 import functools
 
@@ -10,7 +12,8 @@ from flax.traverse_util import flatten_dict
 
 from trix_jax import HierarchicalTriXFFN, SparseLookupFFN, SparseTriXFFN, TriXLinear
 
-# Compiling is what takes the time here; no test in this file asks for equal bits across programs.
+# Compiling is what takes the time here; no test in this file asks for equal bits across
+# programs.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 D = 16

@@ -10,7 +10,8 @@ from flax.traverse_util import flatten_dict
 
 from trix_jax import TernaryConfig, TriXLinear
 
-# Compiling is what takes the time here; no test in this file asks for equal bits across programs.
+# Compiling is what takes the time here; no test in this file asks for equal bits across
+# programs.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 D = 16

@@ -8,7 +8,8 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx
 
-# Compiling is what takes the time here; no test in this file asks for equal bits across programs.
+# Compiling is what takes the time here; no test in this file asks for equal bits across
+# programs.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 D = 16
@@ -34,7 +35,8 @@ def test_permuting_tokens_permutes_outputs(ffn):
     y, info, _ = ffn.run(flat)
     moved, moved_info, _ = ffn.run(flat[order])
     np.testing.assert_array_equal(moved_info.tiles, info.tiles[order])
-    # A token may sit in another row of a matrix product, whose sums of up to 4 D terms may then be taken in another order.
+    # A token may sit in another row of a matrix product, whose sums of up to 4 D terms
+    # may then be taken in another order.
     np.testing.assert_allclose(
         moved, y[order], rtol=0, atol=4 * D * EPS * np.abs(y).max()
     )
@@ -51,7 +53,9 @@ def test_vmap_equals_one_call(ffn_kind):
 
 
 class Repeated(nn.Module):
-    """One layer twice under `nn.scan` and `nn.remat`, each time with weights of its own."""
+    """One layer twice under `nn.scan` and `nn.remat`, each time with weights of its
+    own.
+    """
 
     layer: nn.Module
 

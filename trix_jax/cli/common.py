@@ -9,7 +9,9 @@ from typing import Any
 
 
 def parse(kind: Any, argv: list[str], verb: str, default: Any = None) -> Any:
-    """Parses flags into a dataclass; a mistake prints what is wrong, with the nearest name, and exits with 2."""
+    """Parses flags into a dataclass; a mistake prints what is wrong, with the nearest
+    name, and exits with 2.
+    """
     import tyro
 
     extra = {} if default is None else {"default": default}
@@ -19,11 +21,12 @@ def parse(kind: Any, argv: list[str], verb: str, default: Any = None) -> Any:
 def parse_preset(kind: Any, argv: list[str], verb: str) -> tuple[Any, Any]:
     """Parses `[CONFIG.yaml] --flags` into a dataclass with a field `config: RunConfig`.
 
-    The preset is read first, then its `--arm`, then the flags; each may override what came before.
+    The preset is read first, then its `--arm`, then the flags; each may override what
+    came before.
 
     Returns:
-        the arguments, and the model of the preset and flags without the arm, whose parameters a "match-params" dense
-        twin has.
+        the arguments, and the model of the preset and flags without the arm, whose
+        parameters a "match-params" dense twin has.
     """
     from trix_jax.lm.config import DEFAULT_ARM, RunConfig, preset_flags
 
@@ -50,7 +53,9 @@ def parse_preset(kind: Any, argv: list[str], verb: str) -> tuple[Any, Any]:
 
 
 def say(as_json: bool) -> Callable[[str], None]:
-    """Where messages go: standard output, or standard error where standard output ends in JSON."""
+    """Where messages go: standard output, or standard error where standard output ends
+    in JSON.
+    """
     stream = sys.stderr if as_json else sys.stdout
     return lambda text: print(text, file=stream, flush=True)
 
@@ -61,7 +66,9 @@ def print_json(values: dict[str, Any]) -> None:
 
 
 def be_deterministic() -> None:
-    """Asks XLA for deterministic GPU kernels; on CPU they are so anyway. Must run before JAX starts a backend."""
+    """Asks XLA for deterministic GPU kernels; on CPU they are so anyway. Must run
+    before JAX starts a backend.
+    """
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
 

@@ -7,7 +7,9 @@ from trix_jax.cli.common import parse, print_json, say
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Train a small TriX and its dense twin, compare, pack, generate and report. No download."""
+    """Train a small TriX and its dense twin, compare, pack, generate and report. No
+    download.
+    """
 
     workdir: str = "runs/demo"
     """Where everything goes; a demo that was stopped there goes on."""

@@ -12,14 +12,18 @@ PACKAGES = ("jax", "jaxlib", "flax", "numpy", "optax", "orbax-checkpoint", "grai
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Check the installation: versions, devices, and every layer's forward and backward pass."""
+    """Check the installation: versions, devices, and every layer's forward and backward
+    pass.
+    """
 
     json: bool = False
     """End standard output with the result as one line of JSON."""
 
 
 def main(argv: list[str]) -> int:
-    """Prints what is installed, tries every layer, and says which kernels run here; 1 if a check fails."""
+    """Prints what is installed, tries every layer, and says which kernels run here; 1
+    if a check fails.
+    """
     args = parse(Args, argv, "doctor")
     report = say(args.json)
     versions = {name: _version(name) for name in PACKAGES}
@@ -61,13 +65,17 @@ def _devices() -> dict[str, str]:
     """Each device, and which implementation of the packed matmul runs on it."""
     import jax
 
-    return {
-        f"{device.platform} {device.device_kind}": "XLA" for device in jax.devices()
-    }
+    from trix_kernels import device
+
+    reason = device.unsupported_reason()
+    runs = f"XLA. {reason}" if reason else f"Mosaic GPU kernels ({device.arch()})"
+    return {f"{d.platform} {d.device_kind}": runs for d in jax.devices()}
 
 
 def _smoke() -> dict[str, str | None]:
-    """The seed's smoke test for every layer: name to what is wrong, None where nothing is."""
+    """The seed's smoke test for every layer: name to what is wrong, None where nothing
+    is.
+    """
     import trix_jax
 
     layers: dict[str, Any] = {
@@ -113,7 +121,8 @@ def _check(layer) -> str | None:
     ]
     if still:
         return f"no gradient reaches {', '.join(still)}."
-    # Bits are compared between forward passes: a backward pass beside may be fused otherwise.
+    # Bits are compared between forward passes: a backward pass beside may be fused
+    # otherwise.
     forward = jax.jit(lambda variables: layer.apply(variables, x)[0])
     packed, output = forward(freeze(layer, variables, x)), forward(variables)
     if not bool((packed == output).all()):

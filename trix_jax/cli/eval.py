@@ -25,6 +25,7 @@ class Args:
 def main(argv: list[str]) -> None:
     """Evaluates a run or an export."""
     from trix_jax.lm.evaluate import evaluate, load_run, open_run_data, resolve_step
+    from trix_jax.ops import implementation
 
     args = parse(Args, argv, "eval")
     report = say(args.json)
@@ -37,6 +38,8 @@ def main(argv: list[str]) -> None:
         f"{result.val_ppl:.3f}, {result.val_bits_per_byte:.4f} bits per byte, "
         f"{result.tokens:,} tokens"
     )
+    runs = implementation(variables)
+    report(f"ternary matmuls: {runs}")
     if args.json:
         print_json(
             {
@@ -48,5 +51,6 @@ def main(argv: list[str]) -> None:
                 "entropy": result.entropy,
                 "max_load": result.max_load,
                 "dead_tiles": result.dead_tiles,
+                "implementation": runs,
             }
         )

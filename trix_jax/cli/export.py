@@ -15,6 +15,10 @@ class Args:
     """Where model.safetensors, config.json and tokenizer.json go."""
     step: str = "latest"
     """latest (the newest good one), best, or a number."""
+    card: bool = False
+    """Evaluate the packed model and write a model card, README.md, from it and the run."""
+    stablehlo: bool = False
+    """Write model.stablehlo too, a program that JAX runs without this package."""
     json: bool = False
     """End standard output with the result as one line of JSON."""
 
@@ -25,12 +29,30 @@ def main(argv: list[str]) -> None:
     from trix_jax.lm.export import export
 
     args = parse(Args, argv, "export")
+    report = say(args.json)
     model, variables, tokenizer = load_run(args.checkpoint, args.step)
     sizes = export(model, variables, tokenizer, args.output)
     ratio = sizes["ffn_float32"] / sizes["ffn_packed"]
-    say(args.json)(
+    report(
         f"{args.output}: FFN weights {sizes['ffn_float32']:,} bytes in float32, "
         f"{sizes['ffn_packed']:,} packed with their scales, {ratio:.2f} times fewer"
     )
+    more = {}
+    if args.card:
+        from trix_jax.lm.card import write_card
+        from trix_jax.lm.evaluate import open_run_data
+        from trix_jax.lm.report import read_run
+
+        store = open_run_data(args.checkpoint)
+        card = write_card(args.output, store, read_run(args.checkpoint).summary)
+        more["card"] = str(card)
+        report(f"read {card}")
+    if args.stablehlo:
+        from trix_jax.lm.stablehlo import write_program
+
+        packed, packed_variables, _ = load_run(args.output)
+        program = write_program(packed, packed_variables, args.output)
+        more["stablehlo"] = str(program)
+        report(f"{program}: {program.stat().st_size:,} bytes, tokens to logits")
     if args.json:
-        print_json({"output": args.output, **sizes, "ratio": ratio})
+        print_json({"output": args.output, **sizes, "ratio": ratio, **more})

@@ -1,7 +1,11 @@
-"""`trix-jax VERB`: finds the verb, and turns what goes wrong into a sentence and an exit code."""
+"""`trix-jax VERB`: finds the verb, and turns what goes wrong into a sentence and an
+exit code.
+"""
 
 import importlib
 import sys
+
+from trix_jax.lm.signals import Interrupted
 
 VERBS = {
     "demo": "train a small TriX and its dense twin, compare, pack, generate, report: minutes on a laptop, no download",
@@ -10,13 +14,21 @@ VERBS = {
     "eval": "restore and evaluate",
     "generate": "restore and sample",
     "export": "write packed safetensors, config and tokenizer",
+    "track": "send metrics to TensorBoard or Weights & Biases",
+    "push": "upload an export to a model hub",
+    "inspect": "show routing and weights as one HTML page; diff, pin, forbid or hold routes",
+    "import": "read a PyTorch TriX checkpoint",
+    "bench": "speed of the layers on this machine, as ratios",
+    "aot": "compile kernels and train steps for a GPU that is not here",
     "doctor": "check the installation and say what runs where",
 }
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 75
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a verb; returns the exit code: 0 done, 1 failed, 2 bad usage or input, 75 interrupted after saving."""
+    """Runs a verb; returns the exit code: 0 done, 1 failed, 2 bad usage or input, 75
+    interrupted after saving.
+    """
     argv = sys.argv[1:] if argv is None else argv
     verb, *rest = argv or ["--help"]
     if verb in ("-h", "--help"):
@@ -40,6 +52,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("trix-jax: stopped.", file=sys.stderr)
         return 130
+    except Interrupted as stop:
+        print(f"trix-jax {verb}: {stop}", file=sys.stderr)
+        return INTERRUPTED
     except (
         ValueError,
         ArithmeticError,
@@ -56,12 +71,13 @@ def _usage() -> str:
 
 
 def _explain(verb: str, error: Exception) -> int:
-    from trix_jax.lm.signals import Interrupted
+    from trix_jax.lm import hosts
 
     print(f"trix-jax {verb}: {error}", file=sys.stderr)
-    if isinstance(error, Interrupted):
-        return INTERRUPTED
-    return BAD_INPUT if isinstance(error, ValueError | FileNotFoundError) else FAILED
+    is_input = isinstance(error, ValueError | FileNotFoundError)
+    code = BAD_INPUT if is_input else FAILED
+    hosts.leave_if_joined(code)
+    return code
 
 
 if __name__ == "__main__":

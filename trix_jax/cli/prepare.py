@@ -4,6 +4,7 @@ import dataclasses
 
 from trix_jax.cli.common import parse, print_json, say
 from trix_jax.lm.data import DataConfig, prepare
+from trix_jax.lm.signals import Signals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,9 @@ def main(argv: list[str]) -> None:
     """Prepares a store and prints its fingerprint."""
     args = parse(Args, argv, "prepare")
     report = say(args.json)
-    store = prepare(args.data, args.workdir, report)
+    state = f"before {args.workdir} was complete; nothing was written there"
+    with Signals() as signals, signals.at_once(state):
+        store = prepare(args.data, args.workdir, report)
     report(f"{args.workdir}: fingerprint {store.fingerprint}")
     if args.json:
         print_json(

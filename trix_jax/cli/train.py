@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from trix_jax.cli.common import be_deterministic, parse_preset, print_json, say
+from trix_jax.lm import hosts
 from trix_jax.lm.config import RunConfig
 from trix_jax.lm.report import write_run_report
 from trix_jax.lm.train import train
@@ -20,8 +21,18 @@ class Args:
     """The run directory."""
     resume: Literal["auto", "never", "must"] = "auto"
     """Go on with a run that is there; refuse one; demand one."""
+    other_data: bool = False
+    """Go on with a run though the data is not what it was trained on."""
     deterministic: bool = False
     """Bit-identical repeats on a GPU too (slower)."""
+    distributed: bool = False
+    """Be one of several processes that train one model (docs/launch)."""
+    shard_state: bool = False
+    """Spread parameters and optimizer state over the devices, for models that do not
+    fit.
+    """
+    trace_steps: int = 0
+    """Trace this many steps into DIR/trace, for xprof."""
     json: bool = False
     """End standard output with the summary as one line of JSON."""
 
@@ -29,16 +40,24 @@ class Args:
 def main(argv: list[str]) -> None:
     """Trains, or goes on with the run in the workdir, and writes its report."""
     args, reference = parse_preset(Args, argv, "train")
+    if args.trace_steps < 0:
+        raise ValueError(f"trace_steps must not be negative. Got {args.trace_steps}.")
     if args.deterministic:
         be_deterministic()
-    report = say(args.json)
+    if args.distributed:
+        hosts.join()
+    report = say(args.json) if hosts.is_first() else lambda _: None
     summary = train(
         args.config,
         args.workdir,
         resume=args.resume,
         reference=reference,
+        other_data=args.other_data,
+        is_sharded=args.shard_state,
+        trace_steps=args.trace_steps,
         report=report,
     )
-    report(f"read {write_run_report(args.workdir)}")
-    if args.json:
-        print_json(summary)
+    if hosts.is_first():
+        report(f"read {write_run_report(args.workdir)}")
+        if args.json:
+            print_json(summary)

@@ -1,1 +1,3 @@
-"""The training lane: data, training, restore, evaluation, generation, reports. Needs the `lm` extra."""
+"""The training lane: data, training, restore, evaluation, generation, reports. Needs
+the `lm` extra.
+"""

@@ -1,4 +1,6 @@
-"""What a model costs: parameters, active compute and served bits of its FFNs, counted from the config alone."""
+"""What a model costs: parameters, active compute and served bits of its FFNs, counted
+from the config alone.
+"""
 
 import dataclasses
 from typing import NamedTuple
@@ -6,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from trix_jax.nn.sparse_lookup_ffn import compress_width
 from trix_jax.nn.transformer import TransformerConfig, TransformerLM
 
 SCALE_BITS = 16
@@ -19,7 +22,8 @@ class Costs(NamedTuple):
         total: parameters of the whole model.
         ffn: parameters of the FFNs, their norms and scales included.
         ffn_active: multiply-accumulates of the FFNs per token, routing scores included.
-        ffn_bits: bits of the FFN weights as served: ternary at 2 plus scales, everything else at 16.
+        ffn_bits: bits of the FFN weights as served: ternary at 2 plus scales,
+            everything else at 16.
     """
 
     total: int
@@ -41,7 +45,9 @@ def costs(config: TransformerConfig) -> Costs:
 
 
 def match_params(config: TransformerConfig, reference: TransformerConfig) -> int:
-    """Width of the dense FFN at which `config` has as many parameters as `reference`, to the nearest unit."""
+    """Width of the dense FFN at which `config` has as many parameters as `reference`,
+    to the nearest unit.
+    """
     dense = dataclasses.replace(config, ffn="dense", ffn_width=1)
     one = costs(dense)
     per_unit = one.ffn
@@ -71,7 +77,7 @@ def _active(c: TransformerConfig) -> int:
         top = c.top_k_clusters if c.ffn == "hierarchical" else 1
         scores = c.num_tiles // c.tiles_per_cluster + top * c.tiles_per_cluster
     if c.ffn == "lookup":
-        hidden = c.compress_hidden or c.d_model // 4
+        hidden = compress_width(c.d_model, c.compress_hidden)
         return c.d_model * (scores + hidden) + 2 * hidden + 2 + c.d_model
     if c.routing.source == "hash":
         scores = 0

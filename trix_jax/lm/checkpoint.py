@@ -9,10 +9,12 @@
     checkpoints/.old-00001000        the former step while it is replaced: readers use it if 00001000 is not there
     checkpoints/damaged-00001000     moved aside by `set_aside`
 
-Orbax has no content checksums: it restores a flipped bit without a word, hence the manifest. Everything is stored as
-numpy (typed PRNG keys as their key data, zero-sized arrays, which Orbax refuses, as None), so a step knows nothing of
-the devices it was trained on; `restore` puts each leaf where the template says. This is the only module that imports
-orbax, and only when it is used: the import takes a second. One process writes a directory at a time.
+Orbax has no content checksums: it restores a flipped bit without a word, hence the
+manifest. Everything is stored as numpy (typed PRNG keys as their key data, zero-sized
+arrays, which Orbax refuses, as None), so a step knows nothing of the devices it was
+trained on; `restore` puts each leaf where the template says. This is the only module
+that imports orbax, and only when it is used: the import takes a second. One process
+writes a directory at a time.
 """
 
 import contextlib
@@ -29,21 +31,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from trix_jax.lm import step_files
+from trix_jax.lm import hosts, leaves, step_files
 from trix_jax.lm.step_files import steps as steps
 from trix_jax.lm.step_files import verify as verify
 
-_NUMBERS = {"bool": bool, "int": int, "float": float}
 Report = Callable[[str], None]
 
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged, or not of the expected kind.
 
-    A ValueError, since what the caller named is at fault; a disk that fails while saving is an OSError instead.
+    A ValueError, since what the caller named is at fault; a disk that fails while
+    saving is an OSError instead.
     """
 
 
@@ -54,59 +55,73 @@ def _print(message: str) -> None:
 def save(
     directory: Path, step: int, state: Any, meta: dict[str, Any], *, keep: int = 2
 ) -> Path:
-    """Writes a step, waits until it is on the disk, then removes the steps that are no longer needed.
+    """Writes a step, waits until it is on the disk, then removes the steps that are no
+    longer needed.
 
-    The newest `keep` good steps, the best one and this one stay. A step that exists is replaced.
+    Several processes call it together, each with the whole state; the folder must be
+    one for all of them. The newest `keep` good steps, the best one and this one stay. A
+    step that exists is replaced.
 
     Args:
         directory: the `checkpoints` folder of a run; made if missing.
         step: optimizer steps done, from 0.
-        state: pytree of jax and numpy arrays, typed PRNG keys and Python numbers; None means absent.
-        meta: what JSON can hold; a finite `val_loss` takes part in the choice of the best step.
+        state: pytree of jax and numpy arrays, typed PRNG keys and Python numbers; None
+            means absent.
+        meta: what JSON can hold; a finite `val_loss` takes part in the choice of the
+            best step.
         keep: at least 1.
 
     Returns:
         The folder of the step.
 
     Raises:
-        OSError: the disk did not take it; earlier steps are as they were and nothing partial is left.
+        OSError: the disk did not take it; earlier steps are as they were and nothing
+            partial is left.
         TypeError, ValueError: an argument cannot be saved.
     """
     if step < 0 or keep < 1:
         raise ValueError(f"{step=} must be at least 0 and {keep=} at least 1.")
-    if jax.process_count() > 1:
-        raise NotImplementedError(
-            f"save is for one process, got {jax.process_count()}."
-        )
-    stored, leaves = _to_stored(state)
-    notes = {"meta.json": _to_json(meta), "leaves.json": _to_json(leaves)}
-    final, temporary = directory / f"{step:08d}", directory / f".tmp-{os.getpid()}"
+    stored, described = leaves.to_stored(state)
+    notes = {"meta.json": _to_json(meta), "leaves.json": _to_json(described)}
+    final = directory / f"{step:08d}"
+    temporary = directory / f".tmp-{hosts.from_first(os.getpid())}"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        step_files.tidy(directory)
-        _check_space(directory, stored)
+        if hosts.is_first():
+            directory.mkdir(parents=True, exist_ok=True)
+            step_files.tidy(directory)
+            _check_space(directory, stored)
         try:
-            temporary.mkdir()
-            _write_step(temporary / "step", step, stored, notes)
-            step_files.publish(temporary / "step", final)
+            if hosts.is_first():
+                temporary.mkdir()
+            hosts.wait_for_all("the folder of a step is made")
+            _write_arrays(temporary / "step", stored)
+            if hosts.is_first():
+                _write_notes(temporary / "step", step, notes)
+                step_files.publish(temporary / "step", final)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if hosts.is_first():
+                shutil.rmtree(temporary, ignore_errors=True)
     except Exception as error:
         place = f"Step {step} could not be saved in {directory}"
         raise OSError(
             f"{place} (earlier steps are as they were): {_reason(error)}"
         ) from error
-    _prune(directory, step, keep)
+    if hosts.is_first():
+        _prune(directory, step, keep)
+    hosts.wait_for_all("a step is saved")
     return final
 
 
 def newest_good(directory: Path, *, report: Report = _print) -> int | None:
-    """The newest undamaged step or None; `report` gets a sentence for each damaged one that was passed over."""
+    """The newest undamaged step or None; `report` gets a sentence for each damaged one
+    that was passed over.
+    """
     return next(_good(directory, reversed(steps(directory)), report), None)
 
 
 def resolve(directory: Path, which: str | int, *, report: Report = _print) -> int:
-    """The step meant by "latest", "best" (lowest finite val_loss, the earlier of equals) or a number.
+    """The step meant by "latest", "best" (lowest finite val_loss, the earlier of
+    equals) or a number.
 
     Raises:
         CheckpointError: there is none, or the named step is missing or damaged.
@@ -130,171 +145,97 @@ def resolve(directory: Path, which: str | int, *, report: Report = _print) -> in
 
 
 def restore(directory: Path, step: int, template: Any) -> tuple[Any, dict[str, Any]]:
-    """Verifies a step and returns `(state, meta)`; `state` has the structure and kinds of leaf of `template`.
+    """Verifies a step and returns `(state, meta)`; `state` has the structure and kinds
+    of leaf of `template`.
 
-    A jax leaf that is committed to devices, or a ShapeDtypeStruct with a sharding, says where its array goes; other jax
-    leaves come back uncommitted on the default device, numpy leaves as numpy, Python numbers as such.
+    A jax leaf that is committed to devices, or a ShapeDtypeStruct with a sharding, says
+    where its array goes; other jax leaves come back uncommitted on the default device,
+    numpy leaves as numpy, Python numbers as such.
 
     Raises:
-        CheckpointError: the step is missing or damaged, or its tree, shapes or dtypes are not the template's.
+        CheckpointError: the step is missing or damaged, or its tree, shapes or dtypes
+            are not the template's.
     """
     path = _good_path(directory, step)
     named, treedef = jax.tree_util.tree_flatten_with_path(template)
-    expected = {_name(key): _describe(leaf) for key, leaf in named}
-    if lines := _difference(expected, step_files.read_json(path / "leaves.json")):
+    expected = {leaves.name_of(key): leaves.describe(leaf) for key, leaf in named}
+    found = step_files.read_json(path / "leaves.json")
+    if lines := leaves.difference(expected, found):
         diff = "\n  ".join(lines)
         raise CheckpointError(f"{path} is not a checkpoint of this model:\n  {diff}")
-    kinds = treedef.unflatten(map(_kind, expected.values()))
+    kinds = treedef.unflatten(map(leaves.kind_of, expected.values()))
     values = treedef.flatten_up_to(_load(path, kinds))
     pairs = zip(named, values, strict=True)
-    state = treedef.unflatten([_place(leaf, value) for (_, leaf), value in pairs])
-    return state, step_files.read_json(path / "meta.json")
+    try:
+        placed = [leaves.place(leaf, value) for (_, leaf), value in pairs]
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be restored: {error}") from error
+    return treedef.unflatten(placed), step_files.read_json(path / "meta.json")
 
 
 def restore_arrays(
     directory: Path, step: int, subtree: tuple[str, ...] | None = None
 ) -> dict[str, Any]:
-    """Verifies a step and returns its state as nested dicts of numpy arrays, without a template.
+    """Verifies a step and returns its state as nested dicts of numpy arrays, without a
+    template.
 
     Args:
         directory: the `checkpoints` folder of a run.
         step: a step in it.
-        subtree: top-level names of the state, such as ("params", "routing"), which are then the keys of the result;
-            nothing else is read, and a name without leaves gives {}. Their containers must be dicts.
-            None: everything; a tuple's items are under "0", "1", ..., typed keys are key data.
+        subtree: top-level names of the state, such as ("params", "routing"), which are
+            then the keys of the result; nothing else is read, and a name without leaves
+            gives {}. Their containers must be dicts. None: everything; a tuple's items
+            are under "0", "1", ..., typed keys are key data.
 
     Raises:
         CheckpointError: the step is missing or damaged, or has none of the names.
     """
     path = _good_path(directory, step)
-    leaves = step_files.read_json(path / "leaves.json")
-    names = sorted({name.split("/")[0] for name in leaves})
+    described = step_files.read_json(path / "leaves.json")
+    names = sorted({name.split("/")[0] for name in described})
     if subtree is not None and not set(subtree) & set(names):
         raise CheckpointError(f"{path} has none of {subtree}; its state has {names}.")
     if subtree is not None:
-        leaves = {n: text for n, text in leaves.items() if n.split("/")[0] in subtree}
-    kinds = {name: _kind(text) for name, text in leaves.items()}
-    loaded = _load(path, None if subtree is None else _nest(kinds), partial=True)
+        described = {
+            n: text for n, text in described.items() if n.split("/")[0] in subtree
+        }
+    kinds = {name: leaves.kind_of(text) for name, text in described.items()}
+    loaded = _load(path, None if subtree is None else leaves.nest(kinds), partial=True)
     values = jax.tree_util.tree_flatten_with_path(loaded)[0]
-    arrays = {_name(key): np.asarray(value) for key, value in values}
-    empty = {name: _empty(leaves[name]) for name in leaves if kinds[name] is None}
+    arrays = {leaves.name_of(key): np.asarray(value) for key, value in values}
+    empty = {
+        name: leaves.empty(described[name]) for name in described if kinds[name] is None
+    }
     nothing: dict[str, Any] = {name: {} for name in subtree or ()}
-    return nothing | _nest({name: (empty | arrays)[name] for name in leaves})
+    return nothing | leaves.nest({name: (empty | arrays)[name] for name in described})
+
+
+def read_meta(directory: Path, step: int) -> dict[str, Any]:
+    """The caller's notes on a step, as they stand there: `restore` and `restore_arrays`
+    verify them.
+    """
+    return step_files.read_json(step_files.step_path(directory, step) / "meta.json")
+
+
+def clear(directory: Path, *, keep: int = 2) -> None:
+    """Does what a `save` that was killed could not: removes its leavings, and steps no
+    longer needed.
+    """
+    step_files.tidy(directory)
+    if len(there := steps(directory)) > keep:
+        _prune(directory, there[-1], keep)
 
 
 def set_aside(directory: Path, step: int) -> Path:
-    """Renames a damaged step so that nobody takes it for a step again, and returns its new path."""
+    """Renames a damaged step so that nobody takes it for a step again, and returns its
+    new path.
+    """
     first = directory / f"damaged-{step:08d}"
     others = (first.with_name(f"{first.name}-{k}") for k in itertools.count(1))
     target = next(p for p in itertools.chain([first], others) if not p.exists())
     step_files.step_path(directory, step).rename(target)
     step_files.sync(directory)
     return target
-
-
-# Leaves: what is stored, how it is told, and where it goes.
-
-
-def _name(key: tuple) -> str:
-    return jax.tree_util.keystr(key, simple=True, separator="/")
-
-
-def _is_number(leaf: Any) -> bool:
-    return isinstance(leaf, bool | int | float) and not isinstance(leaf, np.generic)
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _to_stored(state: Any) -> tuple[Any, dict[str, str]]:
-    """The pytree for Orbax, of numpy arrays and Python numbers, and the description of every leaf by its path."""
-    named, treedef = jax.tree_util.tree_flatten_with_path(state)
-    stored = [_to_numpy(_name(key), leaf) for key, leaf in named]
-    leaves = {_name(key): _describe(leaf) for key, leaf in named}
-    if not leaves:
-        raise ValueError("state must have at least one leaf.")
-    if any(_name(key).count("/") >= max(len(key), 1) for key, _ in named):
-        raise ValueError(f"state must have no '/' in a key, got {list(leaves)}.")
-    # Orbax joins paths with dots and stores {"a.b": x, "a": {"b": y}} as one array, silently.
-    if len({name.replace("/", ".") for name in leaves}) < len(named):
-        raise ValueError(f"state has two leaves of one dotted path in {list(leaves)}.")
-    return treedef.unflatten(stored), leaves
-
-
-def _to_numpy(name: str, leaf: Any) -> np.ndarray | bool | int | float | None:
-    if _is_number(leaf):
-        if isinstance(leaf, int) and not -(2**63) <= leaf < 2**63:
-            raise ValueError(f"state leaf {name} must fit 64 bits, got {leaf}.")
-        return leaf
-    is_key = isinstance(leaf, jax.Array) and _is_key(leaf)
-    is_array = isinstance(leaf, jax.Array | np.ndarray | np.generic)
-    if not is_key and not (is_array and leaf.dtype.kind not in "OSUMm"):
-        rule = "must be an array of numbers, a PRNG key or a number"
-        raise TypeError(f"state leaf {name} {rule}, got {type(leaf).__name__}.")
-    if not leaf.size:
-        return None
-    return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
-
-
-def _describe(leaf: Any) -> str:
-    """`float32[3,4]`, `key<fry>[]`, `int`: as it stands in leaves.json and in the messages."""
-    if _is_number(leaf) or not hasattr(leaf, "dtype"):
-        return type(leaf).__name__
-    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in text.partition("[")[2][:-1].split(",") if n)
-
-
-def _kind(text: str) -> type | None:
-    """What Orbax is asked for; leaves.json has the shapes, and zero-sized arrays were not stored."""
-    return _NUMBERS.get(text) or (None if 0 in _shape(text) else np.ndarray)
-
-
-def _empty(text: str) -> np.ndarray:
-    return np.zeros(_shape(text), jnp.dtype(text.partition("[")[0]))
-
-
-def _place(leaf: Any, value: Any) -> Any:
-    """`value` as Orbax returned it, made the kind of leaf that `leaf` of the template is."""
-    if _is_number(leaf):
-        return value
-    if isinstance(leaf, np.ndarray | np.generic):
-        value = np.zeros(leaf.shape, leaf.dtype) if value is None else value
-        return value[()] if isinstance(leaf, np.generic) else value
-    if value is None:
-        value = jnp.empty(leaf.shape, leaf.dtype)
-    elif _is_key(leaf):
-        value = jax.random.wrap_key_data(jnp.array(value), impl=leaf.dtype)
-    else:
-        value = jnp.array(value)
-    if value.dtype != leaf.dtype:
-        raise CheckpointError(f"A leaf of {leaf.dtype} needs jax_enable_x64.")
-    # A committed array clashes with a mesh of other devices: nothing gets committed that was not.
-    stays = isinstance(leaf, jax.Array) and not leaf.committed
-    return value if stays or not leaf.sharding else jax.device_put(value, leaf.sharding)
-
-
-def _difference(expected: dict[str, str], found: dict[str, str]) -> list[str]:
-    names = sorted(n for n in expected | found if expected.get(n) != found.get(n))
-    lines = [
-        f"{n}: expected {expected.get(n, 'nothing')}, found {found.get(n, 'nothing')}"
-        for n in names
-    ]
-    return lines if len(lines) <= 10 else [*lines[:10], f"and {len(lines) - 10} more"]
-
-
-def _nest(flat: dict[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for name, value in flat.items():
-        *parents, last = name.split("/")
-        here = nested
-        for key in parents:
-            here = here.setdefault(key, {})
-        here[last] = value
-    return nested
 
 
 # Files and folders.
@@ -331,26 +272,34 @@ def _by_loss(directory: Path) -> list[int]:
 
 
 def _check_space(directory: Path, stored: Any) -> None:
-    """Says no beforehand: on a full disk TensorStore prints a traceback for every array."""
+    """Says no beforehand: on a full disk TensorStore prints a traceback for every
+    array.
+    """
     needed = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(stored))
     if (free := shutil.disk_usage(directory).free) < needed:
         raise OSError(f"it needs {needed} bytes and the disk has {free} left")
 
 
-def _write_step(path: Path, step: int, stored: Any, notes: dict[str, str]) -> None:
+def _write_arrays(path: Path, stored: Any) -> None:
     with _orbax() as ocp:
         context = ocp.Context()
-        # Else an error before the first file is raised only after a time-out of five minutes.
+        # Else an error before the first file is raised only after a time-out of five
+        # minutes.
         context.asynchronous.create_directories_asynchronously = False
         with context:
             ocp.save(path.absolute(), stored)
+
+
+def _write_notes(path: Path, step: int, notes: dict[str, str]) -> None:
     for name, text in notes.items():
         (path / name).write_text(text)
     step_files.write_manifest(path, step)
 
 
 def _prune(directory: Path, saved: int, keep: int) -> None:
-    """Removes what is older than the newest `keep` good steps, but for the best step and the one just saved."""
+    """Removes what is older than the newest `keep` good steps, but for the best step
+    and the one just saved.
+    """
     quiet: Report = lambda _: None  # noqa: E731
     good = _good(directory, reversed(steps(directory)), quiet)
     newest = list(itertools.islice(good, keep))
@@ -368,7 +317,9 @@ def _to_json(value: dict[str, Any]) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of a message, or what the system said if that is buried in one of TensorStore's."""
+    """The first line of a message, or what the system said if that is buried in one of
+    TensorStore's.
+    """
     code = re.search(r"os_error_code='(\d+)'", str(error))
     return os.strerror(int(code[1])) if code else str(error).partition("\n")[0]
 
@@ -378,7 +329,9 @@ def _reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _orbax() -> Iterator[Any]:
-    """The `orbax.checkpoint.v1` module, its logging off: before it raises, it prints the traceback of a thread."""
+    """The `orbax.checkpoint.v1` module, its logging off: before it raises, it prints
+    the traceback of a thread.
+    """
     from orbax.checkpoint import v1
 
     logger = logging.getLogger("absl")

@@ -1,8 +1,9 @@
 """A run's config: dataclasses that YAML files and command-line flags fill in.
 
-A preset is YAML with the sections `model`, `data`, `train` and, under `arms`, named overrides such as
-`dense: {model.ffn: dense, model.ffn_width: match-params}`. A file becomes flags and goes through the same parser as the
-command line (`trix_jax.cli`), so its mistakes get the same messages.
+A preset is YAML with the sections `model`, `data`, `train` and, under `arms`, named
+overrides such as `dense: {model.ffn: dense, model.ffn_width: match-params}`. A file
+becomes flags and goes through the same parser as the command line (`trix_jax.cli`), so
+its mistakes get the same messages.
 """
 
 import dataclasses
@@ -30,18 +31,25 @@ class TrainConfig:
         steps: optimizer steps.
         batch_size: sequences in a step, over all devices and accumulated micro-batches.
         accumulate: micro-batches a step is cut into.
-        learning_rate: peak rate, reached after `warmup_steps` (clipped to `steps`), then cosine.
+        learning_rate: peak rate, reached after `warmup_steps` (clipped to `steps`),
+            then cosine.
         final_learning_rate: share of the peak rate at the last step.
         warmup_steps: linear warm-up.
-        weight_decay: AdamW's, on matrices only: never on norms, scales, embeddings, splines or directions.
+        weight_decay: AdamW's, on matrices only: never on norms, scales, embeddings,
+            splines or directions.
         beta1, beta2: AdamW's.
         clip: largest global gradient norm; 0 does not clip.
-        balance_rate: step of the routing bias (`routing.update`).
-        rebuild_every: steps between rebuilds of the clusters, before the step that follows; 0 never.
-        eval_every: steps between evaluations on the whole validation split; each checkpoints. The last step always is.
+        balance_rate: share of the way that selection biases go towards even loads in a
+            step (`routing.update`).
+        rebuild_every: steps between rebuilds of the clusters, before the step that
+            follows; 0 never.
+        eval_every: steps between evaluations on the whole validation split; each
+            checkpoints. The last step always is.
         checkpoint_every: further checkpoints, without an evaluation; 0 none.
         eval_batch_size: sequences in an evaluation batch.
         log_every: steps between lines of metrics.jsonl.
+        max_skipped: steps in a row that may be skipped because loss or gradient is not
+            finite; one more stops the run.
     """
 
     steps: int = 2000
@@ -54,12 +62,13 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.99
     clip: float = 1.0
-    balance_rate: float = 1e-3
+    balance_rate: float = 0.5
     rebuild_every: int = 500
     eval_every: int = 500
     checkpoint_every: int = 0
     eval_batch_size: int = 64
     log_every: int = 1
+    max_skipped: int = 10
 
     def __post_init__(self):
         for name in (
@@ -78,19 +87,20 @@ class TrainConfig:
             "warmup_steps",
             "weight_decay",
             "clip",
-            "balance_rate",
             "rebuild_every",
             "checkpoint_every",
+            "max_skipped",
         ):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(
-                    f"{name} must not be negative. Got {getattr(self, name)}."
+                    f"{name} must not be negative, and must be finite. "
+                    f"Got {getattr(self, name)}."
                 )
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(
                 f"learning_rate must be positive and finite. Got {self.learning_rate}."
             )
-        for name in ("beta1", "beta2", "final_learning_rate"):
+        for name in ("beta1", "beta2", "final_learning_rate", "balance_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in 0..1. Got {getattr(self, name)}.")
         if self.batch_size % self.accumulate:
@@ -114,18 +124,35 @@ class RunConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
+    def __post_init__(self):
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be in 0..2**32 - 1. Got {self.seed}.")
+
+
+class _Loader(yaml.SafeLoader):
+    """Without aliases: a page of them can stand for more text than there is memory."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.events.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "it has an alias", mark)
+        return super().compose_node(parent, index)
+
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Reads a preset or a resolved config.
 
     Raises:
-        ValueError: no such file, or it is not a YAML mapping of text keys; the message names the line.
+        ValueError: no such file, or it is not a YAML mapping of text keys; the message
+            names the line.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        tree = yaml.load(text, _Loader)  # noqa: S506  a SafeLoader
     except OSError as error:
         raise ValueError(f"config {path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    # A date that is none is a ValueError; nesting is as deep as the file says.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(
             f"config {path} is not YAML: {' '.join(str(error).split())}."
         ) from error
@@ -136,8 +163,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return tree
 
 
-def to_flags(tree: dict[str, Any], prefix: str = "") -> list[str]:
-    """Turns nested or dotted YAML into command-line flags: `{model: {d_model: 256}}` to `--model.d-model 256`.
+def to_flags(tree: dict[Any, Any], prefix: str = "") -> list[str]:
+    """Turns nested or dotted YAML into command-line flags: `{model: {d_model: 256}}` to
+    `--model.d-model 256`.
 
     Raises:
         ValueError: a value that no flag can hold.
@@ -162,7 +190,8 @@ def preset_flags(path: str | Path, arm: str) -> tuple[list[str], list[str]]:
     """The flags of a preset and those that its arm adds.
 
     Raises:
-        ValueError: the preset has no such arm (the default arm may be absent: it is the preset as it stands).
+        ValueError: the preset has no such arm (the default arm may be absent: it is the
+            preset as it stands).
     """
     tree = read_yaml(path)
     arms = tree.pop("arms", None) or {}
@@ -174,17 +203,24 @@ def preset_flags(path: str | Path, arm: str) -> tuple[list[str], list[str]]:
         raise ValueError(
             f"arm must be one of {', '.join(sorted({DEFAULT_ARM, *arms}))}. Got {arm!r}."
         )
-    return to_flags(tree), to_flags(arms.get(arm) or {})
+    overrides = arms.get(arm) or {}
+    if not isinstance(overrides, dict):
+        raise ValueError(
+            f"arms.{arm} in {path} must map settings to values. Got {overrides!r}."
+        )
+    return to_flags(tree), to_flags(overrides)
 
 
 def resolve(
     config: RunConfig, reference: TransformerConfig, vocab_size: int
 ) -> RunConfig:
-    """Fills in what depends on the data and on other arms: the vocabulary, and the width of a "match-params" dense FFN.
+    """Fills in what depends on the data and on other arms: the vocabulary, and the
+    width of a "match-params" dense FFN.
 
     Args:
         config: as parsed.
-        reference: the model of the preset without its arm, whose parameters a dense twin matches.
+        reference: the model of the preset without its arm, whose parameters a dense
+            twin matches.
         vocab_size: the tokenizer's.
 
     Raises:
@@ -214,6 +250,19 @@ def from_tree(tree: dict[str, Any]) -> RunConfig:
         ValueError: unknown or missing names, or values of another type.
     """
     return _build(RunConfig, tree, "")
+
+
+def load(path: str | Path) -> RunConfig:
+    """Reads a resolved config that this program wrote.
+
+    Raises:
+        ValueError: no such file, or it is not such a config; the message names it.
+    """
+    tree = read_yaml(path)
+    try:
+        return from_tree(tree)
+    except ValueError as error:
+        raise ValueError(f"config {path} cannot be used: {error}") from error
 
 
 def fingerprint(config: RunConfig) -> str:

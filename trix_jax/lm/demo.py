@@ -1,4 +1,6 @@
-"""The demo: a small TriX and its dense twin on the embedded corpus, compared, packed, sampled and reported."""
+"""The demo: a small TriX and its dense twin on the embedded corpus, compared, packed,
+sampled and reported.
+"""
 
 import dataclasses
 import time
@@ -21,8 +23,8 @@ PROMPT = "def "
 SAMPLE_TOKENS = 400
 NGRAM_ORDERS = (1, 2, 3, 4, 5)
 
-# Chosen to take minutes on two cores. Both arms share the learning rate, which suits both
-# in experiments/quality; a comparison that means something tunes it for each.
+# Chosen to take minutes on two cores. Both arms share the learning rate, which suits
+# both in experiments/quality; a comparison that means something tunes it for each.
 PRESET = RunConfig(
     arm="sparse",
     model=TransformerConfig(

@@ -1,4 +1,6 @@
-"""Evaluation on a whole split, and restoring a run or an exported model to evaluate, generate or export."""
+"""Evaluation on a whole split, and restoring a run or an exported model to evaluate,
+generate or export.
+"""
 
 import math
 from collections.abc import Callable
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trix_jax import routing
-from trix_jax.lm import checkpoint, config, export
+from trix_jax.lm import checkpoint, config, export, origin
 from trix_jax.lm.data import (
     Store,
     eval_batches,
@@ -58,7 +60,9 @@ def evaluate(
     batch_size: int = 64,
     progress: float = 1.0,
 ) -> Evaluation:
-    """Evaluates on every token of the validation split but the first, in windows of the model's context."""
+    """Evaluates on every token of the validation split but the first, in windows of the
+    model's context.
+    """
     step = _compiled(model.config)
     loss, tokens, routes, kept = 0.0, 0.0, [], 0
     total = np.zeros((), np.float64)
@@ -101,7 +105,8 @@ def load_run(
         the model, its variables (packed ones for an export), and the tokenizer.
 
     Raises:
-        ValueError: no run there, or a config, tokenizer or checkpoint that is damaged or does not fit; says which.
+        ValueError: no run there, or a config, tokenizer or checkpoint that is damaged
+            or does not fit; says which.
     """
     directory = Path(directory)
     if export.is_export(directory):
@@ -111,11 +116,17 @@ def load_run(
     checkpoints = directory / "checkpoints"
     number = checkpoint.resolve(checkpoints, step)
     arrays = checkpoint.restore_arrays(checkpoints, number, ("params", "routing"))
-    check_fits(run.model, arrays, f"checkpoint {number} of {directory}")
+    what, tokenizer = (
+        f"checkpoint {number} of {directory}",
+        directory / "tokenizer.json",
+    )
+    check_fits(run.model, arrays, what)
+    loaded = load_tokenizer(tokenizer)
+    origin.check(checkpoint.read_meta(checkpoints, number), run, tokenizer, what)
     variables = {
         name: jax.tree.map(jnp.asarray, tree) for name, tree in arrays.items() if tree
     }
-    return model, variables, load_tokenizer(directory / "tokenizer.json")
+    return model, variables, loaded
 
 
 def resolve_step(directory: str | Path, step: str | int) -> int | None:
@@ -135,12 +146,12 @@ def open_run_data(directory: str | Path, data: str | Path | None = None) -> Stor
     directory = Path(directory)
     if data is None:
         data = directory / "data"
-        if not is_store(data) and not export.is_export(directory):
+        if not data.is_dir() and not export.is_export(directory):
             data = read_config(directory).data.path or data
     if not is_store(data):
         raise ValueError(
             f"data must name a token store (`trix-jax prepare`) to evaluate {directory} "
-            f"on. Got {data}, which is none."
+            f"on. Got {data}, which has no manifest.json."
         )
     store = open_store(data)
     own, other = (folder / "tokenizer.json" for folder in (directory, store.directory))
@@ -160,11 +171,13 @@ def read_config(directory: Path) -> config.RunConfig:
         raise ValueError(
             f"{directory} must be a run directory, with a config.yaml, or an export. There is none."
         )
-    return config.from_tree(config.read_yaml(path))
+    return config.load(path)
 
 
 def check_fits(model: TransformerConfig, variables: dict[str, Any], what: str) -> None:
-    """Raises a ValueError unless the arrays have the names and shapes that the config gives."""
+    """Raises a ValueError unless the arrays have the names and shapes that the config
+    gives.
+    """
     expected = jax.eval_shape(
         lambda: TransformerLM(model).init(
             jax.random.key(0), jnp.zeros((1, model.context), jnp.int32)

@@ -26,13 +26,15 @@ def is_export(directory: Path) -> bool:
 def export(
     model: TransformerLM, variables: Variables, tokenizer: Any, directory: str | Path
 ) -> dict[str, int]:
-    """Packs a trained model and writes `model.safetensors`, `config.json` and `tokenizer.json`.
+    """Packs a trained model and writes `model.safetensors`, `config.json` and
+    `tokenizer.json`.
 
     Args:
         directory: made if missing; files of these names are replaced.
 
     Returns:
-        bytes of the FFN weights: `ffn_float32` as trained, `ffn_packed` as written, scales included in both.
+        bytes of the FFN weights: `ffn_float32` as trained, `ffn_packed` as written,
+            scales included in both.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -53,10 +55,12 @@ def export(
 
 
 def load(directory: str | Path) -> tuple[TransformerLM, dict[str, Any], Any]:
-    """Reads what `export` wrote; the variables are packed, and evaluate as the trained ones did.
+    """Reads what `export` wrote; the variables are packed, and evaluate as the trained
+    ones did.
 
     Raises:
-        ValueError: a file that is damaged, of another version, or does not fit its config; says which.
+        ValueError: a file that is damaged, of another version, or does not fit its
+            config; says which.
     """
     directory = Path(directory)
     model = TransformerLM(_read_model_config(directory / CONFIG))
@@ -68,7 +72,7 @@ def _read_model_config(path: Path) -> TransformerConfig:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         return run_config.from_tree({"model": tree["model"]}).model
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path} is not the config of an exported model: {error}"
         ) from error

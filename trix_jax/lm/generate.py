@@ -75,10 +75,12 @@ def generate(
     a context and a whole one of what came before it.
 
     Args:
-        prompt: token ids, at least one; of a prompt longer than the context the end is used.
+        prompt: token ids, at least one; of a prompt longer than the context the end is
+            used.
 
     Raises:
-        ValueError: an empty prompt, ids outside the vocabulary, a negative `new_tokens`.
+        ValueError: an empty prompt, ids outside the vocabulary, a negative
+            `new_tokens`.
     """
     prompt = np.asarray(prompt)
     vocabulary = model.config.vocab_size or 0
@@ -111,7 +113,9 @@ def _generate(model, variables, prompt, new_tokens, config) -> Iterator[int]:
 
 @lru_cache(maxsize=8)
 def _compiled(shape: TransformerConfig, config: SamplingConfig) -> Callable:
-    """`(variables, cache, tokens, key) -> (token, cache)`, compiled once for a prompt and once for a token."""
+    """`(variables, cache, tokens, key) -> (token, cache)`, compiled once for a prompt
+    and once for a token.
+    """
     model = TransformerLM(shape)
 
     def step(variables: Any, cache: Any, tokens, key):

@@ -1,4 +1,6 @@
-"""The run directory's small files: `metrics.jsonl`, `summary.json`, `env.json`, and what is measured for them."""
+"""The run directory's small files: `metrics.jsonl`, `summary.json`, `env.json`, and
+what is measured for them.
+"""
 
 import json
 import os
@@ -13,13 +15,16 @@ from typing import Any
 
 import jax
 
+from trix_jax.lm.step_files import writing
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 class MetricsFile:
     """`metrics.jsonl`: an object a line, flushed at once.
 
-    On resume the lines behind the restored step are dropped, so that the file reads as if nothing had happened.
+    On resume the lines behind the restored step are dropped, so that the file reads as
+    if nothing had happened.
     """
 
     def __init__(self, path: Path, step: int):
@@ -29,17 +34,37 @@ class MetricsFile:
             else []
         )
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._file = path, path.open("a", encoding="utf-8")
 
     def write(self, **values: Any) -> None:
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps(values, allow_nan=False) + "\n")
+            self._file.flush()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self._file.close()
+        with writing(self._path):  # a line that did not fit is still in its buffer
+            self._file.close()
+
+
+class NoFile:
+    """A metrics file of a process that is not the one that writes."""
+
+    def write(self, **values: Any) -> None:
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+def open_log(workdir: Path, step: int, is_first: bool) -> MetricsFile | NoFile:
+    """The run's `metrics.jsonl`, for the process that writes it."""
+    return MetricsFile(workdir / "metrics.jsonl", step) if is_first else NoFile()
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
@@ -52,7 +77,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             yield json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines) and not line.endswith("\n"):
                 return
             raise ValueError(f"{path} line {number} is not JSON: {error}.") from error
@@ -61,11 +86,12 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file whole or not at all."""
     building = path.with_name(f".{path.name}.tmp")
-    with building.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(building, path)
+    with writing(path):
+        with building.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(building, path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -86,7 +112,9 @@ def environment(devices) -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that this package runs from, with `+` where it has been changed; None elsewhere."""
+    """The commit of the checkout that this package runs from, with `+` where it has
+    been changed; None elsewhere.
+    """
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
@@ -104,7 +132,9 @@ def git_commit() -> str | None:
 
 
 def memory_bytes(device: jax.Device) -> int:
-    """Peak bytes in use on the device, or the largest resident size of this process on CPU."""
+    """Peak bytes in use on the device, or the largest resident size of this process on
+    CPU.
+    """
     stats = device.memory_stats()
     if stats:
         return int(stats.get("peak_bytes_in_use", stats.get("bytes_in_use", 0)))

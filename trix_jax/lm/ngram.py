@@ -12,14 +12,16 @@ def ngram_losses(
     orders: Sequence[int] = (1, 2, 3, 4, 5),
     vocab_size: int | None = None,
 ) -> dict[int, float]:
-    """Nats per token, `mean(-log p_n(val[i] | val[i-n+1 : i]))` over `i >= 1`, of interpolated Witten-Bell n-gram models.
+    """Nats per token, `mean(-log p_n(val[i] | val[i-n+1 : i]))` over `i >= 1`, of
+    interpolated Witten-Bell n-gram models.
 
-    With `c(h w)` the times the tokens `h w` follow each other in `train`, `c(h)` their sum over `w`, and `t(h)` the number of
-    distinct `w` after `h`,
+    With `c(h w)` the times the tokens `h w` follow each other in `train`, `c(h)` their
+    sum over `w`, and `t(h)` the number of distinct `w` after `h`,
 
         p_n(w | h) = (c(h w) + t(h) * p_{n-1}(w | h without its first token)) / (c(h) + t(h)),    p_0(w) = 1 / vocab_size,
 
-    and `p_n = p_{n-1}` where `h` was never seen or would reach before the start of `val`.
+    and `p_n = p_{n-1}` where `h` was never seen or would reach before the start of
+    `val`.
 
     Args:
         train: Tokens to count.
@@ -34,8 +36,9 @@ def ngram_losses(
         ValueError: There is nothing to count or score, or an order is below 1.
 
     References:
-        Witten and Bell, 1991, The zero-frequency problem, https://doi.org/10.1109/18.87000; interpolated as in Chen and Goodman,
-        1998, section 2.5, https://dash.harvard.edu/handle/1/25104739.
+        Witten and Bell, 1991, The zero-frequency problem,
+        https://doi.org/10.1109/18.87000; interpolated as in Chen and Goodman, 1998,
+        section 2.5, https://dash.harvard.edu/handle/1/25104739.
     """
     if len(train) < 1 or len(val) < 2 or not orders or min(orders) < 1:
         raise ValueError(
@@ -52,7 +55,8 @@ def ngram_losses(
     )
     losses = {}
     for order in range(1, max(orders) + 1):
-        # Entry i: the id of the order - 1 tokens before token i + order - 1; in val, -1 for one that train does not have.
+        # Entry i: the id of the order - 1 tokens before token i + order - 1; in val, -1
+        # for one that train does not have.
         keys, train_grams, counts = np.unique(
             train_contexts * width + train[order - 1 :],
             return_inverse=True,
@@ -74,7 +78,9 @@ def _interpolate(
     val_contexts: np.ndarray,
     val_grams: np.ndarray,
 ) -> np.ndarray:
-    """`(c(h w) + t(h) * lower) / (c(h) + t(h))`, or `lower` where the context is unseen; `contexts` is the one of each gram."""
+    """`(c(h w) + t(h) * lower) / (c(h) + t(h))`, or `lower` where the context is
+    unseen; `contexts` is the one of each gram.
+    """
     if not len(counts):
         return lower
     size = (

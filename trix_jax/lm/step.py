@@ -1,4 +1,6 @@
-"""The train and evaluation steps: pure per-device functions that take the name of the mapped axis as an argument."""
+"""The train and evaluation steps: pure per-device functions that take the name of the
+mapped axis as an argument.
+"""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -10,7 +12,8 @@ import optax
 
 from trix_jax import routing
 from trix_jax.lm.config import TrainConfig
-from trix_jax.lm.optimizer import learning_rate_schedule
+from trix_jax.lm.optimizer import clip, learning_rate_schedule, updates_done
+from trix_jax.lm.sharding import Slices
 from trix_jax.nn.transformer import TransformerConfig, TransformerLM
 from trix_jax.typing import Array, Float, Int, Integer
 
@@ -21,7 +24,7 @@ class TrainState(NamedTuple):
     """Everything that a step changes, and all that a checkpoint needs to go on.
 
     Attributes:
-        step: optimizer steps done.
+        step: steps done, skipped ones included: the position in the data.
         routing: the `"routing"` collection, `{}` for a dense model.
         rng: key data of the dropout key, which each step folds its number into.
     """
@@ -39,7 +42,7 @@ class Metrics(NamedTuple):
     Attributes:
         loss: cross-entropy, nats a token.
         entropy: of each layer's tile usage, nats; empty for a dense model.
-        finite: whether loss and gradient were.
+        finite: whether loss and gradient were; if not, the update was skipped.
     """
 
     loss: Float[Array, "..."]
@@ -95,14 +98,22 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     config: TrainConfig,
     axis_name: str | None = None,
+    slices: Slices | None = None,
 ) -> Callable[
     [TrainState, Integer[Array, "accumulate B tokens"]], tuple[TrainState, Metrics]
 ]:
     """Builds the step for one device: `(state, batch) -> (state, metrics)`.
 
-    The batch is `[accumulate, B, L + 1]`; gradients are averaged over micro-batches and over `axis_name`, routing
-    counts are added, and one `routing.update` follows. Under a mapped axis the model's balance loss sees the load of all
-    devices, so that the result is one device's up to the order of additions.
+    The batch is `[accumulate, B, L + 1]`; gradients are averaged over micro-batches and
+    over `axis_name`, routing counts are added, and one `routing.update` follows. Under
+    a mapped axis the model's balance loss sees the load of all devices, so that the
+    result is one device's up to the order of additions.
+
+    With `slices` the state's parameters and moments are this device's slices.
+
+    Where loss or gradient norm is not finite, on all devices alike, the new state is
+    the old one but for its step number: parameters, optimizer and routing stay bit for
+    bit.
     """
     model = model.clone(axis_name=axis_name)
     schedule = learning_rate_schedule(config)
@@ -138,11 +149,12 @@ def make_train_step(
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
         keys = jax.random.split(key, batch.shape[0])
         progress = state.step / config.steps
+        params = slices.whole(state.params) if slices else state.params
 
         def micro(routing_state, inputs):
             tokens, key = inputs
             (_, out), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-                state.params, routing_state, tokens, key, progress
+                params, routing_state, tokens, key, progress
             )
             loss, aux, counts, routing_state = out
             return routing_state, (grads, loss, aux, counts)
@@ -151,33 +163,39 @@ def make_train_step(
         grads, loss, aux = mean(jax.tree.map(lambda x: x.mean(axis=0), outputs[:3]))
         counts = outputs[3].sum(axis=0)
         counts = jax.lax.psum(counts, axis_name) if axis_name else counts
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         grad_norm = optax.tree.norm(grads)
+        grads = clip(grads, grad_norm, config.clip)
+        grads = slices.own(grads) if slices else grads
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         metrics = Metrics(
             loss=loss,
             grad_norm=grad_norm,
-            learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
+            learning_rate=jnp.asarray(
+                schedule(updates_done(state.opt_state)), jnp.float32
+            ),
             aux_balance=aux.get("balance", jnp.zeros(())),
             aux_diversity=aux.get("diversity", jnp.zeros(())),
             entropy=routing.usage_entropy(counts),
-            finite=jnp.isfinite(loss) & jnp.isfinite(grad_norm),
+            finite=finite,
         )
-        new = TrainState(
-            step=state.step + 1,
+        new = state._replace(
             params=optax.apply_updates(state.params, updates),
             opt_state=opt_state,
             routing=routing.update(
                 routing_state, rate=config.balance_rate, axis_name=axis_name
             ),
-            rng=state.rng,
         )
-        return new, metrics
+        kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        return kept._replace(step=state.step + 1), metrics
 
     return step
 
 
 def make_eval_step(model: TransformerLM) -> Callable[[Any, Any, Any, Any], EvalSums]:
-    """Builds `(variables, tokens [B, L + 1], mask [B, L], progress) -> EvalSums` for one device."""
+    """Builds `(variables, tokens [B, L + 1], mask [B, L], progress) -> EvalSums` for
+    one device.
+    """
 
     def step(variables, tokens, mask, progress) -> EvalSums:
         outputs: Any = model.apply(variables, tokens[:, :-1], progress=progress)

@@ -1,8 +1,11 @@
-"""The folders and files of checkpoint steps: listed, hashed, put in place, cleared. Knows no arrays.
+"""The folders and files of checkpoint steps: listed, hashed, put in place, cleared.
+Knows no arrays.
 
-`checkpoint.py` draws the layout. A folder appears and disappears by one rename, so nobody ever sees half of one.
+`checkpoint.py` draws the layout. A folder appears and disappears by one rename, so
+nobody ever sees half of one.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -23,7 +26,9 @@ def steps(directory: Path) -> list[int]:
 
 
 def verify(step_dir: Path) -> str | None:
-    """None if every file of the step is as it was saved, else a sentence that names the file and the reason."""
+    """None if every file of the step is as it was saved, else a sentence that names the
+    file and the reason.
+    """
     try:
         manifest = read_json(step_dir / "manifest.json")
         digest, files = manifest.pop("sha256"), manifest["files"]
@@ -54,7 +59,9 @@ def step_path(directory: Path, step: int) -> Path:
 
 
 def write_manifest(path: Path, step: int) -> None:
-    """Lists and hashes what is in the folder of a step, and waits until all of it is on the disk."""
+    """Lists and hashes what is in the folder of a step, and waits until all of it is on
+    the disk.
+    """
     files = {
         name: {"size": file.stat().st_size, "sha256": _digest(file)}
         for name, file in _files(path)
@@ -67,7 +74,9 @@ def write_manifest(path: Path, step: int) -> None:
 
 
 def publish(new: Path, final: Path) -> None:
-    """Puts a complete folder in the place of a step; at every moment the former one or the new one is found."""
+    """Puts a complete folder in the place of a step; at every moment the former one or
+    the new one is found.
+    """
     former = final.with_name(f".old-{final.name}")
     if final.exists():
         final.rename(former)
@@ -81,7 +90,7 @@ def tidy(directory: Path) -> None:
     """Clears what processes that died while saving have left."""
     for path in directory.glob(".tmp-*"):
         pid = re.match(r"\.tmp-(\d+)", path.name)
-        if pid and not _is_another_process(int(pid[1])):
+        if pid and not is_another_process(int(pid[1])):
             shutil.rmtree(path)
     for former in directory.glob(".old-*"):
         path = former.with_name(former.name.removeprefix(".old-"))
@@ -91,7 +100,8 @@ def tidy(directory: Path) -> None:
             former.rename(path)
 
 
-def _is_another_process(pid: int) -> bool:
+def is_another_process(pid: int) -> bool:
+    """Whether a process of this number lives and is not this one."""
     try:
         os.kill(pid, 0)
     except OSError as error:
@@ -104,6 +114,18 @@ def discard(path: Path) -> None:
     doomed = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     path.rename(doomed)
     shutil.rmtree(doomed)
+
+
+@contextlib.contextmanager
+def writing(what: object) -> Iterator[None]:
+    """Inside, an error of the disk says what could not be written: a full disk's own
+    names no file.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"{what} could not be written: {reason}.") from error
 
 
 def sync(path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Flax Linen modules: TriX feed-forward layers, blocks around them, and a language model."""
+"""Flax Linen modules: TriX feed-forward layers, blocks around them, and a language
+model.
+"""
 
 from trix_jax.nn.attention import CausalSelfAttention as CausalSelfAttention
 from trix_jax.nn.block import Block as Block

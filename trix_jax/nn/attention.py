@@ -11,11 +11,13 @@ from trix_jax.typing import Array, Dtype, Float
 
 
 class CausalSelfAttention(nn.Module):
-    """Computes `softmax(q k^T / sqrt(E) + causal mask) v` over H heads, by `jax.nn.dot_product_attention`.
+    """Computes `softmax(q k^T / sqrt(E) + causal mask) v` over H heads, by
+    `jax.nn.dot_product_attention`.
 
-    With `decode`, keys and values are appended to the collection `"cache"`, which holds up to `cache_length` tokens, and
-    the call's tokens attend to everything before them: a prompt in one call, then a token a call, gives what one call over
-    the whole sequence gives.
+    With `decode`, keys and values are appended to the collection `"cache"`, which holds
+    up to `cache_length` tokens, and the call's tokens attend to everything before them:
+    a prompt in one call, then a token a call, gives what one call over the whole
+    sequence gives.
 
     Attributes:
         d_model: D.
@@ -62,7 +64,9 @@ class CausalSelfAttention(nn.Module):
         return nn.Dropout(self.dropout)(out(y), deterministic=not train)
 
     def _append(self, k, v):
-        """Writes keys and values behind those of earlier calls; the mask lets a token see itself and what came before."""
+        """Writes keys and values behind those of earlier calls; the mask lets a token
+        see itself and what came before.
+        """
         if self.cache_length is None:
             raise ValueError("cache_length must be set to decode. Got None.")
         batch, length, *heads = k.shape

@@ -18,7 +18,9 @@ from trix_jax.typing import Array, Dtype, Float, Integer, Scalar
 
 
 class DenseFFN(nn.Module):
-    """Computes `act(x @ W_up) @ W_down`: the baseline, called like the others; it has no routing info and no losses."""
+    """Computes `act(x @ W_up) @ W_down`: the baseline, called like the others; it has
+    no routing info and no losses.
+    """
 
     d_model: int
     width: int
@@ -61,9 +63,11 @@ class DenseFFN(nn.Module):
 
 
 class Block(nn.Module):
-    """Computes `x = x + attention(norm(x))`, `x = x + ffn(norm(x))`; returns `(x, routing_info, aux_losses)`.
+    """Computes `x = x + attention(norm(x))`, `x = x + ffn(norm(x))`; returns `(x,
+    routing_info, aux_losses)`.
 
-    Subclasses name the FFN and repeat its attributes. Norms are layer norms without bias.
+    Subclasses name the FFN and repeat its attributes. Norms are layer norms without
+    bias.
 
     Attributes:
         d_model: D.
@@ -136,7 +140,9 @@ class DenseBlock(Block):
 
 
 class SparseTriXBlock(Block):
-    """A block with `SparseTriXFFN`, whose attributes it takes after `d_model` and `n_heads`."""
+    """A block with `SparseTriXFFN`, whose attributes it takes after `d_model` and
+    `n_heads`.
+    """
 
     num_tiles: int = 4
     expansion: int = 4
@@ -148,7 +154,9 @@ class SparseTriXBlock(Block):
 
 
 class HierarchicalTriXBlock(Block):
-    """A block with `HierarchicalTriXFFN`, whose attributes it takes after `d_model` and `n_heads`."""
+    """A block with `HierarchicalTriXFFN`, whose attributes it takes after `d_model` and
+    `n_heads`.
+    """
 
     d_hidden: int | None = None
     num_tiles: int = 64
@@ -162,7 +170,9 @@ class HierarchicalTriXBlock(Block):
 
 
 class SparseLookupBlock(Block):
-    """A block with `SparseLookupFFN`, whose attributes it takes after `d_model` and `n_heads`."""
+    """A block with `SparseLookupFFN`, whose attributes it takes after `d_model` and
+    `n_heads`.
+    """
 
     num_tiles: int = 64
     tiles_per_cluster: int = 8

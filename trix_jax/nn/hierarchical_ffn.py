@@ -18,11 +18,13 @@ from trix_jax.typing import Array, Dtype, Float, Integer, Scalar
 
 
 class HierarchicalTriXFFN(nn.Module):
-    """Computes `output_scale * sum_k gate_k * tile_k(h)` with `h = RMSNorm(x)`, over each token's best tiles.
+    """Computes `output_scale * sum_k gate_k * tile_k(h)` with `h = RMSNorm(x)`, over
+    each token's best tiles.
 
-    A token first finds its `top_k_clusters` best clusters, whose address is the mean of their tiles' signatures, then
-    its `tiles_per_token` best tiles inside them. Clusters start as runs of `tiles_per_cluster` tiles;
-    `routing.rebuild_clusters` groups similar tiles anew, on whatever schedule the training loop has.
+    A token first finds its `top_k_clusters` best clusters, whose address is the mean of
+    their tiles' signatures, then its `tiles_per_token` best tiles inside them. Clusters
+    start as runs of `tiles_per_cluster` tiles; `routing.rebuild_clusters` groups
+    similar tiles anew, on whatever schedule the training loop has.
 
     Attributes:
         d_model: D, the width of input and output.
@@ -36,14 +38,16 @@ class HierarchicalTriXFFN(nn.Module):
         activation: "relu2", "relu", "gelu" or "silu".
         ternary, routing: see `TernaryConfig` and `RoutingConfig`.
         dtype: of the computation; None follows the input.
-        axis_name: mapped axis over which the balance loss sees the load, as in `nn.BatchNorm`.
+        axis_name: mapped axis over which the balance loss sees the load, as in
+            `nn.BatchNorm`.
 
     Raises:
-        ValueError: sizes that do not divide, K or `top_k_clusters` too large, an input whose last axis is not D.
+        ValueError: sizes that do not divide, K or `top_k_clusters` too large, an input
+            whose last axis is not D.
 
     References:
-        TriX, https://github.com/anjaustin/trix. Zhang and Sennrich, 2019, "Root Mean Square Layer Normalization",
-        https://arxiv.org/abs/1910.07467.
+        TriX, https://github.com/anjaustin/trix. Zhang and Sennrich, 2019, "Root Mean
+        Square Layer Normalization", https://arxiv.org/abs/1910.07467.
     """
 
     d_model: int

@@ -1,4 +1,6 @@
-"""A parameter that is ternary: `TernaryKernel`, the only place where layers meet latent weights or packed ones."""
+"""A parameter that is ternary: `TernaryKernel`, the only place where layers meet latent
+weights or packed ones.
+"""
 
 from collections.abc import Callable
 
@@ -19,7 +21,9 @@ from trix_jax.typing import Dtype, Scalar
 
 
 def tile_init(scale: float = 1.0) -> Callable:
-    """`variance_scaling(scale, "fan_in", "normal")` of one tile's matrix, for kernels `[..., N, I, O]`."""
+    """`variance_scaling(scale, "fan_in", "normal")` of one tile's matrix, for kernels
+    `[..., N, I, O]`.
+    """
 
     def init(key, shape, dtype=jnp.float32):
         return jax.random.normal(key, shape, dtype) * (scale / shape[-2]) ** 0.5
@@ -28,18 +32,22 @@ def tile_init(scale: float = 1.0) -> Callable:
 
 
 def uniform_init(key, shape, dtype=jnp.float32):
-    """U(-0.8, 0.8), the original's: its fixed threshold of 0.5 turns anything much smaller into zeros."""
+    """U(-0.8, 0.8), the original's: its fixed threshold of 0.5 turns anything much
+    smaller into zeros.
+    """
     return jax.random.uniform(key, shape, dtype, -0.8, 0.8)
 
 
 class TernaryKernel(nn.Module):
-    """Weights `q * scale`, from a latent parameter `kernel` or, in a frozen model, from the `"packed"` collection.
+    """Weights `q * scale`, from a latent parameter `kernel` or, in a frozen model, from
+    the `"packed"` collection.
 
     Attributes:
         shape: of the kernel, `[..., N, I, O]`.
         config: how the kernel becomes ternary.
         kernel_init: None takes `tile_init()`, or `uniform_init` under the rule "fixed".
-        learn_scale: under the rule "fixed", whose scale nothing else sets, adds a parameter `scale` per output.
+        learn_scale: under the rule "fixed", whose scale nothing else sets, adds a
+            parameter `scale` per output.
     """
 
     shape: tuple[int, ...]
@@ -77,7 +85,8 @@ class TernaryKernel(nn.Module):
         return ops.pack(weights)._asdict()
 
     def _scale(self):
-        # sqrt of the share of weights beyond the threshold, times the contraction: outputs start at the input's RMS.
+        # sqrt of the share of weights beyond the threshold, times the contraction:
+        # outputs start at the input's RMS.
         shape = (*self.shape[:-2], 1, self.shape[-1])
         start = (0.375 * self.shape[-2]) ** -0.5
         return round_scale(

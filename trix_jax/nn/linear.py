@@ -13,20 +13,23 @@ from trix_jax.typing import Array, Dtype, Float, Scalar
 
 
 class TriXLinear(nn.Module):
-    """Computes `y_n = gate_n * ((x @ q_n) * scale_n) + bias_n` for the output tiles n, concatenated.
+    """Computes `y_n = gate_n * ((x @ q_n) * scale_n) + bias_n` for the output tiles n,
+    concatenated.
 
-    Tile n is the n-th run of `features / num_tiles` outputs. Its signature, for who wants to route by it, is the
-    method `signatures`.
+    Tile n is the n-th run of `features / num_tiles` outputs. Its signature, for who
+    wants to route by it, is the method `signatures`.
 
     Attributes:
         features: O, the width of the output.
         num_tiles: N, a divisor of `features`.
         use_bias: adds a bias.
-        ternary: see `TernaryConfig`; with rule "fixed" (the original's) scales are learned per output.
+        ternary: see `TernaryConfig`; with rule "fixed" (the original's) scales are
+            learned per output.
         dtype: of the computation; None follows the input.
 
     Raises:
-        ValueError: `num_tiles` does not divide `features`; a gate of another shape than `[..., N]`.
+        ValueError: `num_tiles` does not divide `features`; a gate of another shape than
+            `[..., N]`.
 
     References:
         TriX, https://github.com/anjaustin/trix.
@@ -53,7 +56,8 @@ class TriXLinear(nn.Module):
 
         Args:
             x: input, at least rank 1.
-            gate: multiplies each tile's outputs, 0 switching a tile off; None leaves all on.
+            gate: multiplies each tile's outputs, 0 switching a tile off; None leaves
+                all on.
             progress: share of training done, for `TernaryConfig` schedules.
         """
         n, width = (
@@ -66,10 +70,7 @@ class TriXLinear(nn.Module):
             )
         kernel = self._kernel(x.shape[-1], width)(progress)
         tokens = x.reshape(-1, x.shape[-1]).astype(self.dtype or x.dtype)
-        y_NTO = ops.matmul(
-            jnp.broadcast_to(tokens[None], (n, *tokens.shape)), kernel, width
-        )
-        y = jnp.moveaxis(y_NTO, 0, 1).reshape(*x.shape[:-1], n, width)
+        y = ops.matmul(tokens, kernel, width).reshape(*x.shape[:-1], n, width)
         y = (y if gate is None else y * gate[..., None].astype(y.dtype)).reshape(
             *x.shape[:-1], self.features
         )
@@ -84,7 +85,9 @@ class TriXLinear(nn.Module):
     def signatures(
         self, in_features: int, kind: routing.Signature = "sum"
     ) -> Float[Array, "N I"]:
-        """The address of each tile, read off its weights: the sum over its outputs, normalized as `routing.signatures` says."""
+        """The address of each tile, read off its weights: the sum over its outputs,
+        normalized as `routing.signatures` says.
+        """
         width = self.features // self.num_tiles
         weights = ops.unpack(self._kernel(in_features, width)(), width)
         return routing.signatures(weights.q.sum(axis=-1), kind)

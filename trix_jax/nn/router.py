@@ -1,7 +1,10 @@
-"""`Router`: holds the routing state of a layer and calls `trix_jax.routing`. It has no parameters.
+"""`Router`: holds the routing state of a layer and calls `trix_jax.routing`. It has no
+parameters.
 
-Collection `"routing"`: `bias` [N], `counts` [N] (since the last `routing.update`), `signature` [N, D] (as last seen in
-training), `frozen`; with clusters also `cluster_bias` [C] and `members` [C, N / C].
+Collection `"routing"`: `bias` [N], `margins` [N, bins] (since the last
+`routing.update`, see `trix_jax.balance`), `signature` [N, D] (as last seen in
+training), `frozen`; with clusters also `members` [C, N / C], `cluster_bias` [C] and
+`cluster_margins` [C, bins].
 """
 
 from typing import NamedTuple
@@ -10,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from trix_jax import routing
+from trix_jax import balance, routing
+from trix_jax.nn import steering
 from trix_jax.typing import Array, Float, Integer
 
 
@@ -29,7 +33,8 @@ class Router(nn.Module):
         tiles_per_token: K.
         num_clusters: 0 is flat routing; otherwise a divisor of N.
         top_k_clusters: clusters a token may choose tiles from.
-        axis_name: mapped axis over which the balance loss takes its shares in training, as in `nn.BatchNorm`.
+        axis_name: mapped axis over which the balance loss takes its shares in training,
+            as in `nn.BatchNorm`.
     """
 
     num_tiles: int
@@ -54,11 +59,18 @@ class Router(nn.Module):
             state["frozen"].value, state["signature"].value, signature
         )
         scores, used = self._scores(h, signature)
-        tiles, gates = self._select(scores, h, signature, state, token_ids)
-        counts = routing.count_tiles(tiles, self.num_tiles)
-        if not self.is_initializing() and self.is_mutable_collection("routing"):
-            state["counts"].value += counts
+        if self.config.source == "hash":
+            if self.has_variable(steering.STEERING, "tiles"):
+                raise ValueError(
+                    "steering must not be given to a layer whose routing source is 'hash'."
+                )
+            tiles = _hash_tiles(token_ids, self.num_tiles, self.tiles_per_token)
+            gates = jnp.ones(tiles.shape, jnp.float32)
+        else:
+            tiles, gates = self._select(scores, h, signature, state)
+        if self._is_training():
             state["signature"].value = jax.lax.stop_gradient(signature)
+        counts = routing.count_tiles(tiles, self.num_tiles)
         info = _info(tiles, gates, counts, scores, used)
         return Route(tiles, gates), info, self._losses(scores, used, counts, train)
 
@@ -71,19 +83,24 @@ class Router(nn.Module):
                 jax.random.normal(self.make_rng("params"), signature.shape)
             )
         )
+        zeros = lambda name, *shape: self.variable(  # noqa: E731
+            "routing", name, jnp.zeros, shape
+        )
         state = {
-            "bias": self.variable("routing", "bias", jnp.zeros, (n,)),
-            "counts": self.variable("routing", "counts", jnp.zeros, (n,)),
+            "bias": zeros("bias", n),
+            "margins": zeros("margins", n, balance.BINS),
             "signature": self.variable("routing", "signature", first),
             "frozen": self.variable("routing", "frozen", jnp.zeros, (), bool),
         }
         if c := self.num_clusters:
             tiles = lambda: jnp.arange(n, dtype=jnp.int32).reshape(c, n // c)  # noqa: E731
             state["members"] = self.variable("routing", "members", tiles)
-            state["cluster_bias"] = self.variable(
-                "routing", "cluster_bias", jnp.zeros, (c,)
-            )
+            state["cluster_bias"] = zeros("cluster_bias", c)
+            state["cluster_margins"] = zeros("cluster_margins", c, balance.BINS)
         return state
+
+    def _is_training(self):
+        return not self.is_initializing() and self.is_mutable_collection("routing")
 
     def _scores(self, h, signature):
         """Scores, and the directions they were taken along."""
@@ -92,27 +109,33 @@ class Router(nn.Module):
             signature = self.param("router", init, signature.shape)
         return routing.match(h, signature, self.config.score_scale), signature
 
-    def _select(self, scores, h, signature, state, token_ids):
-        k, config = self.tiles_per_token, self.config
-        if config.source == "hash":
-            tiles = _hash_tiles(token_ids, self.num_tiles, k)
-            return tiles, jnp.ones(tiles.shape, jnp.float32)
+    def _select(self, scores, h, signature, state):
         allowed = None
+        biased = jax.lax.stop_gradient(scores) + state["bias"].value[None]
         if self.num_clusters:
             members = state["members"].value
-            address = routing.cluster_signatures(signature, members, config.signature)
-            cluster_scores = (
-                routing.match(h, address, config.score_scale)
-                + state["cluster_bias"].value[None]
+            address = routing.cluster_signatures(
+                signature, members, self.config.signature
             )
-            allowed = routing.open_clusters(
-                cluster_scores, members, self.top_k_clusters
+            near = routing.match(
+                *jax.lax.stop_gradient((h, address)), self.config.score_scale
             )
-        biased = jax.lax.stop_gradient(scores) + state["bias"].value[None]
-        tiles = routing.select_tiles(
-            biased if allowed is None else jnp.where(allowed, biased, -jnp.inf), k
-        )
-        return tiles, routing.gates(scores, tiles, config.gate, allowed)
+            near += state["cluster_bias"].value[None]
+            clusters = routing.select_tiles(near, self.top_k_clusters)
+            allowed = routing.open_tiles(clusters, members)
+            biased = jnp.where(allowed, biased, -jnp.inf)
+            self._report(state, "cluster_margins", near, clusters)
+        if self.has_variable(steering.STEERING, "tiles"):
+            orders = self.get_variable(steering.STEERING, "tiles")
+            biased = steering.obey(biased, orders)
+            allowed = None if allowed is None else allowed | (orders > 0)
+        tiles = routing.select_tiles(biased, self.tiles_per_token)
+        self._report(state, "margins", biased, tiles)
+        return tiles, routing.gates(scores, tiles, self.config.gate, allowed)
+
+    def _report(self, state, name, biased, chosen):
+        if self._is_training():
+            state[name].value += balance.margin_histogram(biased, chosen)
 
     def _losses(self, scores, signature, counts, train):
         share = counts / counts.sum()
@@ -141,7 +164,9 @@ def _info(tiles, gates, counts, scores, signature):
 
 
 def _hash_tiles(token_ids, num_tiles, k):
-    """K distinct tiles from a multiplicative hash of the token id (Knuth, TAOCP 6.4), evenly spaced around the ring."""
+    """K distinct tiles from a multiplicative hash of the token id (Knuth, TAOCP 6.4),
+    evenly spaced around the ring.
+    """
     if token_ids is None:
         raise ValueError(
             "token_ids must be given to a layer whose routing source is 'hash'. Got None."

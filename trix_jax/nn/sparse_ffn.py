@@ -18,11 +18,14 @@ from trix_jax.typing import Array, Dtype, Float, Integer, Scalar
 
 
 class SparseTriXFFN(nn.Module):
-    """Computes `sum_k gate_k * (act((x @ q_up_k) * s_up_k) @ q_down_k) * s_down_k` over each token's best tiles.
+    """Computes `sum_k gate_k * (act((x @ q_up_k) * s_up_k) @ q_down_k) * s_down_k` over
+    each token's best tiles.
 
-    The hidden width `expansion * d_model` is cut into `num_tiles` tiles; a token computes `tiles_per_token` of them,
-    those whose signature, the sum of the tile's ternary up-projection, matches it best. There are no routing parameters.
-    No norm inside and, unless `residual`, no residual: the layer takes the place of a transformer's FFN.
+    The hidden width `expansion * d_model` is cut into `num_tiles` tiles; a token
+    computes `tiles_per_token` of them, those whose signature, the sum of the tile's
+    ternary up-projection, matches it best. There are no routing parameters. No norm
+    inside and, unless `residual`, no residual: the layer takes the place of a
+    transformer's FFN.
 
     Attributes:
         d_model: D, the width of input and output.
@@ -34,10 +37,12 @@ class SparseTriXFFN(nn.Module):
         activation: "relu2", "relu", "gelu" or "silu".
         ternary, routing: see `TernaryConfig` and `RoutingConfig`.
         dtype: of the computation; None follows the input.
-        axis_name: mapped axis over which the balance loss sees the load, as in `nn.BatchNorm`.
+        axis_name: mapped axis over which the balance loss sees the load, as in
+            `nn.BatchNorm`.
 
     Raises:
-        ValueError: sizes that do not divide, K outside 1..N, an input whose last axis is not D.
+        ValueError: sizes that do not divide, K outside 1..N, an input whose last axis
+            is not D.
 
     References:
         The signature idea: TriX, https://github.com/anjaustin/trix.
@@ -76,7 +81,8 @@ class SparseTriXFFN(nn.Module):
             token_ids: only for the routing control "hash".
 
         Returns:
-            the output, what the routing did, and the auxiliary losses, of which `total_aux` is to be added to the task's.
+            the output, what the routing did, and the auxiliary losses, of which
+            `total_aux` is to be added to the task's.
         """
         check_input(x, self.d_model)
         width = check_divides(

@@ -1,4 +1,6 @@
-"""`SparseLookupFFN`: routing picks a direction, a ternary spline of two numbers sets how far to go."""
+"""`SparseLookupFFN`: routing picks a direction, a ternary spline of two numbers sets
+how far to go.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,6 @@ from trix_jax.nn.router import Router
 from trix_jax.nn.tiles import (
     Output,
     check_clusters,
-    check_divides,
     check_input,
     in_shape_of,
 )
@@ -25,11 +26,14 @@ DIRECTION_STD = 0.5
 
 
 class SparseLookupFFN(nn.Module):
-    """Computes `gate_n * m_n(a, b) * d_n * output_scale` for each token's best tile n; no matmul but the compressor.
+    """Computes `gate_n * m_n(a, b) * d_n * output_scale` for each token's best tile n;
+    no matmul but the compressor.
 
-    `h = LayerNorm(x)`, `(a, b) = tanh(W2 gelu(W1 h))`, and `m_n` is a spline on a G x G grid over [-1, 1]^2: in the cell
-    that (a, b) falls into, `m = s_n * (c0 + c1 * la + c2 * lb)` with ternary coefficients and `la, lb` in 0..1 the place
-    inside the cell. The tile's address is its direction `d_n`: at unit RMS, or its sign as in the original.
+    `h = LayerNorm(x)`, `(a, b) = tanh(W2 gelu(W1 h))`, and `m_n` is a spline on a G x G
+    grid over [-1, 1]^2: in the cell that (a, b) falls into, `m = s_n * (c0 + c1 * la +
+    c2 * lb)` with ternary coefficients and `la, lb` in 0..1 the place inside the cell.
+    The tile's address is its direction `d_n`: at unit RMS, or its sign as in the
+    original.
 
     Attributes:
         d_model: D, the width of input and output.
@@ -42,7 +46,8 @@ class SparseLookupFFN(nn.Module):
         residual: adds the input to the output (the original does).
         routing: see `RoutingConfig`.
         dtype: of the computation; None follows the input.
-        axis_name: mapped axis over which the balance loss sees the load, as in `nn.BatchNorm`.
+        axis_name: mapped axis over which the balance loss sees the load, as in
+            `nn.BatchNorm`.
 
     Raises:
         ValueError: sizes that do not divide, an input whose last axis is not D.
@@ -106,7 +111,7 @@ class SparseLookupFFN(nn.Module):
 
     def _compress(self, h: Float[Array, "T D"], dtype: Dtype) -> Float[Array, "T two"]:
         """Two numbers in -1..1 that say where on its tile's grid a token is."""
-        width = self.compress_hidden or check_divides("d_model", self.d_model, "4", 4)
+        width = compress_width(self.d_model, self.compress_hidden)
         dense = {"dtype": dtype, "param_dtype": self.param_dtype}
         hidden = jax.nn.gelu(nn.Dense(width, name="compress_in", **dense)(h))
         return jnp.tanh(
@@ -116,7 +121,9 @@ class SparseLookupFFN(nn.Module):
     def _magnitude(
         self, ab: Float[Array, "T two"], tile: Integer[Array, " T"], progress: Scalar
     ) -> Float[Array, " T"]:
-        """Computes `s_n * (c0 + c1 * la + c2 * lb)` with the coefficients of the token's tile and cell."""
+        """Computes `s_n * (c0 + c1 * la + c2 * lb)` with the coefficients of the
+        token's tile and cell.
+        """
         grid = self.grid_size
         position = (ab + 1) / 2 * grid
         cell = jax.lax.stop_gradient(jnp.clip(jnp.floor(position), 0, grid - 1))
@@ -146,3 +153,21 @@ class SparseLookupFFN(nn.Module):
             name="splines",
         )
         return ops.unpack(kernel(progress), shape[-1]).q
+
+
+def compress_width(d_model: int, compress_hidden: int | None) -> int:
+    """Returns the compressor's hidden width: `compress_hidden`, or `d_model / 4` if
+    that is None.
+
+    Raises:
+        ValueError: a width below 1, or None where 4 does not divide `d_model`.
+    """
+    if compress_hidden is None:
+        if d_model % 4:
+            raise ValueError(
+                f"compress_hidden=None takes d_model / 4, so 4 must divide d_model={d_model}; give a width."
+            )
+        return d_model // 4
+    if compress_hidden < 1:
+        raise ValueError(f"compress_hidden must be at least 1. Got {compress_hidden}.")
+    return compress_hidden

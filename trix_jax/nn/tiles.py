@@ -1,4 +1,6 @@
-"""`RoutedTiles`: N two-layer ternary networks of which every token computes K, and what the FFNs around them share."""
+"""`RoutedTiles`: N two-layer ternary networks of which every token computes K, and what
+the FFNs around them share.
+"""
 
 from collections.abc import Callable
 
@@ -19,7 +21,9 @@ Output = tuple[Float[Array, "*B D"], RoutingInfo, Aux]
 
 
 def squared_relu(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    """Computes `max(x, 0)^2` (So et al., 2021, "Primer", https://arxiv.org/abs/2109.08668)."""
+    """Computes `max(x, 0)^2` (So et al., 2021, "Primer",
+    https://arxiv.org/abs/2109.08668).
+    """
     return jnp.square(jax.nn.relu(x))
 
 
@@ -52,26 +56,34 @@ def tile_ffn(
     shape: tuple[int, int],
     act: Callable,
 ) -> Float[Array, "T D"]:
-    """Computes `sum_k gate_tk * (act((h_t @ q_up) * s_up) @ q_down) * s_down` over the tiles k chosen for token t.
+    """Computes `sum_k gate_tk * (act((h_t @ q_up) * s_up) @ q_down) * s_down` over the
+    tiles k chosen for token t.
 
     Args:
         shape: N and F.
     """
     num_tiles, tile_width = shape
-    plan = dispatch.make_plan(route.tiles, num_tiles)
-    hidden = act(
-        ops.tile_matmul(dispatch.to_blocks(h, plan), up, plan.block_tile, tile_width)
+    rows = dispatch.block_rows(route.tiles.size, num_tiles)
+    plan = dispatch.make_plan(route.tiles, num_tiles, max(rows, ops.least_rows(up)))
+    y = ops.tile_ffn(
+        dispatch.to_blocks(h, plan),
+        up,
+        down,
+        plan.block_tile,
+        (tile_width, h.shape[-1]),
+        act,
+        plan.used,
     )
-    y_TKD = dispatch.from_blocks(
-        ops.tile_matmul(hidden, down, plan.block_tile, h.shape[-1]), plan
-    )
+    y_TKD = dispatch.from_blocks(y, plan)
     return (y_TKD * route.gates[..., None]).sum(axis=1).astype(h.dtype)
 
 
 class RoutedTiles(nn.Module):
-    """Routes every token by the tiles' own signatures and computes `tile_ffn` over the tiles it chose.
+    """Routes every token by the tiles' own signatures and computes `tile_ffn` over the
+    tiles it chose.
 
-    Attributes are those of the FFNs that wrap it; F is `tile_width`, and `num_clusters=0` is flat routing.
+    Attributes are those of the FFNs that wrap it; F is `tile_width`, and
+    `num_clusters=0` is flat routing.
     """
 
     num_tiles: int
@@ -121,7 +133,9 @@ class RoutedTiles(nn.Module):
         return y.reshape(x.shape).astype(x.dtype), in_shape_of(info, x), aux
 
     def pack(self, params: dict, packed: dict) -> dict[str, Array]:
-        """What a frozen model keeps beside the packed kernels: the signature sums, integers that fit 16 bits."""
+        """What a frozen model keeps beside the packed kernels: the signature sums,
+        integers that fit 16 bits.
+        """
         del params
         up = ops.unpack(ops.Packed(**packed["up"]), self.tile_width)
         return {"signature_sums": up.q.sum(axis=-1).astype(jnp.int16)}
@@ -141,7 +155,9 @@ def in_shape_of(info: RoutingInfo, x: Float[Array, "*B D"]) -> routing.RoutingIn
 
 
 def check_input(x: Float[Array, "..."], d_model: int) -> None:
-    """Raises a ValueError unless `x` is `[..., d_model]` with one or two leading axes and at least one token."""
+    """Raises a ValueError unless `x` is `[..., d_model]` with one or two leading axes
+    and at least one token.
+    """
     if x.ndim not in (2, 3) or x.shape[-1] != d_model or 0 in x.shape:
         raise ValueError(
             f"x must be [tokens, {d_model}] or [batch, length, {d_model}], and not empty. Got {list(x.shape)}."
@@ -158,7 +174,9 @@ def check_divides(what: str, total: int, name: str, parts: int) -> int:
 def check_clusters(
     num_tiles: int, tiles_per_cluster: int, top_k_clusters: int, tiles_per_token: int
 ) -> int:
-    """Returns the number of clusters, or raises a ValueError: sizes that do not divide, or too few open tiles."""
+    """Returns the number of clusters, or raises a ValueError: sizes that do not divide,
+    or too few open tiles.
+    """
     clusters = check_divides(
         "num_tiles", num_tiles, "tiles_per_cluster", tiles_per_cluster
     )

@@ -13,6 +13,7 @@ from trix_jax.nn.block import (
     SparseLookupBlock,
     SparseTriXBlock,
 )
+from trix_jax.nn.sparse_lookup_ffn import compress_width
 from trix_jax.nn.tiles import (
     ACTIVATIONS,
     Aux,
@@ -39,8 +40,9 @@ class TransformerConfig:
         n_layers: number of blocks.
         n_heads: H.
         ffn: which FFN.
-        ffn_width: hidden width of the dense FFN; None takes `expansion * d_model`; "match-params" is filled in by the
-            training lane with the width at which the model has as many parameters as its TriX arm.
+        ffn_width: hidden width of the dense FFN; None takes `expansion * d_model`;
+            "match-params" is filled in by the training lane with the width at which the
+            model has as many parameters as its TriX arm.
         expansion: total hidden width of all tiles over D.
         num_tiles, tiles_per_cluster, top_k_clusters, tiles_per_token: see the FFNs.
         grid_size, compress_hidden, ternary_splines: of `SparseLookupFFN`.
@@ -121,6 +123,7 @@ class TransformerConfig:
             )
         if self.ffn == "lookup":
             check_clusters(self.num_tiles, self.tiles_per_cluster, 1, 1)
+            compress_width(self.d_model, self.compress_hidden)
             if self.tiles_per_token != 1:
                 raise ValueError(
                     f"tiles_per_token must be 1 with ffn='lookup'. Got {self.tiles_per_token}."
@@ -146,15 +149,17 @@ class TransformerConfig:
 
 
 class TransformerLM(nn.Module):
-    """Computes next-token logits: embeddings, pre-norm blocks, norm, head. The shape and initialization are nanoGPT's.
+    """Computes next-token logits: embeddings, pre-norm blocks, norm, head. The shape
+    and initialization are nanoGPT's.
 
     Attributes:
         config: see `TransformerConfig`.
-        axis_name: mapped axis over which balance losses see the load, as in `nn.BatchNorm`.
+        axis_name: mapped axis over which balance losses see the load, as in
+            `nn.BatchNorm`.
 
     References:
-        nanoGPT, https://github.com/karpathy/nanoGPT. Radford et al., 2019, "Language Models are Unsupervised Multitask
-        Learners" (GPT-2).
+        nanoGPT, https://github.com/karpathy/nanoGPT. Radford et al., 2019, "Language
+        Models are Unsupervised Multitask Learners" (GPT-2).
     """
 
     config: TransformerConfig
@@ -177,7 +182,8 @@ class TransformerLM(nn.Module):
             progress: share of training done, for `TernaryConfig` schedules.
 
         Returns:
-            logits in float32, a `RoutingInfo` a layer (None for a dense FFN), and the auxiliary losses, layers averaged.
+            logits in float32, a `RoutingInfo` a layer (None for a dense FFN), and the
+            auxiliary losses, layers averaged.
 
         Raises:
             ValueError: a sequence longer than the context.
@@ -225,7 +231,9 @@ class TransformerLM(nn.Module):
 
 
 def make_block(config: TransformerConfig, axis_name: str | None, name: str) -> Block:
-    """The block that a config asks for; residual projections start smaller by `sqrt(2 * n_layers)`, as in GPT-2."""
+    """The block that a config asks for; residual projections start smaller by `sqrt(2 *
+    n_layers)`, as in GPT-2.
+    """
     c = config
     shared: dict[str, Any] = {
         "dropout": c.dropout,

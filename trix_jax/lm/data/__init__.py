@@ -1,9 +1,16 @@
-"""Text to batches: sources of documents, tokenizers, the token store, `prepare`, and the grain pipeline.
+"""Text to batches: sources of documents, tokenizers, the token store, `prepare`, and
+the grain pipeline.
 
-`prepare(DataConfig(), directory)` gives a `Store`; `train_batches(store.train, ...)` and `eval_batches(store.val, ...)` read it.
+`prepare(DataConfig(), directory)` gives a `Store`; `train_batches(store.train, ...)`
+and `eval_batches(store.val, ...)` read it.
 """
 
-from trix_jax.lm.data.pipeline import eval_batches, train_batches
+from trix_jax.lm.data.pipeline import (
+    batch_windows,
+    check_context,
+    eval_batches,
+    train_batches,
+)
 from trix_jax.lm.data.prepare import DataConfig, prepare
 from trix_jax.lm.data.sources import Source, infer_source, iter_documents
 from trix_jax.lm.data.store import Split, Store, is_store, open_store
@@ -25,6 +32,8 @@ __all__ = [
     "Split",
     "Store",
     "Tokenizer",
+    "batch_windows",
+    "check_context",
     "eval_batches",
     "infer_source",
     "is_store",

@@ -1,9 +1,11 @@
 """Raw text to a token store, in one call.
 
-Documents are split before they are cut into windows. One document: its last `val_fraction` of characters is validation, as in
-nanoGPT. Several: each goes by the sha256 of its text, so that copies land on the same side and order does not matter; validation is
-the documents of smallest hash that together hold at least `val_fraction` of the bytes. Several documents end in the tokenizer's
-end-of-text id each; a single one has none, so its tokens are exactly its characters or bytes.
+Documents are split before they are cut into windows. One document: its last
+`val_fraction` of characters is validation, as in nanoGPT. Several: each goes by the
+sha256 of its text, so that copies land on the same side and order does not matter;
+validation is the documents of smallest hash that together hold at least `val_fraction`
+of the bytes. Several documents end in the tokenizer's end-of-text id each; a single one
+has none, so its tokens are exactly its characters or bytes.
 """
 
 import dataclasses
@@ -39,9 +41,12 @@ class DataConfig:
     """What text to learn from, and how it becomes tokens.
 
     Attributes:
-        source: Where documents come from (the table in `sources.py`). With the default and a `path`, it is read off the path.
-        path: A prepared store, a file or a folder. None: the embedded default, or a download.
-        tokenizer: Ids are characters of the corpus, UTF-8 bytes, or a byte-level BPE trained on the training documents.
+        source: Where documents come from (the table in `sources.py`). With the default
+            and a `path`, it is read off the path.
+        path: A prepared store, a file or a folder. None: the embedded default, or a
+            download.
+        tokenizer: Ids are characters of the corpus, UTF-8 bytes, or a byte-level BPE
+            trained on the training documents.
         vocab_size: Size of the BPE vocabulary; the other tokenizers have their own.
         val_fraction: Share of the text that is never trained on.
         max_bytes: Stop reading after this much text. None: read all.
@@ -66,18 +71,21 @@ class _Survey(NamedTuple):
 def prepare(
     config: DataConfig, directory: str | Path, report: Callable[[str], None] = print
 ) -> Store:
-    """Opens the store that `config` describes, building it in `directory` if it is not there yet.
+    """Opens the store that `config` describes, building it in `directory` if it is not
+    there yet.
 
-    A store at `config.path` is opened as it is. A store in `directory` is verified and opened if it was prepared from the same
-    config; its source is not read again.
+    A store at `config.path` is opened as it is. A store in `directory` is verified and
+    opened if it was prepared from the same config; its source is not read again.
 
     Args:
         config: What to prepare.
-        directory: Where the store goes: a name that is free, an empty folder, or a store.
+        directory: Where the store goes: a name that is free, an empty folder, or a
+            store.
         report: Is told in lines what happens.
 
     Raises:
-        ValueError: The config, its source or `directory` is unusable, or the store there has another config.
+        ValueError: The config, its source or `directory` is unusable, or the store
+            there has another config.
         ConnectionError: TinyShakespeare could not be downloaded.
     """
     _check(config)
@@ -89,7 +97,7 @@ def prepare(
     if not is_store(directory):
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
             raise ValueError(
-                f"directory={str(directory)!r} must be new, empty or a token store; it holds something else."
+                f"directory={str(directory)!r} must be new, empty or a token store; it holds something else, without a manifest.json."
             )
         try:
             with new_store(directory) as building:

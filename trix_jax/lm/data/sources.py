@@ -9,8 +9,9 @@
 | `parquet` | the `text` of one row (FineWeb-Edu shards read as they are) | a file, or a folder of `*.parquet` |
 | `code` | one source file | a folder |
 
-Documents are UTF-8, in a fixed order (files by sorted path), newlines as they stand in the file. A file named by the caller
-that cannot be read is an error; inside a folder it is skipped, and the number of skipped files is reported.
+Documents are UTF-8, in a fixed order (files by sorted path), newlines as they stand in
+the file. A file named by the caller that cannot be read is an error; inside a folder it
+is skipped, and the number of skipped files is reported.
 """
 
 import hashlib
@@ -57,11 +58,13 @@ def iter_documents(
     Args:
         source: One of the names in the table above.
         path: What the table says; None where the source needs no file.
-        max_bytes: Stop after this much UTF-8 text; the last document is cut, between characters, to fit. None: no limit.
+        max_bytes: Stop after this much UTF-8 text; the last document is cut, between
+            characters, to fit. None: no limit.
         report: Is told in one line how many files of a folder were skipped.
 
     Raises:
-        ValueError: The path is missing, empty, not what the source expects, or holds something unreadable.
+        ValueError: The path is missing, empty, not what the source expects, or holds
+            something unreadable.
         ConnectionError: TinyShakespeare could not be downloaded.
     """
     match source:
@@ -87,7 +90,9 @@ def iter_documents(
 
 
 def infer_source(path: str | Path) -> Source:
-    """The source that a raw path looks like, by suffix; for a folder, by the first kind of file it holds."""
+    """The source that a raw path looks like, by suffix; for a folder, by the first kind
+    of file it holds.
+    """
     path = Path(path)
     if not path.is_dir():
         by_suffix: dict[str, Source] = {".jsonl": "jsonl", ".parquet": "parquet"}
@@ -154,7 +159,9 @@ def _decode(data: bytes, path: Path) -> str:
 def _read_files(
     files: Iterable[Path], named: bool, report: Callable[[str], None]
 ) -> Iterator[str]:
-    """Yields each file's text; with `named` an unreadable or empty one raises, else it is counted and reported."""
+    """Yields each file's text; with `named` an unreadable or empty one raises, else it
+    is counted and reported.
+    """
     skipped: list[Path] = []
     try:
         for file in files:
@@ -184,10 +191,12 @@ def _files(path: Path, suffix: str) -> list[Path]:
 
 
 def _python_stdlib() -> Iterator[str]:
-    """About 1.5 MB of the standard library: whole files ordered by the sha256 of their path, up to the first that overflows.
+    """About 1.5 MB of the standard library: whole files ordered by the sha256 of their
+    path, up to the first that overflows.
 
-    Left out: files over 32 kB, tests, site-packages, idlelib, lib2to3, the tables of `encodings` and `pydoc_data`, build
-    settings of this machine (`_sysconfigdata*`), and what is not UTF-8. The same Python version gives the same text.
+    Left out: files over 32 kB, tests, site-packages, idlelib, lib2to3, the tables of
+    `encodings` and `pydoc_data`, build settings of this machine (`_sysconfigdata*`),
+    and what is not UTF-8. The same Python version gives the same text.
     """
     root = Path(sysconfig.get_path("stdlib"))
     names = (
@@ -255,7 +264,9 @@ def _check_shakespeare(data: bytes, origin: str) -> None:
 
 
 def _jsonl(file: Path) -> Iterator[str]:
-    """Yields the "text" of each line; blank lines are passed over, anything else is an error with its line number."""
+    """Yields the "text" of each line; blank lines are passed over, anything else is an
+    error with its line number.
+    """
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -263,7 +274,13 @@ def _jsonl(file: Path) -> Iterator[str]:
             try:
                 text = json.loads(line)["text"]
                 text.encode()  # JSON can spell lone surrogates, which are not text
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (
+                ValueError,
+                KeyError,
+                TypeError,
+                AttributeError,
+                RecursionError,
+            ) as error:
                 raise ValueError(
                     f'{file}, line {number}: must be a JSON object with a string "text" ({type(error).__name__}: {error}).'
                 ) from error

@@ -4,14 +4,17 @@
 train_00000.npy ...   val_00000.npy ...   uint16, or uint32 for vocabularies over 65,536; at most 64M tokens a shard
 tokenizer.json        see tokenizer.py
 manifest.json         format, files {name: sha256, bytes, tokens}, splits {train, val: tokens, bytes}, config, source,
-                      fingerprint (sha256 over the files' names and hashes), checksum (sha256 of all the rest of the manifest)
+                      fingerprint (sha256 over the files' names and hashes), checksum
+                      (sha256 of all the rest of the manifest)
 ```
 
-A split's `bytes` are the UTF-8 bytes of its text, end-of-text marks not counted: the unit of bits per byte. A store appears under its name
-complete or not at all: it is written beside it, flushed to disk, and renamed.
+A split's `bytes` are the UTF-8 bytes of its text, end-of-text marks not counted: the
+unit of bits per byte. A store appears under its name complete or not at all: it is
+written beside it, flushed to disk, and renamed.
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -26,6 +29,7 @@ import numpy as np
 from jaxtyping import Int32, Integer
 
 from trix_jax.lm.data.tokenizer import Tokenizer, load_tokenizer
+from trix_jax.lm.step_files import is_another_process, writing
 
 FORMAT = "trix_jax tokens 1"
 MANIFEST = "manifest.json"
@@ -35,7 +39,9 @@ _FILE_NAME = re.compile(r"(train|val)_\d{5}\.npy|tokenizer\.json")
 
 
 class Split:
-    """One side of a store: a long line of tokens, read window by window from memory-mapped shards."""
+    """One side of a store: a long line of tokens, read window by window from
+    memory-mapped shards.
+    """
 
     def __init__(self, shards: list[Integer[np.ndarray, " _"]]):
         # Still memory-mapped, and cheaper to slice than np.memmap.
@@ -46,7 +52,8 @@ class Split:
         return int(self._starts[-1])
 
     def window(self, start: int, length: int) -> Int32[np.ndarray, " T"]:
-        """Tokens `start` to `start + length - 1`, copied out of however many shards they lie in.
+        """Tokens `start` to `start + length - 1`, copied out of however many shards
+        they lie in.
 
         Raises:
             ValueError: The window does not lie inside the split.
@@ -78,7 +85,9 @@ class Store(NamedTuple):
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the tokens and the tokenizer: sha256 over the hashes of their files."""
+        """Identifies the tokens and the tokenizer: sha256 over the hashes of their
+        files.
+        """
         return self.manifest["fingerprint"]
 
     @property
@@ -130,7 +139,8 @@ class SplitWriter:
         while len(tokens):
             file = self._file or self._start()
             head, tokens = np.split(tokens, [self._shard_tokens - self._in_shard])
-            file.write(head.tobytes())
+            with writing(file.name):
+                file.write(head.tobytes())
             self._in_shard += len(head)
             if self._in_shard == self._shard_tokens:
                 self._finish(file)
@@ -149,19 +159,30 @@ class SplitWriter:
         np.lib.format.write_array_header_1_0(file, header)
 
     def _finish(self, file: BinaryIO) -> None:
-        self._write_header(file)
-        _flush(file)
-        file.close()
+        with writing(file.name), contextlib.closing(file):
+            self._write_header(file)
+            _flush(file)
         self._file, self._in_shard, self._shards = None, 0, self._shards + 1
 
 
 @contextlib.contextmanager
 def new_store(directory: Path) -> Iterator[Path]:
-    """Gives a temporary folder beside `directory` and, if the body succeeds, renames it to `directory`; else removes it."""
+    """Gives a temporary folder beside `directory` and, if the body succeeds, renames it
+    to `directory`; else removes it.
+
+    What processes that died here have left is removed first.
+    """
     directory = Path(os.path.abspath(directory))
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    building = directory.parent / f".{directory.name}.{secrets.token_hex(4)}.tmp"
-    building.mkdir()
+    with writing(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+    for left in directory.parent.glob(f".{glob.escape(directory.name)}.*.tmp"):
+        pid = left.name.split(".")[-2].partition("-")[0]
+        if pid.isdecimal() and not is_another_process(int(pid)):
+            shutil.rmtree(left)
+    unique = f"{os.getpid()}-{secrets.token_hex(4)}"
+    building = directory.parent / f".{directory.name}.{unique}.tmp"
+    with writing(directory):
+        building.mkdir()
     try:
         yield building
         _flush_folder(building)
@@ -176,7 +197,9 @@ def new_store(directory: Path) -> Iterator[Path]:
 def write_manifest(
     directory: Path, config: dict[str, Any], source: str, splits: dict[str, SplitWriter]
 ) -> None:
-    """Hashes the files of a store that is complete but for its manifest, and writes that."""
+    """Hashes the files of a store that is complete but for its manifest, and writes
+    that.
+    """
     files = {}
     for path in sorted(directory.iterdir()):
         with path.open("rb") as file:
@@ -208,10 +231,11 @@ def open_store(directory: str | Path, verify: bool = True) -> Store:
 
     Args:
         directory: The folder that holds `manifest.json`.
-        verify: Hash every file (about a second a gigabyte); False checks only that each has its size.
+        verify: Hash every file (about a second a gigabyte) and compare its tokens with
+            the vocabulary; False checks only that each has its size.
 
     Raises:
-        ValueError: Names the file that is missing, truncated or altered.
+        ValueError: Names the file that is missing, truncated, altered or no shard.
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
@@ -229,11 +253,13 @@ def open_store(directory: str | Path, verify: bool = True) -> Store:
             raise ValueError(
                 f"{path} was altered: its sha256 is not the manifest's; prepare the store again."
             )
+    tokenizer = load_tokenizer(directory / TOKENIZER)
+    limit = tokenizer.vocab_size if verify else None
     return Store(
         directory,
-        train=_open_split(directory, "train", manifest),
-        val=_open_split(directory, "val", manifest),
-        tokenizer=load_tokenizer(directory / TOKENIZER),
+        train=_open_split(directory, "train", manifest, limit),
+        val=_open_split(directory, "val", manifest, limit),
+        tokenizer=tokenizer,
         manifest=manifest,
     )
 
@@ -261,7 +287,14 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
             name for name in manifest["files"] if not _FILE_NAME.fullmatch(name)
         ]:
             raise ValueError(f"it lists {odd[0]!r}, which is no file of a store")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise ValueError(
             f"{path} is not a readable store manifest ({error})."
         ) from error
@@ -281,11 +314,31 @@ def write_atomically(path: Path, data: bytes) -> None:
         building.unlink(missing_ok=True)
 
 
-def _open_split(directory: Path, split: str, manifest: dict[str, Any]) -> Split:
+def _open_split(
+    directory: Path, split: str, manifest: dict[str, Any], limit: int | None
+) -> Split:
     names = sorted(name for name in manifest["files"] if name.startswith(split + "_"))
-    return Split(
-        [np.load(directory / name, mmap_mode="r", allow_pickle=False) for name in names]
-    )
+    return Split([_open_shard(directory / name, limit) for name in names])
+
+
+def _open_shard(path: Path, limit: int | None) -> np.ndarray:
+    """Maps a line of tokens, all below `limit` if there is one."""
+    try:
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # a header can hold anything
+        raise ValueError(
+            f"{path} is not a readable .npy file ({type(error).__name__}: {error})."
+        ) from error
+    if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
+        raise ValueError(
+            f"{path} must hold a line of uint16 or uint32. "
+            f"Got {tokens.dtype}{list(tokens.shape)}."
+        )
+    if limit is not None and tokens.size and (most := int(tokens.max())) >= limit:
+        raise ValueError(
+            f"{path} must hold tokens of its tokenizer, below {limit}. Got {most}."
+        )
+    return tokens
 
 
 def _digest(value: Any) -> str:

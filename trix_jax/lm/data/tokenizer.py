@@ -1,10 +1,13 @@
-"""Text to token ids and back: characters, bytes, or a byte-level BPE trained on the corpus.
+"""Text to token ids and back: characters, bytes, or a byte-level BPE trained on the
+corpus.
 
-A tokenizer knows `kind`, `vocab_size`, the id `eot` that ends a document (None if the vocabulary has none), `encode`, `decode`
-and `save`. `encode` never produces `eot`, not even from text that spells it; `decode` writes it as `<|endoftext|>`.
+A tokenizer knows `kind`, `vocab_size`, the id `eot` that ends a document (None if the
+vocabulary has none), `encode`, `decode` and `save`. `encode` never produces `eot`, not
+even from text that spells it; `decode` writes it as `<|endoftext|>`.
 
-`tokenizer.json` is, for BPE, the file format of Hugging Face's `tokenizers`; for the others, the object
-`{"trix_tokenizer": "char" | "byte", "version": 1, "characters": "all, by code point", "eot": id or null}`.
+`tokenizer.json` is, for BPE, the file format of Hugging Face's `tokenizers`; for the
+others, the object `{"trix_tokenizer": "char" | "byte", "version": 1, "characters":
+"all, by code point", "eot": id or null}`.
 """
 
 import json
@@ -51,7 +54,9 @@ class Tokenizer(Protocol):
 
 
 class CharTokenizer:
-    """One id a character, ordered by code point; with `with_eot`, one more for the end of a document."""
+    """One id a character, ordered by code point; with `with_eot`, one more for the end
+    of a document.
+    """
 
     kind: ClassVar[str] = "char"
 
@@ -118,7 +123,9 @@ class ByteTokenizer:
 
 
 class BPETokenizer:
-    """Byte-level BPE (GPT-2's pre-tokenization) of Hugging Face's `tokenizers`; any text encodes, and comes back exactly."""
+    """Byte-level BPE (GPT-2's pre-tokenization) of Hugging Face's `tokenizers`; any
+    text encodes, and comes back exactly.
+    """
 
     kind: ClassVar[str] = "bpe"
 
@@ -146,10 +153,12 @@ class BPETokenizer:
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> BPETokenizer:
-    """Trains a byte-level BPE; a corpus with too few distinct pairs gives a smaller vocabulary than asked for.
+    """Trains a byte-level BPE; a corpus with too few distinct pairs gives a smaller
+    vocabulary than asked for.
 
     Raises:
-        ValueError: `vocab_size` has no room for 256 bytes, the end of a document and one merge.
+        ValueError: `vocab_size` has no room for 256 bytes, the end of a document and
+            one merge.
     """
     if vocab_size < 258:
         raise ValueError(

@@ -1,0 +1,86 @@
+"""Even loads without an auxiliary loss: how far a tile's selection bias must move to
+receive its share of the tokens.
+
+    threshold_tn = the score tile n must pass to be chosen by token t: the K-th best of
+    the others
+    margin_tn    = threshold_tn - (score_tn + bias_n)         negative where n is chosen
+    shift_n      = the share-quantile of margin_n over the tokens
+    bias        <- bias + rate * shift, centred
+
+A bias that moves by a fixed small step (Wang et al., 2024) cannot follow signatures
+read off weights that move quickly; the quantile says at once how far to go. Margins are
+kept as histograms, so that micro-batches and devices simply add up.
+
+References:
+    Wang et al., 2024, "Auxiliary-Loss-Free Load Balancing Strategy for
+    Mixture-of-Experts", https://arxiv.org/abs/2408.15664. Sun, 2025,
+    "Binary-Integer-Programming Based Algorithm for Expert Load Balancing in
+    Mixture-of-Experts Models", https://arxiv.org/abs/2502.15451 (thresholds and
+    quantiles as the duals of an assignment).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from trix_jax.typing import Array, Float, Integer
+
+BINS = 64
+REACH = 1.0  # the largest shift that one histogram can ask for, in units of the score
+CHOSEN = BINS // 2  # bins below this one hold the tokens that chose the tile
+
+
+def margin_histogram(
+    biased: Float[Array, "T N"], tiles: Integer[Array, "T K"]
+) -> Float[Array, "N bins"]:
+    """Counts the margins of every tile in `BINS` bins over `-REACH..REACH`; what lies
+    outside is in the last bins.
+
+    Args:
+        biased: scores with the bias; `-inf` where a token may not choose the tile,
+            which is then not counted; nor are NaN.
+        tiles: what the tokens chose.
+    """
+    num_tiles, k = biased.shape[-1], tiles.shape[-1]
+    best = jax.lax.top_k(biased, min(k + 1, num_tiles))[0]
+    last = best[:, k - 1, None]
+    after = best[:, k, None] if k < num_tiles else jnp.full_like(last, -jnp.inf)
+    chosen = (tiles[:, :, None] == jnp.arange(num_tiles)[None, None]).any(axis=1)
+    margin = jnp.where(chosen, after, last) - biased
+    counted = (biased > -jnp.inf) & ~jnp.isnan(margin)
+    bins = jnp.floor((jnp.where(counted, margin, 0) / REACH + 1) * CHOSEN)
+    low, high = jnp.where(chosen, 0, CHOSEN), jnp.where(chosen, CHOSEN - 1, BINS - 1)
+    bins = jnp.clip(bins, low, high).astype(jnp.int32)
+    rows = jnp.arange(num_tiles)[None]
+    return jnp.zeros((num_tiles, BINS)).at[rows, bins].add(counted.astype(jnp.float32))
+
+
+def loads(margins: Float[Array, "*B N bins"]) -> Float[Array, "*B N"]:
+    """Tokens that chose each tile."""
+    return margins[..., :CHOSEN].sum(axis=-1)
+
+
+def step_bias(
+    bias: Float[Array, "*B N"],
+    margins: Float[Array, "*B N bins"],
+    rate: float,
+    load: Float[Array, "*B N"] | None = None,
+) -> Float[Array, "*B N"]:
+    """Moves biases by `rate` times the shift that gives each tile `load` tokens (None:
+    the mean), and centres them.
+    """
+    if load is None:
+        load = loads(margins)
+        load = jnp.broadcast_to(load.mean(axis=-1, keepdims=True), load.shape)
+    bias = bias + rate * _shift(margins, load)
+    return bias - bias.mean(axis=-1, keepdims=True)
+
+
+def _shift(margins, load):
+    """The margin below which `load` tokens lie, by interpolation inside a bin."""
+    below = jnp.cumsum(margins, axis=-1)
+    reached = below >= load[..., None]
+    first = jnp.argmax(reached, axis=-1, keepdims=True)
+    inside = jnp.take_along_axis(margins, first, axis=-1)[..., 0]
+    before = jnp.take_along_axis(below, first, axis=-1)[..., 0] - inside
+    edge = first[..., 0] + (load - before) / jnp.maximum(inside, 1)
+    return jnp.where(reached[..., -1], (edge / CHOSEN - 1) * REACH, REACH)
