@@ -121,7 +121,10 @@ def match(
     h: Float[Array, "T D"], signature: Float[Array, "N D"], scale: float = 1.0
 ) -> Float[Array, "T N"]:
     """Computes `scale * rms_unit(h) @ signature.T / sqrt(D)` in float32."""
-    return (h.astype(jnp.float32) @ signature.T) * _unit_scale(h, scale)
+    h32 = h.astype(jnp.float32)
+    # Of one token: on CPUs XLA is slow at a vector from the left.
+    products = h32 @ signature.T if h.shape[0] > 1 else (signature @ h32.T).T
+    return products * _unit_scale(h, scale)
 
 
 def match_inside(
