@@ -101,6 +101,61 @@ def test_open_tiles_are_those_of_the_chosen_clusters():
     np.testing.assert_array_equal(twice, [[0, 1, 1, 1, 0, 1], [1, 1, 0, 0, 1, 1]])
 
 
+# Scores of open tiles alone -------------------------------------------------------------------------------------------
+
+
+MEMBERS = jnp.asarray([[7, 0], [5, 2], [1, 4], [3, 6]])
+
+
+def masked(scores, clusters, k):
+    allowed = routing.open_tiles(clusters, MEMBERS)
+    return routing.select_tiles(jnp.where(allowed, scores, -jnp.inf), k)
+
+
+@pytest.mark.parametrize("top", [1, 2, 4])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_scores_inside_clusters_are_those_of_all_tiles(tokens, top):
+    # Integers: sums are exact in any order, so that the scores are equal bit for bit.
+    rng = np.random.default_rng(0)
+    h, signature = (
+        jnp.asarray(rng.integers(-3, 4, shape), jnp.float32)
+        for shape in ((tokens, 16), (8, 16))
+    )
+    clusters = jnp.argsort(normal(tokens, 4), axis=-1)[:, :top]
+    scores, tiles = jax.jit(routing.match_inside)(h, signature, clusters, MEMBERS)
+    everywhere = jax.jit(routing.match)(h, signature)
+    np.testing.assert_array_equal(
+        scores, jnp.take_along_axis(everywhere, tiles, axis=-1)
+    )
+    np.testing.assert_array_equal(tiles, MEMBERS[clusters].reshape(tokens, -1))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["apart", "ties", "nan", "infinite"])
+def test_selection_among_candidates_is_the_masked_selection(kind, k):
+    rng = np.random.default_rng(1)
+    scores = rng.normal(size=(60, 8)).astype(np.float32)
+    if kind == "ties":
+        scores = np.round(scores)
+    elif kind == "nan":
+        scores[::2, 3] = np.nan
+        scores[::3, 5] = np.nan
+    elif kind == "infinite":
+        scores[::2] = -np.inf
+    scores = jnp.asarray(scores)
+    clusters = jnp.argsort(normal(60, 4, seed=2), axis=-1)[:, :2]
+    tiles = MEMBERS[clusters].reshape(60, -1)
+    columns = routing.select_among(
+        jnp.take_along_axis(scores, tiles, axis=-1), tiles, k
+    )
+    chosen = jnp.take_along_axis(tiles, columns, axis=-1)
+    if kind == "infinite":  # masked, nothing tells such a tile from a closed one
+        assert (jnp.sort(columns, axis=-1)[:, 1:] > jnp.sort(columns)[:, :-1]).all()
+        chosen, scores = chosen[1::2], scores[1::2]
+        clusters = clusters[1::2]
+    np.testing.assert_array_equal(chosen, masked(scores, clusters, k))
+
+
 # Gates -----------------------------------------------------------------------------------------------------------------
 
 

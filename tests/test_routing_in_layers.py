@@ -40,6 +40,7 @@ def tiles_of(layer):
 
 
 X = normal(40, 16)
+EPS = np.finfo(np.float32).eps
 
 
 @pytest.mark.parametrize("factor", [2.0**-5, 2.0**7])
@@ -98,6 +99,46 @@ def test_hierarchical_selection_with_every_cluster_open_is_flat():
         tiles_of(hierarchical(4))(variables, X),
         routing.select_tiles(scores + bias[None], 2),
     )
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "softmax", "renormalized"])
+@pytest.mark.parametrize("top_k_clusters", [1, 2])
+def test_evaluation_takes_the_tiles_that_training_takes(top_k_clusters, gate):
+    # Training scores all tiles and masks the closed ones, evaluation scores the open
+    # ones. What counts tokens is equal; gates and outputs are up to the order in which
+    # a score's 16 products are added, at most 16 roundings of a score of about 1.
+    layer = hierarchical(top_k_clusters, routing=RoutingConfig(gate=gate))
+    variables = variables_of(layer)
+    state = variables["routing"]["tiles"]["router"]
+    members = jnp.asarray([[7, 0], [5, 2], [1, 4], [3, 6]])
+    bias = 0.1 * normal(8, seed=3)
+    state.update(members=members, bias=bias, cluster_bias=0.1 * normal(4, seed=4))
+    y, info, aux = jit(layer.apply)(variables, X)
+    (y_all, all_, aux_all), _ = jit(
+        lambda v, x: layer.apply(v, x, mutable=["routing"])
+    )(variables, X)
+    for name in ("tiles", "counts", "entropy", "max_load", "dead_tiles", "tie_rate"):
+        np.testing.assert_array_equal(getattr(info, name), getattr(all_, name))
+    np.testing.assert_allclose(info.gates, all_.gates, rtol=32 * EPS)
+    bound = 64 * EPS * np.abs(y_all).max()
+    np.testing.assert_allclose(y, y_all, rtol=0, atol=bound)
+    for name, value in aux.items():
+        np.testing.assert_allclose(value, aux_all[name], rtol=32 * EPS, atol=EPS)
+
+
+def test_evaluation_of_clusters_makes_no_score_for_every_tile():
+    layer = HierarchicalTriXFFN(16, d_hidden=4, num_tiles=24, tiles_per_cluster=4)
+    x = normal(56, 16)
+    variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+
+    def text(**kwargs):
+        call = jit(lambda v, x: layer.apply(v, x, **kwargs)[0])
+        return call.lower(variables, x).compile().as_text()
+
+    evaluation = text()
+    assert "[56,24]" not in evaluation
+    assert "[24,56]" not in evaluation
+    assert "[56,24]" in text(mutable=["routing"])
 
 
 @pytest.mark.parametrize("kind", ["sum", "sign"])

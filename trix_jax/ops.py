@@ -14,6 +14,7 @@ import trix_kernels
 from trix_jax.ternary import Ternary
 from trix_jax.typing import Array, Float, Integer, Variables
 from trix_kernels import Packed as Packed
+from trix_kernels.tile_ffn import xla as ffn_xla
 from trix_kernels.tile_matmul import xla
 from trix_kernels.weights import ROWS, layout_of, planar_unsupported_reason
 
@@ -116,5 +117,4 @@ def tile_ffn(
     """
     if isinstance(up, Packed) and isinstance(down, Packed):
         return trix_kernels.block_ffn(x, up, down, block_tile, shape, act, used=used)
-    hidden = act(tile_matmul(x, up, block_tile, shape[0]))
-    return tile_matmul(hidden, down, block_tile, shape[1])
+    return ffn_xla.tile_ffn(x, up, down, block_tile, shape, act, used)

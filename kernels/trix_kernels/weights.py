@@ -1,8 +1,12 @@
 """Ternary weights at rest in a kernel's own layout: two bits each, and bfloat16 scales
 beside.
 
-    "rows"    uint8  [*N, I, O / 4]   the byte order of `packing`, along the outputs
+    "rows"    uint8  [*N, I, O / 4]   what XLA decodes, vectorized on CPUs
     "planar"  uint16 [*N, O, I / 8]   what the Mosaic GPU kernels decode
+
+Byte j of a row holds the weights to outputs j, j + W, j + 2 W, j + 3 W, `W = ceil(O /
+4)`, the first in its lowest bits, so that four shifts of a row are its four quarters
+and nothing is interleaved; -1 is 11, two bits of a signed number.
 
 Planar words cut the contraction into blocks of b weights; word j of a block holds the
 eight weights j, j + b/8, j + 2b/8, ..., the first in its highest two bits:
@@ -20,8 +24,6 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num, UInt
-
-from trix_kernels import packing
 
 Layout = Literal["rows", "planar"]
 
@@ -57,7 +59,7 @@ def pack(
     """
     scale = scale.astype(jnp.bfloat16)
     if layout == "rows":
-        return Packed(jnp.asarray(packing.pack(q)), scale)
+        return Packed(_pack_rows(q), scale)
     *lead, rows, features = q.shape
     if reason := planar_unsupported_reason(rows, features, scale.shape[-2]):
         raise ValueError(reason)
@@ -75,13 +77,28 @@ def unpack(
     """`q` in `dtype` and the scale in float32: the inverse of `pack` in either layout."""
     bits, scale = weights.bits, weights.scale.astype(jnp.float32)
     if layout_of(weights) == "rows":
-        return jnp.asarray(packing.unpack(bits, features, dtype)), scale
+        # To the top of 32 bits and down again. Products, as XLA adds a check to shifts
+        # to the left: 57 instead of 77 us for 65,536 weights on an AMD EPYC core.
+        up = np.int32(1) << np.arange(30, 22, -2, dtype=np.int32)
+        up = up.reshape(*[1] * (bits.ndim - 1), 4, 1)
+        code = (bits[..., None, :].astype(jnp.int32) * up) >> np.int32(30)
+        q = code.astype(dtype)
+        return q.reshape(*bits.shape[:-1], 4 * bits.shape[-1])[..., :features], scale
     *lead, _, words = bits.shape
     width = planar_block(words * PLANES, scale.shape[-2]) // PLANES
     cut = bits.reshape(*lead, features, -1, 1, width)
     code = (cut >> _shifts(cut.ndim)) & jnp.uint16(3)
     q = jnp.where(code == 3, -1, code.astype(jnp.int8)).astype(dtype)
     return jnp.swapaxes(q.reshape(*lead, features, words * PLANES), -1, -2), scale
+
+
+def _pack_rows(q: Num[Array, "*N I O"]) -> UInt[Array, "*N I words"]:
+    words = -(-q.shape[-1] // 4)
+    padding = [(0, 0)] * (q.ndim - 1) + [(0, 4 * words - q.shape[-1])]
+    code = jnp.pad(jnp.sign(q).astype(jnp.int8), padding) & np.int8(3)
+    code = code.astype(jnp.uint8).reshape(*q.shape[:-1], 4, words)
+    shifts = np.arange(0, 8, 2, dtype=np.uint8).reshape(*[1] * (q.ndim - 1), 4, 1)
+    return (code << shifts).sum(axis=-2, dtype=jnp.uint8)
 
 
 def planar_unsupported_reason(rows: int, features: int, groups: int = 1) -> str | None:

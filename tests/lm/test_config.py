@@ -124,6 +124,12 @@ def test_costs_by_hand():
     dense = TransformerConfig(vocab_size=65, ffn="dense", n_layers=2)
     assert costs(dense).ffn_active == 2 * 2 * 128 * 512
     assert costs(dense).ffn_bits == 16 * costs(dense).ffn
+    # With clusters of 4: 4 addresses and 2 * 4 tiles are scored, all 16 in training.
+    deep = dataclasses.replace(sparse, ffn="hierarchical", top_k_clusters=2)
+    tiles = 4 * 2 * 128 * 32
+    assert costs(deep).ffn_active == 2 * ((4 + 8) * 128 + tiles)
+    assert costs(deep).ffn_active_training == 2 * ((4 + 16) * 128 + tiles)
+    assert costs(sparse).ffn_active_training == costs(sparse).ffn_active
 
 
 def test_learning_rate_schedule_warms_up_and_ends_at_its_share():

@@ -1,6 +1,7 @@
-"""`trix-jax bench`: the layers' speed on this machine."""
+"""`trix-jax bench`: the speed of the layers on this machine."""
 
 import dataclasses
+from pathlib import Path
 
 from trix_jax.cli.common import parse, print_json, say
 
@@ -8,25 +9,31 @@ from trix_jax.cli.common import parse, print_json, say
 @dataclasses.dataclass(frozen=True)
 class Args:
     """Measure the layers against dense FFNs, as ratios of medians: greater is better
-    for TriX.
+    for TriX. Then the import, the data and how cost grows. Some ten minutes on two idle
+    cores.
     """
 
     rounds: int = 7
     """How often each function is timed."""
+    output: Path | None = None
+    """Folder for bench.json, bench.md and plots."""
+    only_layers: bool = False
+    """Leave out the import, the data and how cost grows."""
     json: bool = False
     """End standard output with the result as one line of JSON."""
 
 
 def main(argv: list[str]) -> None:
     """Measures and prints."""
-    from trix_jax.lm.bench import bench
+    from trix_jax.lm import bench
 
     args = parse(Args, argv, "bench")
     if args.rounds < 2:
         raise ValueError(f"rounds must be at least 2. Got {args.rounds}.")
     report = say(args.json)
-    result = bench(args.rounds, report)
-    for granularity, ratio in result["packed_ratios"].items():
-        report(f"scales per {granularity}: {ratio:.2f} times fewer bytes than float32")
+    result = bench.bench(args.rounds, report, bench.SIZES, args.only_layers)
+    if args.output is not None:
+        for path in bench.write(result, args.output):
+            report(f"wrote {path}")
     if args.json:
         print_json(result)

@@ -21,15 +21,19 @@ class Costs(NamedTuple):
     Attributes:
         total: parameters of the whole model.
         ffn: parameters of the FFNs, their norms and scales included.
-        ffn_active: multiply-accumulates of the FFNs per token, routing scores included.
+        ffn_active: multiply-accumulates of the FFNs per token in evaluation and serving,
+            routing scores included: with clusters `C + top_k_clusters * N / C` scores.
         ffn_bits: bits of the FFN weights as served: ternary at 2 plus scales,
             everything else at 16.
+        ffn_active_training: `ffn_active` of a forward pass in training, where the
+            balance loss needs the scores of all tiles: with clusters `C + N`.
     """
 
     total: int
     ffn: int
     ffn_active: int
     ffn_bits: int
+    ffn_active_training: int
 
 
 def costs(config: TransformerConfig) -> Costs:
@@ -41,6 +45,7 @@ def costs(config: TransformerConfig) -> Costs:
         ffn=sum(_size(layer) for layer in ffn),
         ffn_active=config.n_layers * _active(config),
         ffn_bits=sum(_bits(layer, config) for layer in ffn),
+        ffn_active_training=config.n_layers * _active(config, training=True),
     )
 
 
@@ -69,13 +74,14 @@ def _size(tree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def _active(c: TransformerConfig) -> int:
+def _active(c: TransformerConfig, training: bool = False) -> int:
     if c.ffn == "dense":
         return 2 * c.d_model * c.dense_width
     scores = c.num_tiles
     if c.ffn in ("hierarchical", "lookup"):
+        clusters = c.num_tiles // c.tiles_per_cluster
         top = c.top_k_clusters if c.ffn == "hierarchical" else 1
-        scores = c.num_tiles // c.tiles_per_cluster + top * c.tiles_per_cluster
+        scores = clusters + (clusters if training else top) * c.tiles_per_cluster
     if c.ffn == "lookup":
         hidden = compress_width(c.d_model, c.compress_hidden)
         return c.d_model * (scores + hidden) + 2 * hidden + 2 + c.d_model

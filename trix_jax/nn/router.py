@@ -28,6 +28,13 @@ class Route(NamedTuple):
 class Router(nn.Module):
     """Chooses tiles for tokens by signature.
 
+    With clusters, evaluation and serving score the clusters and then the tiles of those
+    chosen, `C + top_k_clusters * N / C` products a token. Training (a mutable
+    collection `"routing"`) scores all N: the balance loss is made of the probabilities
+    of all tiles, and so are the diagnostics `tie_rate` and the losses wherever they are
+    read; under `jit` what nobody reads is not computed. Orders (`steering`) may open any
+    tile and score all as well.
+
     Attributes:
         num_tiles: N.
         tiles_per_token: K.
@@ -67,7 +74,7 @@ class Router(nn.Module):
             tiles = _hash_tiles(token_ids, self.num_tiles, self.tiles_per_token)
             gates = jnp.ones(tiles.shape, jnp.float32)
         else:
-            tiles, gates = self._select(scores, h, signature, state)
+            tiles, gates = self._select(scores, used, h, signature, state)
         if self._is_training():
             state["signature"].value = jax.lax.stop_gradient(signature)
         counts = routing.count_tiles(tiles, self.num_tiles)
@@ -109,22 +116,26 @@ class Router(nn.Module):
             signature = self.param("router", init, signature.shape)
         return routing.match(h, signature, self.config.score_scale), signature
 
-    def _select(self, scores, h, signature, state):
-        allowed = None
-        biased = jax.lax.stop_gradient(scores) + state["bias"].value[None]
-        if self.num_clusters:
-            members = state["members"].value
-            address = routing.cluster_signatures(
-                signature, members, self.config.signature
-            )
-            near = routing.match(
-                *jax.lax.stop_gradient((h, address)), self.config.score_scale
-            )
-            near += state["cluster_bias"].value[None]
-            clusters = routing.select_tiles(near, self.top_k_clusters)
+    def _select(self, scores, used, h, signature, state):
+        if not self.num_clusters:
+            return self._of_all(scores, None, state)
+        config, members = self.config, state["members"].value
+        address = routing.cluster_signatures(signature, members, config.signature)
+        near = routing.match(*jax.lax.stop_gradient((h, address)), config.score_scale)
+        near += state["cluster_bias"].value[None]
+        clusters = routing.select_tiles(near, self.top_k_clusters)
+        self._report(state, "cluster_margins", near, clusters)
+        steered = self.has_variable(steering.STEERING, "tiles")
+        if self._is_training() or steered or self.top_k_clusters == self.num_clusters:
             allowed = routing.open_tiles(clusters, members)
+            return self._of_all(scores, allowed, state)
+        return self._of_clusters(h, used, clusters, state)
+
+    def _of_all(self, scores, allowed, state):
+        """Tiles and gates from the scores of all tiles, closed ones masked."""
+        biased = jax.lax.stop_gradient(scores) + state["bias"].value[None]
+        if allowed is not None:
             biased = jnp.where(allowed, biased, -jnp.inf)
-            self._report(state, "cluster_margins", near, clusters)
         if self.has_variable(steering.STEERING, "tiles"):
             orders = self.get_variable(steering.STEERING, "tiles")
             biased = steering.obey(biased, orders)
@@ -132,6 +143,16 @@ class Router(nn.Module):
         tiles = routing.select_tiles(biased, self.tiles_per_token)
         self._report(state, "margins", biased, tiles)
         return tiles, routing.gates(scores, tiles, self.config.gate, allowed)
+
+    def _of_clusters(self, h, used, clusters, state):
+        """The same where nobody asks for margins: only open tiles are scored."""
+        scores, tiles = routing.match_inside(
+            h, used, clusters, state["members"].value, self.config.score_scale
+        )
+        biased = jax.lax.stop_gradient(scores) + state["bias"].value[tiles]
+        columns = routing.select_among(biased, tiles, self.tiles_per_token)
+        gates = routing.gates(scores, columns, self.config.gate)
+        return jnp.take_along_axis(tiles, columns, axis=-1), gates
 
     def _report(self, state, name, biased, chosen):
         if self._is_training():

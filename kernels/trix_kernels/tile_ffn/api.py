@@ -37,13 +37,15 @@ def block_ffn(
         used: blocks from this one on need not be computed: what they hold is undefined.
             None computes all.
         implementation: None takes the fused "mosaic_gpu" where it runs and there is a
-            block for most cores of the GPU, else `block_matmul` twice; a name runs
-            exactly that. "reference" is numpy in float64, on concrete arrays.
+            block for most cores of the GPU, `block_matmul` twice where only that runs,
+            else "xla"; a name runs exactly that. "reference" is numpy in float64, on concrete arrays.
 
     Raises:
         NotImplementedError: the named implementation does not run here, and why.
     """
     reason = unsupported_reason(x, up, down)
+    if implementation is None and matmul_reason(x, up):
+        implementation = "xla"
     if implementation is None and (reason or x.shape[0] < FUSED_BLOCKS):
         hidden = act(block_matmul(x, up, block_tile, shape[0], used=used))
         return block_matmul(hidden, down, block_tile, shape[1], used=used)
@@ -52,7 +54,7 @@ def block_ffn(
         y = reference.tile_ffn(x.astype(jnp.float32), *pairs, block_tile, act)
         return jnp.asarray(y, x.dtype)
     if implementation == "xla":
-        return xla.tile_ffn(x, up, down, block_tile, shape, act)
+        return xla.tile_ffn(x, up, down, block_tile, shape, act, used)
     arch = device.arch()
     if reason or arch is None:
         raise NotImplementedError(reason)

@@ -1,6 +1,7 @@
 """`tile_matmul` for XLA: CPU, TPU, any GPU, any dtype, any shape."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,10 +41,21 @@ def tile_matmul(
     features: int,
 ) -> Float[Array, "M R O"]:
     """Computes `(x_m @ q_n) * scale_n` with `n = block_tile[m]`."""
+    return matmul(x, *of_blocks(weights, block_tile, features))
+
+
+def of_blocks(
+    weights: Any, block_tile: Integer[Array, " M"], features: int
+) -> tuple[Num[Array, "M I O"], Float[Array, "M G S"]]:
+    """The `q` and the scale of every block, of `Packed` weights or a pair `(q,
+    scale)`.
+    """
+    if not isinstance(weights, Packed):
+        q, scale = weights
+        return q[block_tile], scale[block_tile]
     if (
         block_tile.shape[0] > weights.bits.shape[0]
     ):  # unpack each tile once, not a block
         q, scale = unpack(weights, features)
-        return matmul(x, q[block_tile], scale[block_tile])
-    q, scale = unpack(Packed(*(leaf[block_tile] for leaf in weights)), features)
-    return matmul(x, q, scale)
+        return q[block_tile], scale[block_tile]
+    return unpack(Packed(*(leaf[block_tile] for leaf in weights)), features)

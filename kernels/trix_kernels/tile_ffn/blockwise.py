@@ -1,0 +1,148 @@
+"""`tile_ffn` for XLA on CPUs: block after block, so that what a block needs stays in the
+cache.
+
+    for each run of blocks of one tile:  take the tile's weights, unpacked if packed
+        for each block of the run:       y_m = act(x_m @ up) @ down
+
+A batched matmul would first write a copy of a tile's weights for every block that it
+has, and compute the blocks that hold nothing; here a tile is unpacked once and the
+loop ends with the last block in use. The backward pass runs the same two loops, adds
+up a tile's gradient beside its weights and computes the hidden layer again.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer
+
+from trix_kernels.tile_matmul.xla import matmul
+from trix_kernels.weights import Packed, unpack
+
+
+class Rows(NamedTuple):
+    """What the blocks hold.
+
+    Attributes:
+        x: the rows.
+        tile: of each block; blocks of one tile stand together.
+        used: number of blocks to compute; they come first.
+    """
+
+    x: Float[Array, "M R D"]
+    tile: Integer[Array, " M"]
+    used: Integer[Array, "1"]
+
+
+def forward(
+    rows: Rows, weights: Any, shape: tuple[int, int], act: Callable
+) -> Float[Array, "M R O"]:
+    """Computes `act(x[m] @ up[n]) @ down[n]`, `n = tile[m]`; blocks not used are zero.
+
+    Args:
+        weights: up and down, each `Packed` or a pair `(q, scale)`.
+        shape: F, the hidden width, and O.
+        act: elementwise.
+    """
+    x = rows.x
+
+    def run(first, tile, y):
+        pair = decoded(_take(weights, tile), shape)
+
+        def block(carry):
+            m, y = carry
+            return m + 1, _put(y, ffn(x[m], pair, act), m)
+
+        return _while_same_tile(block, (first, y), rows, tile)
+
+    return _runs(run, jnp.zeros((*x.shape[:2], shape[1]), x.dtype), rows)
+
+
+def backward(
+    rows: Rows,
+    weights: Any,
+    dy: Float[Array, "M R O"],
+    shape: tuple[int, int],
+    act: Callable,
+) -> tuple[Float[Array, "M R D"], Any]:
+    """The gradient of `forward` to `x` and to the leaves of `weights`, None to words."""
+    numbers, words = split(weights)
+
+    def run(first, tile, carry):
+        dx, total = carry
+        own, kept = _take(numbers, tile), _take(words, tile)
+
+        def block(carry):
+            m, dx, grads = carry
+            value = lambda x, own: ffn(x, decoded(join(own, kept), shape), act)  # noqa: E731
+            dx_m, more = jax.vjp(value, rows.x[m], own)[1](dy[m])
+            return m + 1, _put(dx, dx_m, m), jax.tree.map(jnp.add, grads, more)
+
+        start = first, dx, jax.tree.map(jnp.zeros_like, own)
+        m, dx, grads = _while_same_tile(block, start, rows, tile)
+        total = jax.tree.map(lambda all_, one: _put(all_, one, tile), total, grads)
+        return m, (dx, total)
+
+    start = jnp.zeros_like(rows.x), jax.tree.map(jnp.zeros_like, numbers)
+    return _runs(run, start, rows)
+
+
+def ffn(x: Float[Array, "*B R D"], pair: Any, act: Callable) -> Float[Array, "*B R O"]:
+    """Computes `act(x @ up) @ down` with `pair = ((up, scale), (down, scale))`."""
+    (up, up_scale), (down, down_scale) = pair
+    return matmul(act(matmul(x, up, up_scale)), down, down_scale)
+
+
+def decoded(weights: Any, shape: tuple[int, int]) -> Any:
+    """Up and down as pairs `(q, scale)`, unpacked to `shape` outputs if packed."""
+    return tuple(
+        unpack(w, features) if isinstance(w, Packed) else tuple(w)
+        for w, features in zip(weights, shape, strict=True)
+    )
+
+
+def split(tree: Any) -> tuple[Any, Any]:
+    """The leaves that are real numbers, and those that are words; None elsewhere."""
+    is_number = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact)  # noqa: E731
+    return (
+        jax.tree.map(lambda leaf: leaf if is_number(leaf) else None, tree),
+        jax.tree.map(lambda leaf: None if is_number(leaf) else leaf, tree),
+    )
+
+
+def join(numbers: Any, words: Any) -> Any:
+    """The inverse of `split`."""
+    is_leaf = lambda leaf: leaf is None  # noqa: E731
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, numbers, words, is_leaf=is_leaf
+    )
+
+
+def _runs(run, start, rows):
+    """Calls `(first block, tile, carry) -> (block behind, carry)` for every tile in use."""
+
+    def body(carry):
+        first, rest = carry
+        return run(first, rows.tile[first], rest)
+
+    first = jnp.zeros((), jnp.int32)
+    return jax.lax.while_loop(lambda c: c[0] < rows.used[0], body, (first, start))[1]
+
+
+def _while_same_tile(block, start, rows, tile):
+    last = rows.tile.shape[0] - 1
+
+    def goes_on(carry):
+        m = carry[0]
+        return (m < rows.used[0]) & (rows.tile[jnp.minimum(m, last)] == tile)
+
+    return jax.lax.while_loop(goes_on, block, start)
+
+
+def _take(tree, at):
+    return jax.tree.map(lambda leaf: leaf[at], tree)
+
+
+def _put(array, part, at):
+    return jax.lax.dynamic_update_index_in_dim(array, part.astype(array.dtype), at, 0)

@@ -1,0 +1,119 @@
+"""The FFN block after block, as CPUs run it, against one batched product."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trix_kernels.tile_ffn import blockwise, xla
+from trix_kernels.tile_ffn.blockwise import Rows
+from trix_kernels.weights import Packed, pack
+
+N, D, F = 3, 8, 4
+RELU = functools.partial(jnp.maximum, 0)
+# Runs of equal tiles, with tiles that have no block; the last of five may be unused.
+TILES = {"each": [0, 1, 1, 2, 2], "one": [1] * 5, "first and last": [0, 0, 0, 2, 2]}
+
+
+def integers(rng, *shape, high=2):
+    return jnp.asarray(rng.integers(1 - high, high, shape), jnp.float32)
+
+
+def problem(groups=1, seed=0):
+    """Integers and powers of two: every product and sum is exact, in any order."""
+    rng = np.random.default_rng(seed)
+    pairs = []
+    for rows, features in ((D, F), (F, D)):
+        scale = rng.choice([0.5, 1.0, 2.0], (N, groups, features))
+        q = integers(rng, N, rows, features)
+        pairs.append((q, jnp.asarray(scale, jnp.float32)))
+    return integers(rng, 5, 2, D, high=4), tuple(pairs)
+
+
+def batched(x, pairs, tiles):
+    (up, up_scale), (down, down_scale) = (
+        jax.tree.map(lambda leaf: leaf[tiles], pair) for pair in pairs
+    )
+
+    def product(x, q, scale):
+        groups = scale.shape[1]
+        parts = zip(jnp.split(x, groups, -1), jnp.split(q, groups, 1), strict=True)
+        return sum(a @ b * scale[:, g, None] for g, (a, b) in enumerate(parts))
+
+    return product(RELU(product(x, up, up_scale)), down, down_scale)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("used", [5, 4])
+@pytest.mark.parametrize("pattern", TILES)
+def test_blocks_in_turn_equal_all_at_once(pattern, used, groups):
+    x, pairs = problem(groups)
+    tiles = jnp.asarray(TILES[pattern], jnp.int32)
+    rows = Rows(x, tiles, jnp.asarray([used], jnp.int32))
+    packed = tuple(pack(*pair) for pair in pairs)
+    expected = batched(x, pairs, tiles)[:used]
+    assert np.any(expected)
+    for weights in (pairs, packed):
+        y = jax.jit(blockwise.forward, static_argnums=(2, 3))(
+            rows, weights, (F, D), RELU
+        )
+        np.testing.assert_array_equal(y[:used], expected)
+        assert not y[used:].any()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("pattern", TILES)
+def test_gradients_equal_those_of_all_at_once(pattern, groups):
+    x, pairs = problem(groups)
+    dy = integers(np.random.default_rng(1), *x.shape)
+    tiles = jnp.asarray(TILES[pattern], jnp.int32)
+
+    def ours(x, pairs):
+        return jnp.sum(xla.tile_ffn(x, *pairs, tiles, (F, D), RELU) * dy)
+
+    def naive(x, pairs):
+        return jnp.sum(batched(x, pairs, tiles) * dy)
+
+    got = jax.jit(jax.grad(ours, (0, 1)))(x, pairs)
+    expected = jax.grad(naive, (0, 1))(x, pairs)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert np.any(a)
+
+
+def test_packed_weights_pass_the_gradient_to_the_input():
+    x, pairs = problem()
+    tiles = jnp.asarray(TILES["each"], jnp.int32)
+    packed = tuple(pack(*pair) for pair in pairs)
+    total = lambda x, w: jnp.sum(xla.tile_ffn(x, *w, tiles, (F, D), RELU))  # noqa: E731
+    got = jax.jit(jax.grad(total))(x, packed)
+    np.testing.assert_array_equal(got, jax.grad(total)(x, pairs))
+    assert np.any(got)
+
+
+def test_vmapped_blocks_equal_each_alone_forward_and_backward():
+    (x, pairs), (other, _) = problem(), problem(seed=2)
+    tiles = jnp.asarray([TILES["each"], TILES["one"]], jnp.int32)
+    both = jnp.stack([x, other])
+
+    def value(x, tiles):
+        y = xla.tile_ffn(x, *pairs, tiles, (F, D), RELU)
+        return jnp.sum(y * y), y
+
+    run = jax.jit(jax.vmap(jax.grad(value, has_aux=True)))
+    dx, y = run(both, tiles)
+    for i in range(2):
+        dx_alone, alone = jax.jit(jax.grad(value, has_aux=True))(both[i], tiles[i])
+        np.testing.assert_array_equal(y[i], alone)
+        np.testing.assert_array_equal(dx[i], dx_alone)
+
+
+def test_rows_layout_keeps_features_that_do_not_fill_a_byte():
+    q = integers(np.random.default_rng(3), 2, 5, 7)
+    held = pack(q, jnp.ones((2, 1, 1)))
+    assert held.bits.shape == (2, 5, 2)
+    x = jnp.eye(5)[None]
+    y = xla.of_blocks(Packed(*held), jnp.zeros(1, jnp.int32), 7)[0]
+    np.testing.assert_array_equal(x @ y, q[:1])
