@@ -89,7 +89,10 @@ def report(target: str) -> list[dict[str, Any]]:
 
 
 def compile_step(
-    model: TransformerConfig, target: str, devices: int, mapping: parallel.Mapping
+    model: TransformerConfig,
+    target: str,
+    devices: int,
+    mapping: parallel.Mapping = "shard_map",
 ) -> dict[str, Any]:
     """Compiles one step as the training lane maps it, and reads what it needs."""
     topology = topologies.get_topology_desc(
