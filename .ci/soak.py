@@ -2,8 +2,18 @@
 `python .ci/soak.py MINUTES FILE`.
 
 A run that evaluates and saves every 100 steps goes on for MINUTES; every 10 seconds the
-process is measured. The first fifth is warm-up. FILE gets the samples and what they
-say; exit code 1 if anything grew.
+process is measured. FILE gets the samples and what they say; exit code 1 if anything
+grew. The rule, fixed before the run:
+
+- The first fifth is warm-up: malloc's arenas are still filling after 100 saves.
+- What comes and goes (memory, threads of pools, descriptors) is judged by a line fitted
+  to all samples after it. Memory may gain 2 % from its first to its last point, threads
+  and descriptors less than one.
+- Nothing may be compiled.
+
+One leak is known, and not ours: TensorStore 0.1.86's `KvStore.Spec.to_json()`, which
+Orbax calls for every array of a save, leaves four Python objects each time (about 18 kB
+a save here). `python_blocks` shows it.
 """
 
 import json
@@ -24,7 +34,7 @@ from trix_jax.lm.signals import Interrupted
 from trix_jax.nn.transformer import TransformerConfig
 
 EVERY_SECONDS = 10.0
-MAY_GROW = 0.02  # of resident memory, over all that follows the warm-up
+MAY_GROW = {"memory_share": 0.02, "threads": 1, "descriptors": 1, "compilations": 1}
 compilations = 0
 
 
@@ -44,6 +54,7 @@ def sample(began: float, workdir: Path) -> dict[str, float]:
         "threads": len(os.listdir("/proc/self/task")),
         "descriptors": len(os.listdir("/proc/self/fd")),
         "compilations": compilations,
+        "python_blocks": sys.getallocatedblocks(),
     }
 
 
@@ -58,17 +69,20 @@ def watch(minutes: float, workdir: Path, samples: list[dict[str, float]]) -> Non
 
 
 def growth(samples: list[dict[str, float]]) -> dict[str, float]:
-    """What each measure gained from the warm-up's end to the end, of memory by a fitted
-    line.
-    """
+    """What each measure gained from the warm-up's end to the end."""
     steady = samples[len(samples) // 5 :]
-    gained = {
-        name: steady[-1][name] - steady[0][name]
-        for name in ("threads", "descriptors", "compilations")
-    }
-    at, held = (np.array([s[k] for s in steady]) for k in ("seconds", "resident_bytes"))
-    slope = np.polyfit(at, held, 1)[0]
-    return gained | {"memory_share": float(slope * (at[-1] - at[0]) / held[0])}
+    at = np.array([s["seconds"] for s in steady])
+
+    def fitted(name: str) -> tuple[float, float]:
+        slope, start = np.polyfit(at, [s[name] for s in steady], 1)
+        return slope * (at[-1] - at[0]), start + slope * at[0]
+
+    gained, held = fitted("resident_bytes")
+    gains = {name: fitted(name)[0] for name in ("threads", "descriptors")}
+    gains["python_blocks"] = fitted("python_blocks")[0]
+    gains["compilations"] = steady[-1]["compilations"] - steady[0]["compilations"]
+    gains["memory_share"] = gained / held
+    return {name: round(float(value), 4) for name, value in gains.items()}
 
 
 def main(minutes: float, file: Path) -> int:
@@ -91,11 +105,12 @@ def main(minutes: float, file: Path) -> int:
         except Interrupted as stop:
             print(stop)
     grown = growth(samples)
-    is_flat = grown.pop("memory_share") <= MAY_GROW and not any(grown.values())
+    is_flat = all(grown[name] < limit for name, limit in MAY_GROW.items())
     result = {
         "minutes": minutes,
         "is_flat": is_flat,
-        "growth": growth(samples),
+        "growth": grown,
+        "saves": samples[-1]["saved_step"] // 100,
         "environment": metrics.environment(jax.devices()),
         "samples": samples,
     }

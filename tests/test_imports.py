@@ -15,7 +15,17 @@ FOLDERS = ("trix_jax", "kernels", "tests", "examples", "experiments", "docs")
 
 CORE = {
     f"trix_jax.{name}"
-    for name in ("typing", "ternary", "routing", "dispatch", "ops", "frozen")
+    for name in (
+        "typing",
+        "ternary",
+        "routing",
+        "balance",
+        "clusters",
+        "dispatch",
+        "expert_parallel",
+        "ops",
+        "frozen",
+    )
 }
 UPPER = {"trix_jax.lm", "trix_jax.cli", "trix_jax.interop"}
 MAY_IMPORT_KERNELS = {

@@ -36,6 +36,12 @@ def test_source_runs_no_data():
                 assert ast.unparse(keywords["weights_only"]) == "True", path
 
 
+def test_compilation_cache_is_left_to_the_user():
+    """It is machine code that JAX trusts: none of ours turns it on, or names a folder."""
+    for path in SOURCES:
+        assert "compilation_cache" not in path.read_text("utf-8").lower(), path
+
+
 def test_downloads_are_over_https():
     for path in SOURCES:
         assert "http://" not in path.read_text("utf-8"), path

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from trix_jax import balance, dispatch
 from trix_jax.clusters import EPSILON, balanced_kmeans
 from trix_jax.clusters import rms_unit as rms_unit
-from trix_jax.typing import Array, Bool, Float, Integer, Variables
+from trix_jax.typing import Array, AxisName, Bool, Float, Integer, Variables
 
 Signature = Literal["sum", "sign"]
 Gate = Literal["none", "sigmoid", "softmax", "renormalized"]
@@ -306,7 +306,7 @@ def stability(
 
 
 def update(
-    routing: Variables, *, rate: float = 0.5, axis_name: str | None = None
+    routing: Variables, *, rate: float = 0.5, axis_name: AxisName | None = None
 ) -> dict:
     """Moves every layer's routing state by one optimizer step: selection biases go
     towards even loads.
@@ -319,7 +319,7 @@ def update(
         routing: the `"routing"` collection as returned by `apply(...,
             mutable=["routing"])`, nested as the model is.
         rate: share of the way, 0 to 1.
-        axis_name: the mapped axis over which margins are summed first; None where they
+        axis_name: the mapped axes over which margins are summed first; None where they
             are already global.
     """
     if axis_name is not None:
@@ -327,7 +327,7 @@ def update(
     return _each_layer(routing, lambda state: _update_layer(state, rate))
 
 
-def reduce(routing: Variables, axis_name: str) -> dict:
+def reduce(routing: Variables, axis_name: AxisName) -> dict:
     """Sums the margins of every layer over a mapped axis; the rest of the state is the
     same on all devices.
     """

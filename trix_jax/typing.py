@@ -32,9 +32,11 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Key, UInt8
 Scalar = Float[Array, ""] | float
 Dtype = Any
 Variables = Mapping[str, Any]
+AxisName = str | tuple[str, ...]  # mapped axes, as jax.lax.psum takes them
 
 __all__ = [
     "Array",
+    "AxisName",
     "Bool",
     "Dtype",
     "Float",

@@ -206,3 +206,17 @@ def test_doctor_passes_and_says_what_runs_where(capsys):
         "HierarchicalTriXFFN",
         "SparseLookupFFN",
     }
+
+
+@pytest.mark.parametrize(("more", "is_fine"), [("", True), ("x", False)])
+def test_deterministic_sets_a_flag_that_xla_knows(user_env, more, is_fine):
+    """XLA ends a process at its first computation if a flag is unknown to it."""
+    script = (
+        "import os; from trix_jax.cli.common import be_deterministic; be_deterministic()\n"
+        f"os.environ['XLA_FLAGS'] = os.environ['XLA_FLAGS'].replace('ops', 'ops{more}')\n"
+        "import jax; print(jax.numpy.ones(2) + 1)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=user_env, capture_output=True, check=False
+    )
+    assert (done.returncode == 0) == is_fine

@@ -12,6 +12,8 @@ import jax
 import numpy as np
 import pytest
 
+from trix_jax.cli import main
+from trix_jax.cli import train as verb  # noqa: F401  as nobody, it could not be read
 from trix_jax.lm import checkpoint
 from trix_jax.lm.data import DataConfig, prepare
 from trix_jax.lm.train import train
@@ -119,3 +121,13 @@ def test_folder_that_is_read_only_is_named(sealed):
     with pytest.raises(OSError, match=r"Step 1 could not .* denied: '.*checkpoints'"):
         checkpoint.save(sealed / "checkpoints", 1, {"w": np.zeros(3)}, {})
     assert [path.name for path in sealed.iterdir()] == ["text"]
+
+
+def test_train_verb_in_a_read_only_folder_exits_one_with_its_name(sealed, capsys):
+    place, text = sealed / "run", sealed / "text"
+    flags = ["--data.path", str(text), "--data.tokenizer", "byte"]
+    assert main(["train", "--workdir", str(place), *flags]) == 1
+    said = capsys.readouterr().err
+    assert f"{place}" in said
+    assert "Permission denied" in said
+    assert "Traceback" not in said

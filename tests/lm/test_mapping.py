@@ -14,6 +14,8 @@ from trix_jax.lm.step import init_state, make_train_step
 from trix_jax.lm.train import train
 from trix_jax.nn.transformer import TransformerLM
 
+SLICED = parallel.Spread(is_sliced=True)
+
 
 def after_steps(config, devices, mapping, steps=3):
     model = dataclasses.replace(config.model, vocab_size=40)
@@ -60,13 +62,13 @@ def test_sharded_state_gives_the_numbers_of_whole_copies_in_an_eighth_of_the_byt
 ):
     eight = jax.devices()[:8]
     copies, state = after_steps(tiny_config, eight, "shard_map")
-    slices, sharded = after_steps(tiny_config, eight, "sharded")
+    slices, sharded = after_steps(tiny_config, eight, SLICED)
     np.testing.assert_allclose(slices, copies, rtol=2e-6)
     paths = jax.tree_util.tree_leaves_with_path(state)
     for (path, x), y in zip(paths, jax.tree.leaves(sharded), strict=True):
         name = jax.tree_util.keystr(path)
         np.testing.assert_allclose(x, y, atol=1e-5, err_msg=name)
-    placed = parallel.place(sharded, eight, "sharded")
+    placed = parallel.place(sharded, eight, SLICED)
     moved = (placed.params, placed.opt_state)
     held = sum(x.addressable_data(0).nbytes for x in jax.tree.leaves(moved))
     total = sum(x.nbytes for x in jax.tree.leaves(moved))
@@ -79,7 +81,7 @@ def test_sharded_run_goes_on_with_one_device_and_evaluates_in_this_process(
 ):
     eight = jax.devices()[:8]
     run, quiet = tmp_path / "run", lambda _: None
-    train(tiny_config, run, devices=eight, is_sharded=True, report=quiet)
+    train(tiny_config, run, devices=eight, shard_state=True, report=quiet)
     losses = [
         [x["loss"] for x in metrics.read(r / "metrics.jsonl") if x["event"] == "step"]
         for r in (run, run_dir)

@@ -3,6 +3,9 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
@@ -114,17 +117,54 @@ def test_signal_in_restore_changes_nothing(tiny_config, one_device, run_dir, tmp
     assert_same_run(run, run_dir)
 
 
-def test_second_signal_acts_as_it_did_before():
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_second_signal_of_either_kind_acts_as_it_did_before(second):
     seen = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+    before = {
+        number: signal.signal(number, lambda number, _: seen.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
         with Signals() as signals:
             send(signal.SIGTERM)
             assert (signals.caught, seen) == ("SIGTERM", [])
-            send(signal.SIGTERM)
-        assert seen == [signal.SIGTERM]
+            send(second)
+            assert (signals.caught, seen) == ("SIGTERM", [second])
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.slow
+def test_second_signal_ends_a_real_run_that_does_not_come_to_its_save(
+    corpus, user_env, tmp_path
+):
+    """A step of a process that is stuck: the first signal is noted, the second kills."""
+    stuck = (
+        "import sys, time; from trix_jax.lm import train; from trix_jax.cli import main\n"
+        "train._compiled_step = lambda *_: lambda *_: (print('stuck', flush=True), time.sleep(60))\n"
+        "sys.exit(main())"
+    )
+    argv = ["train", "--workdir", tmp_path / "run", "--data.path", corpus]
+    argv += ["--model.context", "16", "--model.d-model", "16", "--model.n-layers", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", stuck, *map(str, argv)],
+        env=user_env,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        while "stuck" not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        time.sleep(1)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == -signal.SIGTERM
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
 def test_prepare_verb_stopped_exits_75_and_goes_on(tmp_path, monkeypatch, capsys):

@@ -29,17 +29,24 @@ TRIX = "import sys; from trix_jax.cli import main; sys.exit(main())"
 PATIENCE = 90  # seconds within which a process must notice that another died
 
 
-def start(run: Path, corpus: Path, env: dict[str, str], count: int):
+def start(
+    run: Path,
+    corpus: Path,
+    env: dict[str, str],
+    count: int,
+    program: str = TRIX,
+    more: tuple[str, ...] = (),
+):
     """Starts the processes of one run, each with one CPU device."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    argv = ["train", "--workdir", run, "--data.path", corpus, *FLAGS]
+    argv = ["train", "--workdir", run, "--data.path", corpus, *FLAGS, *more]
     argv += ["--distributed"] if count > 1 else []
     many = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
     return [
         subprocess.Popen(
-            [sys.executable, "-c", TRIX, *map(str, argv)],
+            [sys.executable, "-c", program, *map(str, argv)],
             env={**env, **many, "JAX_PROCESS_ID": str(i)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -158,3 +165,26 @@ def test_first_process_killed_stops_the_other(corpus, user_env, tmp_path):
     codes, said = wait_all(processes, PATIENCE)
     assert codes[1] not in (0, 75), said
     assert checkpoint.newest_good(run / "checkpoints") == 20
+
+
+def test_spread_tiles_give_the_same_losses_and_a_silent_process_stops_the_other(
+    two, corpus, user_env, tmp_path
+):
+    """Stopped, not dead: its connections stay open, only the heartbeat is missing."""
+    run, wait = tmp_path / "run", 10
+    program = f"from trix_jax.lm import hosts; hosts.TIMEOUT_SECONDS = {wait}; {TRIX}"
+    processes = start(run, corpus, user_env, 2, program, ("--shard-tiles", "2"))
+    wait_for_step(run, 25, processes)
+    os.kill(processes[1].pid, signal.SIGSTOP)
+    stopped = time.monotonic()
+    try:
+        code = processes[0].wait(PATIENCE)
+        seconds = time.monotonic() - stopped
+    finally:
+        for process in processes:
+            process.kill()
+    _, said = wait_all(processes)
+    assert code not in (0, 75), said
+    assert checkpoint.newest_good(run / "checkpoints") == 20
+    np.testing.assert_allclose(losses(run)[:20], losses(two)[:20], rtol=1e-4)
+    print(f"the other process stopped {seconds:.1f} s after; heartbeat {wait} s")

@@ -42,6 +42,27 @@ def test_permuting_tokens_permutes_outputs(ffn):
     )
 
 
+def test_scaling_a_tiles_signature_changes_no_route(ffn):
+    """A tile is not found more often for being larger: addresses have unit RMS."""
+    chance, variables = np.random.default_rng(0), ffn.variables()
+    leaf = ("tiles", "up", "kernel") if "lookup" not in ffn.name else ("directions",)
+    scaled = jax.tree_util.tree_map_with_path(
+        lambda path, w: (
+            w * 2.0 ** chance.integers(-3, 4, (len(w), *[1] * (w.ndim - 1)))
+            if tuple(key.key for key in path) == leaf
+            else w
+        ),
+        variables["params"],
+    )
+    moved = jax.tree.map(lambda a, b: np.any(a != b), scaled, variables["params"])
+    assert sum(jax.tree.leaves(moved)) == 1
+    routes = [
+        ffn.apply({**variables, "params": params}, ffn.x)[1].tiles
+        for params in (variables["params"], scaled)
+    ]
+    np.testing.assert_array_equal(*routes)
+
+
 def test_vmap_equals_one_call(ffn_kind):
     layer, variables = ffn_kind.layer, ffn_kind.variables()
     y, info, _ = jit(jax.vmap(lambda x: layer.apply(variables, x)))(ffn_kind.x)

@@ -31,6 +31,8 @@ class Args:
     """Spread parameters and optimizer state over the devices, for models that do not
     fit.
     """
+    shard_tiles: int = 1
+    """Spread the tiles of each layer over this many devices; tokens travel to them."""
     trace_steps: int = 0
     """Trace this many steps into DIR/trace, for xprof."""
     json: bool = False
@@ -53,7 +55,8 @@ def main(argv: list[str]) -> None:
         resume=args.resume,
         reference=reference,
         other_data=args.other_data,
-        is_sharded=args.shard_state,
+        shard_state=args.shard_state,
+        shard_tiles=args.shard_tiles,
         trace_steps=args.trace_steps,
         report=report,
     )

@@ -11,16 +11,18 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
+from trix_jax.lm import parallel
 from trix_jax.lm.config import TrainConfig
 from trix_jax.lm.optimizer import make_optimizer
-from trix_jax.lm.step import AXIS, init_state, make_train_step
+from trix_jax.lm.step import init_state, make_train_step
 from trix_jax.nn.transformer import TransformerConfig, TransformerLM
 from trix_kernels import aot
 from trix_kernels.gpu_specs import GPUS, target_config
@@ -47,6 +49,16 @@ CONFIGS = {
         dtype="bfloat16",
     ),
 }
+HIERARCHICAL, DENSE = CONFIGS
+STEPS: list[tuple[str, str, int, parallel.Mapping]] = [
+    (HIERARCHICAL, "", 1, "shard_map"),
+    (HIERARCHICAL, "", 8, "shard_map"),
+    (HIERARCHICAL, "state sliced", 8, parallel.Spread(is_sliced=True)),
+    (HIERARCHICAL, "tiles over 8", 8, parallel.Spread(8)),
+    (HIERARCHICAL, "tiles over 4", 8, parallel.Spread(4)),
+    (DENSE, "", 1, "shard_map"),
+    (DENSE, "", 8, "shard_map"),
+]
 BATCH = 32  # sequences a GPU
 COLLECTIVES = re.compile(
     r"(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
@@ -76,29 +88,31 @@ def report(target: str) -> list[dict[str, Any]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compile_step(model: TransformerConfig, target: str, devices: int) -> dict[str, Any]:
-    """Compiles one data-parallel step, `jit(shard_map(step))`, and reads what it needs."""
+def compile_step(
+    model: TransformerConfig,
+    target: str,
+    devices: int,
+    mapping: parallel.Mapping = "shard_map",
+) -> dict[str, Any]:
+    """Compiles one step as the training lane maps it, and reads what it needs."""
     topology = topologies.get_topology_desc(
         platform="cuda",
         target_config=target_config(GPUS[target]),
         topology=f"1x{devices}x1",
     )
-    mesh = topologies.make_mesh(topology, (devices,), (AXIS,))
+    sizes = parallel.axis_sizes(devices, mapping)
+    mesh = topologies.make_mesh(topology, tuple(sizes.values()), tuple(sizes))
     config = TrainConfig(steps=1000, batch_size=BATCH * devices)
-    optimizer = make_optimizer(config)
-    step = make_train_step(TransformerLM(model), optimizer, config, AXIS)
-    everywhere, split = PartitionSpec(), PartitionSpec(None, AXIS)
-    sharded = jax.shard_map(
-        step,
-        mesh=mesh,
-        in_specs=(everywhere, split),
-        out_specs=everywhere,
-        check_vma=False,
+    lm, optimizer = TransformerLM(model), make_optimizer(config)
+    make = partial(make_train_step, lm, optimizer, config)
+    state = jax.eval_shape(lambda: init_state(lm, optimizer, 0))
+    place = lambda x, spec: jax.ShapeDtypeStruct(  # noqa: E731
+        x.shape, x.dtype, sharding=NamedSharding(mesh, spec)
     )
-    state = jax.eval_shape(lambda: init_state(TransformerLM(model), optimizer, 0))
-    state = jax.tree.map(lambda x: _abstract(x.shape, x.dtype, mesh, everywhere), state)
-    batch = _abstract((1, BATCH * devices, model.context + 1), jnp.int32, mesh, split)
-    compiled = jax.jit(sharded, donate_argnums=0).lower(state, batch).compile()
+    state = jax.tree.map(place, state, parallel.state_specs(state, mesh, mapping))
+    batch = jax.ShapeDtypeStruct((1, BATCH * devices, model.context + 1), jnp.int32)
+    batch = place(batch, parallel.rows_over(mesh))
+    compiled = parallel.shard_mapped(make, mesh, mapping).lower(state, batch).compile()
     memory: Any = compiled.memory_analysis()
     found = Counter(COLLECTIVES.findall(compiled.as_text() or ""))
     return {
@@ -110,16 +124,15 @@ def compile_step(model: TransformerConfig, target: str, devices: int) -> dict[st
     }
 
 
-def _abstract(shape, dtype, mesh: Mesh, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-
-
 def main(target: str) -> list[dict[str, Any]]:
     """Compiles in this process."""
     return [
-        {"name": name, "target": target, **compile_step(model, target, devices)}
-        for name, model in CONFIGS.items()
-        for devices in (1, 8)
+        {
+            "name": f"{name}, {how}" if how else name,
+            "target": target,
+            **compile_step(CONFIGS[name], target, devices, mapping),
+        }
+        for name, how, devices, mapping in STEPS
     ]
 
 

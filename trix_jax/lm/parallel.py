@@ -2,14 +2,14 @@
 `jax.pmap` or `jax.shard_map`.
 
 The batch is split along its second axis, `[accumulate, B, L + 1]`. Parameters are
-replicated, or with "sharded" each device has slices (`trix_jax.lm.sharding`).
+replicated, or with `Spread` each device has its part (`trix_jax.lm.sharding`).
 `jax.pmap` maps over the devices of one process, `jax.shard_map` over those of one or
 many; a test holds them to the same numbers.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import flax.jax_utils
 import jax
@@ -18,17 +18,31 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from trix_jax.lm.sharding import slices_of, specs_of
+from trix_jax.lm.sharding import TILE_AXIS, layout_of, specs_of
 from trix_jax.lm.step import AXIS, TrainState
+from trix_jax.nn.transformer import TransformerConfig
 
-Mapping = Literal["jit", "pmap", "shard_map", "sharded"]
+
+class Spread(NamedTuple):
+    """`jax.shard_map` over parts of the state.
+
+    Attributes:
+        tiles: devices that the tiles of a layer are spread over; 1 keeps them together.
+        is_sliced: whether what is not cut by tile is sliced.
+    """
+
+    tiles: int = 1
+    is_sliced: bool = False
+
+
+Mapping = Literal["jit", "pmap", "shard_map"] | Spread
 Devices = Sequence[jax.Device]
 
 
-def mapping_over(devices: Devices, is_sharded: bool = False) -> Mapping:
+def mapping_over(devices: Devices, is_sliced: bool = False, tiles: int = 1) -> Mapping:
     """How a step is mapped over devices unless somebody says otherwise."""
-    if is_sharded and len(devices) > 1:
-        return "sharded"
+    if len(devices) > 1 and (is_sliced or tiles > 1):
+        return Spread(tiles, is_sliced)
     if any(device.process_index != jax.process_index() for device in devices):
         return "shard_map"
     return "jit" if len(devices) == 1 else "pmap"
@@ -39,7 +53,7 @@ def compile_step(
     devices: Devices,
     mapping: Mapping | None = None,
 ) -> Callable:
-    """Compiles `make_step(axis_name)`, or `make_step(axis_name, slices)` if sharded, a
+    """Compiles `make_step(axis_name)`, or `make_step(axis_name, layout)` if spread, a
     `(state, batch) -> (state, metrics)`; the state's buffers are reused.
 
     Returns a function that takes a placed state (see `place`) and a host batch
@@ -50,7 +64,7 @@ def compile_step(
             return jax.jit(make_step(None), donate_argnums=0)
         case "pmap":
             return _pmapped(make_step, devices)
-        case "shard_map" | "sharded" as kind:
+        case kind:
             return _shard_mapped(make_step, devices, kind)
 
 
@@ -74,29 +88,48 @@ def _pmapped(make_step: Callable[..., Callable], devices: Devices) -> Callable:
 def _shard_mapped(
     make_step: Callable[..., Callable], devices: Devices, mapping: Mapping
 ) -> Callable:
-    mesh, rows = _mesh(devices), P(None, AXIS)
+    mesh = _mesh(devices, mapping)
+    mapped = shard_mapped(make_step, mesh, mapping)
+    split = NamedSharding(mesh, rows_over(mesh))
+
+    def step(state, batch):
+        cut = jax.make_array_from_callback(batch.shape, split, lambda at: batch[at])
+        return mapped(state, cut)
+
+    return step
+
+
+def shard_mapped(
+    make_step: Callable[..., Callable], mesh: Mesh, mapping: Mapping
+) -> jax.stages.Wrapped:
+    """`jit(shard_map(step))` over a mesh, a function of a state and a batch that lie as
+    `state_specs` and `rows_over` say.
+    """
 
     @partial(jax.jit, donate_argnums=0)
     def mapped(state, batch):
-        slices = slices_of(state.params, AXIS, len(devices))
-        step = make_step(AXIS, slices) if mapping == "sharded" else make_step(AXIS)
-        specs = _specs(state, len(devices), mapping)
+        if isinstance(mapping, Spread):
+            layout = layout_of(state.params, dict(mesh.shape), mapping.is_sliced)
+            step = make_step(layout.axes, layout)
+        else:
+            step = make_step(AXIS)
+        specs = state_specs(state, mesh, mapping)
         # With the check on, gradients of replicated arguments arrive summed over the
         # axis already.
         return jax.shard_map(
             step,
             mesh=mesh,
-            in_specs=(specs, rows),
+            in_specs=(specs, rows_over(mesh)),
             out_specs=(specs, P()),
             check_vma=False,
         )(state, batch)
 
-    def step(state, batch):
-        split = NamedSharding(mesh, rows)
-        cut = jax.make_array_from_callback(batch.shape, split, lambda at: batch[at])
-        return mapped(state, cut)
+    return mapped
 
-    return step
+
+def rows_over(mesh: Mesh) -> P:
+    """How a batch lies on the mesh: its rows over all axes."""
+    return P(None, mesh.axis_names)
 
 
 def check_batch(batch_size: int, accumulate: int, devices: Devices) -> None:
@@ -107,6 +140,25 @@ def check_batch(batch_size: int, accumulate: int, devices: Devices) -> None:
         )
 
 
+def check_spread(model: TransformerConfig, tiles: int, devices: Devices) -> None:
+    """Raises a ValueError unless a model's tiles spread evenly over `tiles` devices."""
+    if tiles == 1:
+        return
+    if tiles < 1 or len(devices) % tiles:
+        raise ValueError(
+            f"shard_tiles={tiles} must be at least 1 and divide the {len(devices)} devices."
+        )
+    if model.ffn not in ("sparse", "hierarchical"):
+        raise ValueError(
+            f"shard_tiles={tiles} needs tiles with weights: model.ffn 'sparse' or "
+            f"'hierarchical'. Got {model.ffn!r}."
+        )
+    if model.num_tiles % tiles:
+        raise ValueError(
+            f"shard_tiles={tiles} must divide model.num_tiles={model.num_tiles}."
+        )
+
+
 def place(state: Any, devices: Devices, mapping: Mapping | None = None) -> Any:
     """Puts a state on the devices: as it is on one, a copy each on several."""
     match mapping or mapping_over(devices):
@@ -114,9 +166,9 @@ def place(state: Any, devices: Devices, mapping: Mapping | None = None) -> Any:
             return jax.device_put(state, devices[0])
         case "pmap":
             return flax.jax_utils.replicate(state, list(devices))
-        case "shard_map" | "sharded" as kind:
-            state, mesh = jax.device_get(state), _mesh(devices)
-            specs = _specs(state, len(devices), kind)
+        case kind:
+            state, mesh = jax.device_get(state), _mesh(devices, kind)
+            specs = state_specs(state, mesh, kind)
             return jax.tree.map(partial(_put, mesh), state, specs)
 
 
@@ -129,22 +181,30 @@ def fetch(state: Any, devices: Devices, mapping: Mapping | None = None) -> Any:
             return jax.device_get(flax.jax_utils.unreplicate(state))
         case "shard_map":
             return jax.device_get(jax.tree.map(lambda x: x.addressable_data(0), state))
-        case "sharded":
+        case Spread():
             return jax.tree.map(_whole, state)
 
 
-def _mesh(devices: Devices) -> Mesh:
-    return Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
+def _mesh(devices: Devices, mapping: Mapping) -> Mesh:
+    sizes = axis_sizes(len(devices), mapping)
+    grid = np.asarray(devices).reshape(*sizes.values())
+    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def _specs(state: TrainState, count: int, mapping: Mapping) -> TrainState:
+def axis_sizes(devices: int, mapping: Mapping) -> dict[str, int]:
+    """The mesh: ("data", "tile") where tiles are spread, else ("data",)."""
+    tiles = mapping.tiles if isinstance(mapping, Spread) else 1
+    return {AXIS: devices // tiles} | ({TILE_AXIS: tiles} if tiles > 1 else {})
+
+
+def state_specs(state: TrainState, mesh: Mesh, mapping: Mapping) -> TrainState:
     """How a state lies on the mesh."""
     specs = jax.tree.map(lambda _: P(), state)
-    if mapping != "sharded":
+    if not isinstance(mapping, Spread):
         return specs
+    how = dict(mesh.shape), mapping.is_sliced
     return specs._replace(
-        params=specs_of(state.params, AXIS, count),
-        opt_state=specs_of(state.opt_state, AXIS, count),
+        params=specs_of(state.params, *how), opt_state=specs_of(state.opt_state, *how)
     )
 
 

@@ -1,5 +1,5 @@
 """Stopping politely: the first SIGTERM or SIGINT is noted for the loop to save, a
-second one acts as usual.
+second one, of either kind, acts as usual.
 """
 
 import contextlib
@@ -34,8 +34,7 @@ class Signals:
         return self
 
     def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._restore()
 
     @contextlib.contextmanager
     def at_once(self, state: str) -> Iterator[None]:
@@ -53,8 +52,12 @@ class Signals:
 
     def _note(self, number, _frame):
         self.caught = signal.Signals(number).name
-        signal.signal(number, self._before[number])
+        self._restore()
         if self._state:
             raise Interrupted(
                 f"stopped by {self.caught} {self._state}. The same command goes on."
             )
+
+    def _restore(self):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -13,9 +13,9 @@ import optax
 from trix_jax import routing
 from trix_jax.lm.config import TrainConfig
 from trix_jax.lm.optimizer import clip, learning_rate_schedule, updates_done
-from trix_jax.lm.sharding import Slices
+from trix_jax.lm.sharding import Layout
 from trix_jax.nn.transformer import TransformerConfig, TransformerLM
-from trix_jax.typing import Array, Float, Int, Integer
+from trix_jax.typing import Array, AxisName, Float, Int, Integer
 
 AXIS = "data"
 
@@ -97,8 +97,8 @@ def make_train_step(
     model: TransformerLM,
     optimizer: optax.GradientTransformation,
     config: TrainConfig,
-    axis_name: str | None = None,
-    slices: Slices | None = None,
+    axis_name: AxisName | None = None,
+    layout: Layout | None = None,
 ) -> Callable[
     [TrainState, Integer[Array, "accumulate B tokens"]], tuple[TrainState, Metrics]
 ]:
@@ -109,13 +109,14 @@ def make_train_step(
     a mapped axis the model's balance loss sees the load of all devices, so that the
     result is one device's up to the order of additions.
 
-    With `slices` the state's parameters and moments are this device's slices.
+    With `layout` the state's parameters and moments are this device's parts.
 
     Where loss or gradient norm is not finite, on all devices alike, the new state is
     the old one but for its step number: parameters, optimizer and routing stay bit for
     bit.
     """
-    model = model.clone(axis_name=axis_name)
+    tile_axis = layout.tile_axis if layout else None
+    model = model.clone(axis_name=axis_name, tile_axis=tile_axis)
     schedule = learning_rate_schedule(config)
     mean = (
         (lambda tree: jax.lax.pmean(tree, axis_name))
@@ -124,6 +125,7 @@ def make_train_step(
     )
 
     def loss_fn(params, routing_state, tokens, key, progress):
+        params = layout.gathered(params) if layout else params
         variables = {"params": params, "routing": routing_state}
         (logits, infos, aux), mutated = model.apply(
             variables,
@@ -149,23 +151,23 @@ def make_train_step(
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
         keys = jax.random.split(key, batch.shape[0])
         progress = state.step / config.steps
-        params = slices.whole(state.params) if slices else state.params
 
         def micro(routing_state, inputs):
             tokens, key = inputs
             (_, out), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-                params, routing_state, tokens, key, progress
+                state.params, routing_state, tokens, key, progress
             )
             loss, aux, counts, routing_state = out
             return routing_state, (grads, loss, aux, counts)
 
         routing_state, outputs = jax.lax.scan(micro, state.routing, (batch, keys))
-        grads, loss, aux = mean(jax.tree.map(lambda x: x.mean(axis=0), outputs[:3]))
+        grads, loss, aux = jax.tree.map(lambda x: x.mean(axis=0), outputs[:3])
+        grads = layout.mean(grads) if layout else mean(grads)
+        loss, aux = mean((loss, aux))
         counts = outputs[3].sum(axis=0)
         counts = jax.lax.psum(counts, axis_name) if axis_name else counts
-        grad_norm = optax.tree.norm(grads)
+        grad_norm = layout.norm(grads) if layout else optax.tree.norm(grads)
         grads = clip(grads, grad_norm, config.clip)
-        grads = slices.own(grads) if slices else grads
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         metrics = Metrics(

@@ -51,7 +51,8 @@ def train(
     reference: TransformerConfig | None = None,
     devices: Sequence[jax.Device] | None = None,
     other_data: bool = False,
-    is_sharded: bool = False,
+    shard_state: bool = False,
+    shard_tiles: int = 1,
     trace_steps: int = 0,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -68,7 +69,8 @@ def train(
         devices: what to train on, `jax.pmap` over several; None takes all,
             `jax.shard_map` over those of several processes.
         other_data: go on with a run though the data is not what it was trained on.
-        is_sharded: spread parameters and optimizer state over the devices.
+        shard_state: slice parameters and optimizer state over the devices.
+        shard_tiles: devices that the tiles of a layer are spread over.
         trace_steps: steps to trace into `workdir/trace`, for xprof.
         report: takes one-line messages.
 
@@ -81,11 +83,13 @@ def train(
     workdir = Path(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"workdir must be a folder, or new. Got {workdir}, a file.")
+    parallel.check_spread(config.model, shard_tiles, devices or jax.devices())
     with Signals() as signals:
         with signals.at_once(f"before its first step; {workdir} is as it was"):
             step = _resume_step(workdir, resume, report)
             run = _open(config, workdir, step, reference, devices, report)
-            run = run._replace(mapping=parallel.mapping_over(run.devices, is_sharded))
+            mapping = parallel.mapping_over(run.devices, shard_state, shard_tiles)
+            run = run._replace(mapping=mapping)
             position = restore(run, step, report, other_data)
         with (
             metrics.open_log(workdir, position.step, hosts.is_first()) as log,

@@ -14,7 +14,7 @@ from trix_jax.nn.sparse_lookup_ffn import SparseLookupFFN
 from trix_jax.nn.tiles import Aux, activation, check_input
 from trix_jax.routing import RoutingConfig, RoutingInfo
 from trix_jax.ternary import TernaryConfig
-from trix_jax.typing import Array, Dtype, Float, Integer, Scalar
+from trix_jax.typing import Array, AxisName, Dtype, Float, Integer, Scalar
 
 
 class DenseFFN(nn.Module):
@@ -89,7 +89,8 @@ class Block(nn.Module):
     down_init: Callable | None = dataclasses.field(default=None, kw_only=True)
     dtype: Dtype | None = dataclasses.field(default=None, kw_only=True)
     param_dtype: Dtype = dataclasses.field(default=jnp.float32, kw_only=True)
-    axis_name: str | None = dataclasses.field(default=None, kw_only=True)
+    axis_name: AxisName | None = dataclasses.field(default=None, kw_only=True)
+    tile_axis: str | None = dataclasses.field(default=None, kw_only=True)
 
     FFN: ClassVar[type[nn.Module]] = DenseFFN
 

@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from trix_jax import balance, routing
 from trix_jax.nn import steering
-from trix_jax.typing import Array, Float, Integer
+from trix_jax.typing import Array, AxisName, Float, Integer
 
 
 class Route(NamedTuple):
@@ -49,7 +49,7 @@ class Router(nn.Module):
     num_clusters: int = 0
     top_k_clusters: int = 1
     config: routing.RoutingConfig = routing.RoutingConfig()
-    axis_name: str | None = None
+    axis_name: AxisName | None = None
 
     @nn.compact
     def __call__(

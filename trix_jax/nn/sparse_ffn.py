@@ -14,7 +14,7 @@ from trix_jax.nn.tiles import (
 )
 from trix_jax.routing import RoutingConfig
 from trix_jax.ternary import TernaryConfig
-from trix_jax.typing import Array, Dtype, Float, Integer, Scalar
+from trix_jax.typing import Array, AxisName, Dtype, Float, Integer, Scalar
 
 
 class SparseTriXFFN(nn.Module):
@@ -39,6 +39,9 @@ class SparseTriXFFN(nn.Module):
         dtype: of the computation; None follows the input.
         axis_name: mapped axis over which the balance loss sees the load, as in
             `nn.BatchNorm`.
+        tile_axis: mapped axis that the tiles are spread over
+            (`trix_jax.expert_parallel`): a device has its own, and parameters of theirs
+            only.
 
     Raises:
         ValueError: sizes that do not divide, K outside 1..N, an input whose last axis
@@ -61,7 +64,8 @@ class SparseTriXFFN(nn.Module):
     down_init: Callable | None = None
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
-    axis_name: str | None = None
+    axis_name: AxisName | None = None
+    tile_axis: str | None = None
 
     @nn.compact
     def __call__(
@@ -104,6 +108,7 @@ class SparseTriXFFN(nn.Module):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             axis_name=self.axis_name,
+            tile_axis=self.tile_axis,
             name="tiles",
         )
         y, info, aux = tiles(x, train, progress, token_ids)

@@ -17,7 +17,7 @@ from trix_jax.nn.tiles import (
 )
 from trix_jax.routing import RoutingConfig
 from trix_jax.ternary import TernaryConfig
-from trix_jax.typing import Array, Dtype, Float, Integer, Scalar
+from trix_jax.typing import Array, AxisName, Dtype, Float, Integer, Scalar
 
 SPLINE_THRESHOLD = (
     0.3  # the original's, on N(0, 0.5^2) coefficients: 55 in 100 are not zero
@@ -67,7 +67,7 @@ class SparseLookupFFN(nn.Module):
     routing: RoutingConfig = RoutingConfig()
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
-    axis_name: str | None = None
+    axis_name: AxisName | None = None
 
     @nn.compact
     def __call__(

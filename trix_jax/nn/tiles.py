@@ -3,18 +3,19 @@ the FFNs around them share.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from trix_jax import dispatch, ops, routing
+from trix_jax import dispatch, expert_parallel, ops, routing
 from trix_jax.nn.kernel import TernaryKernel
 from trix_jax.nn.router import Route, Router
 from trix_jax.ops import PACKED
 from trix_jax.routing import RoutingConfig, RoutingInfo
 from trix_jax.ternary import TernaryConfig
-from trix_jax.typing import Array, Dtype, Float, Integer, Scalar
+from trix_jax.typing import Array, AxisName, Dtype, Float, Integer, Scalar
 
 Aux = dict[str, Float[Array, ""]]
 Output = tuple[Float[Array, "*B D"], RoutingInfo, Aux]
@@ -55,16 +56,32 @@ def tile_ffn(
     down: ops.Weights,
     shape: tuple[int, int],
     act: Callable,
+    tile_axis: str | None = None,
 ) -> Float[Array, "T D"]:
     """Computes `sum_k gate_tk * (act((h_t @ q_up) * s_up) @ q_down) * s_down` over the
     tiles k chosen for token t.
 
     Args:
         shape: N and F.
+        tile_axis: mapped axis that the tiles, and with them `up` and `down`, are spread
+            over; None has them all here.
     """
-    num_tiles, tile_width = shape
-    rows = dispatch.block_rows(route.tiles.size, num_tiles)
-    plan = dispatch.make_plan(route.tiles, num_tiles, max(rows, ops.least_rows(up)))
+    compute = partial(_outputs, tile_width=shape[1], act=act)
+    if tile_axis is None:
+        y_TKD = compute(h, route.tiles, (up, down))
+    else:
+        y_TKD = expert_parallel.route_tiles(
+            compute, h, route.tiles, (up, down), shape[0], tile_axis
+        )
+    return (y_TKD * route.gates[..., None]).sum(axis=1).astype(h.dtype)
+
+
+def _outputs(h, tiles, weights, *, tile_width, act):
+    """What each chosen tile makes of its token."""
+    up, down = weights
+    num_tiles = up[0].shape[0]
+    rows = dispatch.block_rows(tiles.size, num_tiles)
+    plan = dispatch.make_plan(tiles, num_tiles, max(rows, ops.least_rows(up)))
     y = ops.tile_ffn(
         dispatch.to_blocks(h, plan),
         up,
@@ -74,8 +91,7 @@ def tile_ffn(
         act,
         plan.used,
     )
-    y_TKD = dispatch.from_blocks(y, plan)
-    return (y_TKD * route.gates[..., None]).sum(axis=1).astype(h.dtype)
+    return dispatch.from_blocks(y, plan)
 
 
 class RoutedTiles(nn.Module):
@@ -98,7 +114,8 @@ class RoutedTiles(nn.Module):
     down_init: Callable | None = None
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
-    axis_name: str | None = None
+    axis_name: AxisName | None = None
+    tile_axis: str | None = None
 
     @nn.compact
     def __call__(
@@ -109,12 +126,15 @@ class RoutedTiles(nn.Module):
         token_ids: Integer[Array, "*B"] | None = None,
     ) -> Output:
         n, d, f = self.num_tiles, x.shape[-1], self.tile_width
+        axis = None if self.is_initializing() else self.tile_axis
+        parts = 1 if axis is None else jax.lax.axis_size(axis)
+        held = check_divides("num_tiles", n, f"devices of {axis}", parts)
         common = {"config": self.ternary, "param_dtype": self.param_dtype}
-        up = TernaryKernel((n, d, f), kernel_init=self.up_init, name="up", **common)(
+        up = TernaryKernel((held, d, f), kernel_init=self.up_init, name="up", **common)(
             progress
         )
         down = TernaryKernel(
-            (n, f, d), kernel_init=self.down_init, name="down", **common
+            (held, f, d), kernel_init=self.down_init, name="down", **common
         )(progress)
         router = Router(
             n,
@@ -127,9 +147,11 @@ class RoutedTiles(nn.Module):
         )
         tokens = x.reshape(-1, d).astype(self.dtype or x.dtype)
         ids = None if token_ids is None else token_ids.reshape(-1)
-        signature = routing.signatures(self._signature_sums(up), self.routing.signature)
+        sums = self._signature_sums(up, axis)
+        signature = routing.signatures(sums, self.routing.signature)
         route, info, aux = router(tokens, signature, train, ids)
-        y = tile_ffn(tokens, route, up, down, (n, f), activation(self.activation))
+        act = activation(self.activation)
+        y = tile_ffn(tokens, route, up, down, (n, f), act, axis)
         return y.reshape(x.shape).astype(x.dtype), in_shape_of(info, x), aux
 
     def pack(self, params: dict, packed: dict) -> dict[str, Array]:
@@ -140,10 +162,12 @@ class RoutedTiles(nn.Module):
         up = ops.unpack(ops.Packed(**packed["up"]), self.tile_width)
         return {"signature_sums": up.q.sum(axis=-1).astype(jnp.int16)}
 
-    def _signature_sums(self, up: ops.Weights) -> Float[Array, "N D"]:
+    def _signature_sums(self, up: ops.Weights, axis: str | None) -> Float[Array, "N D"]:
+        """Of all tiles, wherever they are."""
         if isinstance(up, ops.Packed):
             return self.get_variable(PACKED, "signature_sums").astype(jnp.float32)
-        return up.q.sum(axis=-1)
+        sums = up.q.sum(axis=-1)
+        return sums if axis is None else jax.lax.all_gather(sums, axis, tiled=True)
 
 
 def in_shape_of(info: RoutingInfo, x: Float[Array, "*B D"]) -> routing.RoutingInfo:

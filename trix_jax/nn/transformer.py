@@ -23,7 +23,7 @@ from trix_jax.nn.tiles import (
 )
 from trix_jax.routing import RoutingConfig, RoutingInfo
 from trix_jax.ternary import TernaryConfig
-from trix_jax.typing import Array, Float, Integer, Scalar
+from trix_jax.typing import Array, AxisName, Float, Integer, Scalar
 
 FFNKind = Literal["hierarchical", "sparse", "lookup", "dense"]
 ComputeDtype = Literal["float32", "bfloat16"]
@@ -156,6 +156,8 @@ class TransformerLM(nn.Module):
         config: see `TransformerConfig`.
         axis_name: mapped axis over which balance losses see the load, as in
             `nn.BatchNorm`.
+        tile_axis: mapped axis that the tiles of sparse and hierarchical FFNs are spread
+            over.
 
     References:
         nanoGPT, https://github.com/karpathy/nanoGPT. Radford et al., 2019, "Language
@@ -163,7 +165,8 @@ class TransformerLM(nn.Module):
     """
 
     config: TransformerConfig
-    axis_name: str | None = None
+    axis_name: AxisName | None = None
+    tile_axis: str | None = None
 
     @nn.compact
     def __call__(
@@ -212,7 +215,7 @@ class TransformerLM(nn.Module):
         x = nn.Dropout(c.dropout)(x, deterministic=not train)
         infos, losses = [], []
         for i in range(c.n_layers):
-            block = make_block(c, self.axis_name, f"block_{i:02d}")
+            block = make_block(c, self.axis_name, f"block_{i:02d}", self.tile_axis)
             x, info, aux = block(x, train, decode, progress=progress, token_ids=tokens)
             infos.append(info)
             losses.append(aux)
@@ -230,7 +233,12 @@ class TransformerLM(nn.Module):
         return logits.astype(jnp.float32), tuple(infos), aux
 
 
-def make_block(config: TransformerConfig, axis_name: str | None, name: str) -> Block:
+def make_block(
+    config: TransformerConfig,
+    axis_name: AxisName | None,
+    name: str,
+    tile_axis: str | None = None,
+) -> Block:
     """The block that a config asks for; residual projections start smaller by `sqrt(2 *
     n_layers)`, as in GPT-2.
     """
@@ -244,6 +252,7 @@ def make_block(config: TransformerConfig, axis_name: str | None, name: str) -> B
         "down_init": nn.initializers.normal(0.02 / (2 * c.n_layers) ** 0.5),
         "dtype": jnp.dtype(c.dtype),
         "axis_name": axis_name,
+        "tile_axis": tile_axis,
         "name": name,
     }
     if c.ffn == "dense":
