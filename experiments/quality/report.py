@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "shakespeare-char.json"
 COLOURS = ("#000000", "#0072b2", "#56b4e9", "#d55e00", "#009e73")
-SWEPT = ("dense", "sparse-16-top4", "sparse-4", "hierarchical-16", "lookup-16")
+SWEPT = ("dense-512", "sparse-16-top4", "sparse-4", "hierarchical-16", "lookup-16")
 NANOGPT_RATE = 1e-3
 
 
@@ -26,7 +26,7 @@ def main() -> None:
         "![Loss over learning rate](results/learning_rates.png)\n",
         table_of_arms(by_arm, best),
         table_of_rates(by_arm),
-        reproduction(by_arm["dense"][NANOGPT_RATE]),
+        reproduction(by_arm["dense-512"][NANOGPT_RATE]),
         ablation(by_arm),
     ]
     (HERE / "REPORT.md").write_text(
@@ -53,9 +53,9 @@ def table_of_arms(by_arm: dict, best: dict) -> str:
         runs = list(by_arm[arm][rate].values())
         one = runs[0]
         entropy = (
-            "" if arm == "dense" else f"{min(r['min_entropy_share'] for r in runs):.3f}"
+            "" if arm == "dense-512" else f"{min(r['min_entropy_share'] for r in runs):.3f}"
         )
-        dead = "" if arm == "dense" else str(max(r["dead_tiles"] for r in runs))
+        dead = "" if arm == "dense-512" else str(max(r["dead_tiles"] for r in runs))
         rows.append(
             f"| {arm} | {rate:g}{edge(by_arm[arm], rate)} | {len(runs)} | {spread(runs)} | "
             f"{one['ffn_active'] / (2 * 128 * 4):.0f} | {one['ffn_bits']:,} | {entropy} | {dead} |"
