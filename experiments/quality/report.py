@@ -53,7 +53,9 @@ def table_of_arms(by_arm: dict, best: dict) -> str:
         runs = list(by_arm[arm][rate].values())
         one = runs[0]
         entropy = (
-            "" if arm == "dense-512" else f"{min(r['min_entropy_share'] for r in runs):.3f}"
+            ""
+            if arm == "dense-512"
+            else f"{min(r['min_entropy_share'] for r in runs):.3f}"
         )
         dead = "" if arm == "dense-512" else str(max(r["dead_tiles"] for r in runs))
         rows.append(
