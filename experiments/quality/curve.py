@@ -10,6 +10,7 @@ end "above" the widest: nothing is extrapolated.
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -110,7 +111,7 @@ def doublings(dense: Losses, arms: Sequence[float]) -> list[Doubling]:
     deviation = pooled_deviation(list(dense.values()))
     means = {w: float(np.mean(dense[w])) for w in widths}
     steps = []
-    for narrow, wide in zip(widths, widths[1:], strict=False):
+    for narrow, wide in pairwise(widths):
         inverse = 1 / len(dense[narrow]) + 1 / len(dense[wide])
         needed = any(means[wide] <= loss <= means[narrow] for loss in arms)
         error = deviation * math.sqrt(inverse)

@@ -1,8 +1,9 @@
 """What is asked of each setting: arms, their groups, and the order of training.
 
 An arm is a name and the flags that make it from the setting's preset. A step of a plan
-asks a group for some seeds: one seed is the sweep that brackets every arm's learning
-rate, more train at the rate which that found. `run.next_run` turns a plan and the
+asks a group for some seeds: none is a first look at the rate where the sweep starts, one
+is the sweep that brackets every arm's learning rate, more train at the rate which that
+found. `run.next_run` turns a plan and the
 results so far into the run that comes next, so the order here is the order of expected
 value.
 """
@@ -31,7 +32,9 @@ class Arm:
 
 
 class Step(NamedTuple):
-    """Trains `seeds` seeds of every arm of a group."""
+    """Trains `seeds` seeds of every arm of a group, at bracketed rates; 0 is one seed at
+    each arm's `start` alone.
+    """
 
     group: str
     seeds: int
@@ -140,8 +143,8 @@ SHAKESPEARE = Setting(
             dense(128),
             dense(64, 2e-3),
             dense(32, 2e-3),
-            dense(1024),
         ),
+        "dense-wide": (dense(1024),),
         "arms": (best, sparse_4, hierarchical, lookup),
         "controls": (best, *CONTROLS),
         "seed-table": (hierarchical, sparse_4),
@@ -149,12 +152,14 @@ SHAKESPEARE = Setting(
     },
     also=(("dense-512", 1e-3, 3),),  # nanoGPT's own rate
     plan=(
-        Step("arms", 1),
-        Step("dense-curve", 1),
         Step("arms", 3),
-        Step("dense-curve", 3),
+        Step("dense-curve", 0),
+        Step("controls", 0),
+        Step("dense-curve", 1),
         Step("controls", 1),
+        Step("dense-curve", 3),
         Step("controls", 3),
+        Step("dense-wide", 3),
         Step("controls", 5),
         Step("seed-table", 5),
         Step("ablations", 1),

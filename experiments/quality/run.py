@@ -87,11 +87,8 @@ def next_run(setting: Setting, done: Sequence[results.Result]) -> Task | None:
     """The first run that the plan wants and `done` lacks; None once all is done."""
     for step in setting.plan:
         arms = setting.groups[step.group]
-        for arm in arms:
-            if arm.rate_of is None:
-                rate = next_rate(results.sweep(done, arm.name, SEEDS[0]), arm.start)
-                if rate is not None:
-                    return Task(arm, rate, SEEDS[0])
+        if task := _next_of_sweep(arms, done, is_first_look=step.seeds == 0):
+            return task
         for seed in SEEDS[: step.seeds]:
             for arm in arms:
                 rate = best_rate(done, arm.rate_of or arm.name)
@@ -102,6 +99,19 @@ def next_run(setting: Setting, done: Sequence[results.Result]) -> Task | None:
             if seed not in results.at_rate(done, name, rate):
                 return Task(setting.arm(name), rate, seed)
     return None
+
+
+def _next_of_sweep(
+    arms: Sequence[Arm], done: Sequence[results.Result], is_first_look: bool
+) -> Task | None:
+    """Breadth first: all arms at their first rate, then at their second."""
+    tasks = []
+    for arm in arms:
+        losses = results.sweep(done, arm.name, SEEDS[0])
+        if arm.rate_of is None and not (is_first_look and losses):
+            if rate := next_rate(losses, arm.start):
+                tasks.append((len(losses), Task(arm, rate, SEEDS[0])))
+    return min(tasks, key=lambda task: task[0])[1] if tasks else None
 
 
 def next_rate(losses: dict[float, float], start: float) -> float | None:
