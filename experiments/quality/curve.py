@@ -21,10 +21,12 @@ Losses = Mapping[int, Sequence[float]]  # width to the losses of its seeds
 BELOW, ABOVE = 0.0, math.inf  # widths that stand for "off the curve"
 
 
-class Equivalent(NamedTuple):
-    """An equivalent dense width with the 95% interval of a bootstrap over seeds."""
+class Estimate(NamedTuple):
+    """A number, such as an equivalent dense width, with the 95% interval of a bootstrap
+    over seeds.
+    """
 
-    width: float
+    value: float
     low: float
     high: float
 
@@ -88,7 +90,7 @@ def loss_at(
 
 def equivalent_interval(
     dense: Losses, arm: Sequence[float], draws: int = 4000
-) -> Equivalent:
+) -> Estimate:
     """An arm's equivalent width; seeds of the arm and of every dense width are drawn
     anew together.
     """
@@ -100,9 +102,28 @@ def equivalent_interval(
         for m in bootstrap_means([*groups, arm], draws)
     ]
     low, high = np.quantile(drawn, (0.025, 0.975), method="inverted_cdf")
-    return Equivalent(
-        equivalent(widths, means[:-1], means[-1]), float(low), float(high)
-    )
+    return Estimate(equivalent(widths, means[:-1], means[-1]), float(low), float(high))
+
+
+def behind(
+    dense: Losses, arm: Sequence[float], width: float, draws: int = 4000
+) -> Estimate | None:
+    """An arm's loss less the curve's at `width`, with its 95% interval; None where the
+    curve does not reach.
+    """
+    widths = sorted(dense)
+    groups = [*(dense[w] for w in widths), arm]
+
+    def difference(means):
+        there = loss_at(widths, means[:-1], width)
+        return None if there is None else means[-1] - there
+
+    middle = difference([float(np.mean(g)) for g in groups])
+    if middle is None:
+        return None
+    drawn = [difference(means) for means in bootstrap_means(groups, draws)]
+    low, high = np.quantile(np.array(drawn, float), (0.025, 0.975))
+    return Estimate(middle, float(low), float(high))
 
 
 def doublings(dense: Losses, arms: Sequence[float]) -> list[Doubling]:

@@ -4,9 +4,9 @@ run comes next.
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trix_jax.lm.accounting import active_width, costs
 from trix_jax.lm.config import RunConfig
@@ -92,3 +92,41 @@ def result_of(
         "command": command,
         "git_commit": summary.get("git_commit"),
     }
+
+
+class Tuned(NamedTuple):
+    """An arm at its best rate.
+
+    Attributes:
+        runs: seed to run.
+        is_bracketed: whether the rates beside have been run and are worse.
+    """
+
+    arm: str
+    rate: float
+    runs: dict[int, Result]
+    is_bracketed: bool
+
+    @property
+    def one(self) -> Result:
+        """Any run: sizes and costs are the same in all."""
+        return next(iter(self.runs.values()))
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """Seed to validation loss."""
+        return {seed: loss(run) for seed, run in self.runs.items()}
+
+
+def tuned(results: Sequence[Result], arm: str, like: str | None = None) -> Tuned | None:
+    """An arm at the best rate of its sweep, or of the arm `like`; None without runs."""
+    seed = min((r["seed"] for r in results), default=0)
+    losses = sweep(results, like or arm, seed)
+    finite = {rate: value for rate, value in losses.items() if math.isfinite(value)}
+    if not finite:
+        return None
+    rate = min(finite, key=lambda r: (finite[r], r))
+    runs = at_rate(results, arm, rate)
+    runs = {s: run for s, run in runs.items() if math.isfinite(loss(run))}
+    inside = {rate / 2, rate * 2} <= set(losses)
+    return Tuned(arm, rate, runs, inside) if runs else None

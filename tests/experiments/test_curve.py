@@ -63,6 +63,16 @@ def test_interval_that_leaves_the_curve_says_so():
     assert 32 < found.high < 64
 
 
+def test_distance_to_the_curve_at_a_width_has_its_interval():
+    dense = {w: [line(w) - 0.01, line(w), line(w) + 0.01] for w in WIDTHS}
+    arm = [line(100) + 0.03 + e for e in (-0.01, 0, 0.01)]
+    found = curve.behind(dense, arm, 100)
+    assert found.value == pytest.approx(0.03)
+    assert found.low < 0.03 < found.high
+    assert found.high - found.low == pytest.approx(4 * 0.01 / 3**0.5 * 1.35, rel=0.25)
+    assert curve.behind(dense, arm, 300) is None
+
+
 def test_setting_carries_comparisons_only_where_doublings_are_resolved():
     dense = {w: [line(w) - 0.01, line(w), line(w) + 0.01] for w in WIDTHS}
     steps = curve.doublings(dense, [line(100), line(200)])
