@@ -146,6 +146,8 @@ SHAKESPEARE = Setting(
         ),
         "dense-wide": (dense(1024),),
         "arms": (best, sparse_4, hierarchical, lookup),
+        "best": (best,),
+        "first-controls": CONTROLS[:2],
         "controls": (best, *CONTROLS),
         "seed-table": (hierarchical, sparse_4),
         "ablations": ABLATIONS,
@@ -154,6 +156,8 @@ SHAKESPEARE = Setting(
     plan=(
         Step("arms", 3),
         Step("dense-curve", 0),
+        Step("first-controls", 0),
+        Step("best", 4),
         Step("controls", 0),
         Step("dense-curve", 1),
         Step("controls", 1),
