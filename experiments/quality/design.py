@@ -96,7 +96,9 @@ CONTROLS = (  # on the same tiles; `variant` of the best arm's four of sixteen
 
 # By expected gain. Those of optimizer, decay, quantizer or gate tune their rate.
 ABLATIONS = (
+    variant("muon", "--train.optimizer muon", tuned=True),
     variant("no-decay", "--train.weight-decay 0", tuned=True),
+    variant("decay-half", "--train.decay-until 0.5", tuned=True),
     Arm("sparse-32-top8", "--arm sparse --model.num-tiles 32 --model.tiles-per-token 8"),
     variant("no-aux", "--model.routing.balance-weight 0 --model.routing.diversity-weight 0"),
     variant("late", "--model.ternary.full-precision-fraction 0.3", tuned=True),
@@ -126,8 +128,6 @@ MISSING = (
     "both projections in the signature",
     "a shared always-on part inside the same budget",
     "gated activations",
-    "weight decay off half-way",
-    "Muon for ternary matrices",
     "RMSNorm before each ternary product",
     "initial scale",
 )

@@ -64,20 +64,19 @@ def test_original_protocol_takes_its_windows():
 def test_everything_shrunken_from_queue_to_report(text, tmp_path, monkeypatch):
     base = design.SHAKESPEARE.arm(design.BEST)
     hashed = design.SHAKESPEARE.arm(f"{design.BEST}-hash")
-    float_ = design.SHAKESPEARE.arm(f"{design.BEST}-float")
     ablation = design.variant("sign", "--model.routing.signature sign")
     small = design.SHAKESPEARE._replace(
         groups={
             "dense-curve": (design.dense(8), design.dense(16)),
             "arms": (base,),
-            "controls": (base, hashed, float_),
+            "controls": (base, hashed),
             "ablations": (ablation,),
         },
         also=(),
         plan=(
             Step("dense-curve", 0),
             Step("controls", 0),
-            Step("ablations", 2),
+            Step("ablations", 1),
         ),
     )
     monkeypatch.setitem(SETTINGS, small.name, small)
@@ -87,10 +86,8 @@ def test_everything_shrunken_from_queue_to_report(text, tmp_path, monkeypatch):
     assert run.main(argv) == 0
     path = tmp_path / "results" / f"{small.name}.json"
     lines = results.read(path)
-    names = [base.name, hashed.name, float_.name, ablation.name, ablation.name]
-    assert sorted(line["arm"] for line in lines) == sorted(
-        ["dense-8", "dense-16", *names]
-    )
+    names = ["dense-8", "dense-16", base.name, hashed.name, ablation.name]
+    assert sorted(line["arm"] for line in lines) == sorted(names)
     for line in lines:
         assert line.keys() >= KEYS
         assert 0 < line["val_loss"] < 10
@@ -108,9 +105,7 @@ def test_everything_shrunken_from_queue_to_report(text, tmp_path, monkeypatch):
 
     runs = tmp_path / "runs" / small.name
     doing = tmp_path / "results" / "doing.json"
-    directories = [
-        str(runs / f"{arm.name}-lr0.004-seed42") for arm in (base, hashed, float_)
-    ]
+    directories = [str(runs / f"{arm.name}-lr0.004-seed42") for arm in (base, hashed)]
     dense = str(runs / "dense-16-lr0.004-seed42")
     store = ["--data", str(runs / "data")]
     measure.main([*directories, "--reference", dense, *store, "--out", str(doing)])

@@ -1,12 +1,16 @@
 """What runs next: a function of the plan and the results, checked on made-up losses."""
 
+import dataclasses
 import math
+import shlex
 
 import pytest
 
 from experiments.quality import results
 from experiments.quality.design import SEEDS, SETTINGS, Arm, Setting, Step
-from experiments.quality.run import best_rate, next_rate, next_run
+from experiments.quality.run import ROOT, best_rate, next_rate, next_run
+from trix_jax.cli.common import parse_preset
+from trix_jax.cli.train import Args
 
 A, B = Arm("a", ""), Arm("b", "", start=1e-3)
 LIKE_A = Arm("like-a", "", rate_of="a")
@@ -127,3 +131,16 @@ def test_results_file_replaces_a_run_and_stays_in_order(tmp_path):
         results.add(path, one)
     assert results.read(path) == [lines[1], lines[2]]
     assert [p.name for p in path.parent.iterdir()] == ["s.json"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+def test_flags_of_every_arm_are_understood_and_no_two_arms_are_the_same(setting):
+    seen = {}
+    for group in setting.groups.values():
+        for arm in group:
+            argv = [str(ROOT / setting.preset), *shlex.split(arm.flags)]
+            config = parse_preset(Args, argv, "train")[0].config
+            config = dataclasses.replace(config, arm="")
+            assert seen.setdefault(config, arm.name) == arm.name
+    assert len(seen) == len(set(seen.values()))

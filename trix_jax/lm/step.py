@@ -115,6 +115,10 @@ def make_train_step(
     the old one but for its step number: parameters, optimizer and routing stay bit for
     bit.
     """
+    if slices is not None and config.optimizer == "muon":
+        raise NotImplementedError(
+            "optimizer='muon' needs whole matrices: it does not go with sharded state."
+        )
     model = model.clone(axis_name=axis_name)
     schedule = learning_rate_schedule(config)
     mean = (
