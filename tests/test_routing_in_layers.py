@@ -240,6 +240,17 @@ def test_hash_control_routes_equal_tokens_alike_and_needs_ids():
         layer.apply(variables, X)
 
 
+def test_hash_control_gives_tokens_their_own_sets_of_tiles_evenly():
+    layer, ids = control("hash", tiles_per_token=2), jnp.arange(4000)
+    x = jnp.zeros((4000, 16))
+    variables = initialized(SparseTriXFFN(16, num_tiles=8))
+    tiles = np.asarray(layer.apply(variables, x, token_ids=ids)[1].tiles)
+    pairs, counts = np.unique(np.sort(tiles, axis=1), axis=0, return_counts=True)
+    assert len(pairs) == 8 * 7 // 2
+    expected = 4000 / len(pairs)  # binomial: five standard deviations
+    assert abs(counts - expected).max() < 5 * expected**0.5
+
+
 def test_random_control_does_not_look_at_the_weights():
     layer = control("random")
     before, other = initialized(layer), initialized(layer, seed=1)

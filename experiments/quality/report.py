@@ -1,151 +1,221 @@
-"""Tables and the plot of the committed results: `python experiments/quality/report.py`."""
+"""Every table and plot from the committed results.
 
+    python -m experiments.quality.report
+
+reads `results/*.json` and writes `REPORT.md` and `results/*.png`.
+"""
+
+import argparse
 import json
-import statistics
-from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
+from experiments.quality import curve, doing_table, plots, results
+from experiments.quality.design import BEST, MISSING, SEEDS, SETTINGS, Setting
+from experiments.quality.results import Result, Tuned, tuned
+from experiments.quality.tables import (
+    arms_table,
+    dense_losses,
+    dense_table,
+    difference_table,
+    mean_loss,
+    sweep_table,
+)
+from experiments.quality.targets import targets_table
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "shakespeare-char.json"
-COLOURS = ("#000000", "#0072b2", "#56b4e9", "#d55e00", "#009e73")
-SWEPT = ("dense", "sparse-16-top4", "sparse-4", "hierarchical-16", "lookup-16")
-NANOGPT_RATE = 1e-3
+NANOGPT = ("dense-512", 1e-3, (1.85, 1.93))  # its README says 1.88
+CONTROLS = ("learned", "hash", "random")
+NOTE = (
+    "Loss: mean over seeds of the last evaluation, with its 95% t-interval. A star marks a rate "
+    "whose neighbours, a factor of two away, have not both been run. Active width: multiply-"
+    "accumulates a token and layer over 2 D, routing scores included. Equivalent dense width: read "
+    "off the curve, 95% by bootstrap over seeds; never extrapolated. Equal: the dense width with "
+    "the arm's parameters, compute or bits (dense at 16), and the curve's loss there. Entropy (as "
+    "a share of ln N) and dead tiles: the worst of all evaluations, layers and seeds.\n"
+)
 
 
-def main() -> None:
-    runs = json.loads(RESULTS.read_text())
-    by_arm = defaultdict(lambda: defaultdict(dict))
-    for run in runs:
-        by_arm[run["arm"]][run["learning_rate"]][run["seed"]] = run
-    best = {arm: best_rate(by_arm[arm]) for arm in SWEPT if arm in by_arm}
-    plot(by_arm, best, HERE / "results" / "learning_rates.png")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=HERE, help="holds results/")
+    folder = parser.parse_args(argv).folder
     parts = [
-        "Made by `python experiments/quality/report.py` from `results/`.\n",
-        "![Loss over learning rate](results/learning_rates.png)\n",
-        table_of_arms(by_arm, best),
-        table_of_rates(by_arm),
-        reproduction(by_arm["dense"][NANOGPT_RATE]),
-        ablation(by_arm),
+        "# Does it win?\n",
+        "Made by `python -m experiments.quality.report` from `results/`; the plan is `design.py`.\n",
     ]
-    (HERE / "REPORT.md").write_text(
-        "# TinyShakespeare characters, nanoGPT's CPU shapes\n\n" + "\n".join(parts)
-    )
+    for setting in SETTINGS.values():
+        runs = results.read(folder / "results" / f"{setting.name}.json")
+        if runs:
+            parts += section(setting, runs, folder / "results")
+    parts += doing_table.section(folder / "results")
+    parts += protocol(folder / "results" / "original-protocol.json")
+    text = "\n".join(parts)
+    (folder / "REPORT.md").write_text(text, encoding="utf-8")
 
 
-def best_rate(rates: dict) -> float:
-    """The rate with the lowest one-seed loss."""
-    swept = {rate: runs[42]["val_loss"] for rate, runs in rates.items() if 42 in runs}
-    return min(swept, key=lambda rate: swept[rate])
-
-
-def table_of_arms(by_arm: dict, best: dict) -> str:
-    rows = [
-        "## Arms at their best rate\n",
-        "| arm | rate | seeds | validation loss | active width | FFN bits | lowest "
-        "entropy share | most dead tiles in a layer |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for arm, rate in sorted(
-        best.items(), key=lambda item: mean(by_arm[item[0]], item[1])
-    ):
-        runs = list(by_arm[arm][rate].values())
-        one = runs[0]
-        entropy = (
-            "" if arm == "dense" else f"{min(r['min_entropy_share'] for r in runs):.3f}"
-        )
-        dead = "" if arm == "dense" else str(max(r["dead_tiles"] for r in runs))
-        rows.append(
-            f"| {arm} | {rate:g}{edge(by_arm[arm], rate)} | {len(runs)} | {spread(runs)} | "
-            f"{one['ffn_active'] / (2 * 128 * 4):.0f} | {one['ffn_bits']:,} | {entropy} | {dead} |"
-        )
-    return "\n".join(rows) + (
-        "\n\nLoss: mean over seeds of the last evaluation, with the sample standard deviation. "
-        "Active width: multiply-accumulates a token and layer over 2 D, routing scores included. "
-        "Entropy and dead tiles: worst over all evaluations (every 500 steps) and layers. "
-        "A star marks a rate whose neighbours in the grid have not both been run.\n"
-    )
-
-
-def edge(rates: dict, best: float) -> str:
-    inside = {best / 2, best * 2} <= set(rates)
-    return "" if inside else "*"
-
-
-def mean(rates: dict, rate: float) -> float:
-    return statistics.mean(run["val_loss"] for run in rates[rate].values())
-
-
-def spread(runs: list[dict]) -> str:
-    losses = [run["val_loss"] for run in runs]
-    text = f"{statistics.mean(losses):.4f}"
-    return text + (f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else "")
-
-
-def table_of_rates(by_arm: dict) -> str:
-    rates = sorted({rate for arm in SWEPT for rate in by_arm[arm]})
-    rows = [
-        "## The sweep, seed 42\n",
-        "| arm | " + " | ".join(f"{rate:g}" for rate in rates) + " |",
-        "|---|" + "---:|" * len(rates),
-    ]
-    for arm in SWEPT:
-        cells = [by_arm[arm].get(rate, {}).get(42) for rate in rates]
-        texts = [f"{run['val_loss']:.4f}" if run else "" for run in cells]
-        rows.append(f"| {arm} | " + " | ".join(texts) + " |")
-    return "\n".join(rows) + "\n"
-
-
-def reproduction(runs: dict) -> str:
-    losses = [run["val_loss"] for run in runs.values()]
-    each = ", ".join(f"{loss:.4f}" for loss in losses)
-    inside = all(1.85 <= loss <= 1.93 for loss in losses)
-    return (
-        "## nanoGPT's figure\n\n"
-        f"Dense at its own rate of 1e-3, {len(losses)} seeds: {each}; "
-        f"{'all' if inside else 'not all'} within 1.85 to 1.93 (its README says 1.88).\n"
-    )
-
-
-def ablation(by_arm: dict) -> str:
-    rows = [
-        "## The gate, sparse-16-top4 at 4e-3\n",
-        "| gate | seeds | validation loss |",
-        "|---|---:|---:|",
-    ]
-    arms = {"sigmoid": "sparse-16-top4"} | {
-        gate: f"sparse-16-top4-gate-{gate}"
-        for gate in ("softmax", "renormalized", "none")
+def section(setting: Setting, runs: Sequence[Result], folder: Path) -> list[str]:
+    """What one setting says."""
+    dense = {
+        arm.one["width"]: arm
+        for arm in of_groups(setting, runs, "dense-curve", "dense-wide")
     }
-    for gate, arm in arms.items():
-        if runs := list(by_arm[arm].get(4e-3, {}).values()):
-            rows.append(f"| {gate} | {len(runs)} | {spread(runs)} |")
-    return "\n".join(rows) + "\n"
+    arms = of_groups(setting, runs, "arms")
+    parts = [f"## {setting.name}\n", f"{len(runs)} runs of `{setting.preset}`.\n"]
+    if len(dense) > 1 and arms:
+        parts += on_the_curve(setting, arms, dense, folder)
+        parts += targets(runs, arms, dense)
+    parts += controls(setting, runs)
+    parts += seed_table(setting, runs)
+    parts += ablations(setting, runs)
+    return [*parts, *sweeps(setting, runs, folder), *nanogpt(runs)]
 
 
-def plot(by_arm: dict, best: dict, path: Path) -> None:
-    figure = Figure(figsize=(8, 4.6), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    for arm, colour in zip(SWEPT, COLOURS, strict=True):
-        points = sorted(
-            (rate, runs[42]["val_loss"])
-            for rate, runs in by_arm[arm].items()
-            if 42 in runs
-        )
-        axes.plot(*zip(*points, strict=True), "o-", color=colour, lw=2, label=arm)
-        if arm in best:
-            losses = [run["val_loss"] for run in by_arm[arm][best[arm]].values()]
-            axes.plot([best[arm]] * len(losses), losses, "_", color=colour, ms=12)
-    axes.set_xscale("log", base=2)
-    ticks = sorted({rate for arm in SWEPT for rate in by_arm[arm]})
-    axes.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
-    axes.set_xlabel("peak learning rate")
-    axes.set_title("Validation loss, nats a character", loc="left", fontsize=11)
-    axes.grid(color="#e6e6e6")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path)
+def of_groups(setting: Setting, runs: Sequence[Result], *groups: str) -> list[Tuned]:
+    """The arms of some groups that have runs, each at its best rate."""
+    arms = [arm for group in groups for arm in setting.groups.get(group, ())]
+    found = [tuned(runs, arm.name, arm.rate_of) for arm in arms]
+    return [arm for arm in found if arm is not None]
+
+
+def on_the_curve(setting, arms, dense, folder) -> list[str]:
+    steps = curve.doublings(dense_losses(dense), [mean_loss(arm) for arm in arms])
+    plots.losses_over_width(arms, dense, folder / f"{setting.name}-width.png")
+    return [
+        "### The instrument: the dense curve\n",
+        dense_table(dense, steps),
+        resolution(steps, dense),
+        "### Arms on the curve\n",
+        f"![Loss over width](results/{setting.name}-width.png)\n",
+        arms_table(arms, dense),
+        NOTE,
+    ]
+
+
+def resolution(steps: Sequence[curve.Doubling], dense: dict[int, Tuned]) -> str:
+    """Whether the setting carries comparisons, in words."""
+    few = [str(w) for w in sorted(dense) if len(dense[w].runs) < 3]
+    open_ = [str(w) for w in sorted(dense) if not dense[w].is_bracketed]
+    does = "carries" if curve.carries(steps) else "does not carry"
+    text = (
+        f"By the rule (every doubling from the first to the last that arms fall in is worth at "
+        f"least three standard errors) this setting **{does}** comparisons."
+    )
+    if few:
+        text += f" Provisional: fewer than three seeds at width {', '.join(few)}."
+    if open_:
+        text += f" Rates not yet bracketed at width {', '.join(open_)}."
+    return text + "\n"
+
+
+def targets(runs, arms, dense) -> list[str]:
+    base = tuned(runs, BEST)
+    if base is None:
+        return []
+    found = {name: tuned(runs, f"{BEST}-{name}") for name in CONTROLS}
+    present = {name: arm for name, arm in found.items() if arm is not None}
+    return ["### Targets of the issue\n", targets_table(arms, present, base, dense)]
+
+
+def controls(setting: Setting, runs: Sequence[Result]) -> list[str]:
+    base = tuned(runs, BEST)
+    arms = [a for a in of_groups(setting, runs, "controls") if a.arm != BEST]
+    if base is None or not arms:
+        return []
+    return [
+        f"### Controls on the tiles of {BEST}\n",
+        difference_table([("its own", arm) for arm in arms], base, "control"),
+        "Differences are paired by seed: positive means worse than routing by signatures, or than "
+        "ternary weights. The hash control gives each token id a set of tiles and has no gate.\n",
+    ]
+
+
+def seed_table(setting: Setting, runs: Sequence[Result]) -> list[str]:
+    arms = of_groups(setting, runs, "seed-table")
+    if len(arms) != 2:
+        return []
+    first, second = arms
+    return [
+        f"### Is {first.arm} better than {second.arm}?\n",
+        "The request says that Hierarchical-16 beats Sparse-4, by 13.4% of perplexity.\n",
+        difference_table([("its own", first)], second, "arm"),
+    ]
+
+
+def ablations(setting: Setting, runs: Sequence[Result]) -> list[str]:
+    base, rows = tuned(runs, BEST), []
+    if base is None or "ablations" not in setting.groups:
+        return []
+    for arm in setting.groups["ablations"]:
+        found = tuned(runs, arm.name, arm.rate_of)
+        if found:
+            note = "inherited" if arm.rate_of else "its own"
+            rows.append((note, found))
+    if not rows:
+        return []
+    return [
+        f"### Ablations of {BEST}\n",
+        difference_table(rows, base, "ablation"),
+        f"Planned and not run: {', '.join(not_run(setting, runs)) or 'none'}.\n",
+        f"No knob yet: {'; '.join(MISSING)}.\n",
+    ]
+
+
+def not_run(setting: Setting, runs: Sequence[Result]) -> list[str]:
+    have = {run["arm"] for run in runs}
+    return [arm.name for arm in setting.groups["ablations"] if arm.name not in have]
+
+
+def sweeps(setting: Setting, runs: Sequence[Result], folder: Path) -> list[str]:
+    have = {run["arm"] for run in runs if run["seed"] == SEEDS[0]}
+    names = list(dict.fromkeys(arm.name for g in setting.groups.values() for arm in g))
+    panels = [
+        [n for n in names if n in have and n.startswith("dense-")],
+        [
+            a.name
+            for g in ("arms", "controls")
+            for a in setting.groups.get(g, ())
+            if a.name in have
+        ],
+    ]
+    panels = [list(dict.fromkeys(p)) for p in panels if p]
+    plots.losses_over_rate(runs, panels, SEEDS[0], folder / f"{setting.name}-rates.png")
+    return [
+        f"### The sweeps, seed {SEEDS[0]}\n",
+        f"![Loss over learning rate](results/{setting.name}-rates.png)\n",
+        sweep_table(runs, [n for n in names if n in have], SEEDS[0]),
+    ]
+
+
+def nanogpt(runs: Sequence[Result]) -> list[str]:
+    arm, rate, (low, high) = NANOGPT
+    found = results.at_rate(runs, arm, rate)
+    if not found or found[min(found)]["setting"] != "shakespeare-char":
+        return []
+    losses = [run["val_loss"] for run in found.values()]
+    each = ", ".join(f"{loss:.4f}" for loss in losses)
+    inside = all(low <= loss <= high for loss in losses)
+    return [
+        "### nanoGPT's figure\n",
+        f"Dense at its own rate of {rate:g}, {len(losses)} seeds: {each}; "
+        f"{'all' if inside else 'not all'} within {low} to {high} (its README says 1.88).\n",
+    ]
+
+
+def protocol(path: Path) -> list[str]:
+    """The footnote on the original's protocol, from `protocol.py`."""
+    if not path.exists():
+        return []
+    runs = json.loads(path.read_text(encoding="utf-8"))
+    lines = [
+        f"{run['arm']}: best {run['best_ppl']:.2f}, final {run['final_ppl']:.2f} (the original: {run['original_ppl']})"
+        for run in runs
+    ]
+    return [
+        "## Footnote: the original's protocol\n",
+        f"{'; '.join(lines)}. An interpolated bigram on the same characters: {runs[0]['bigram_ppl']:.2f}. "
+        "Worth little: 50,000 characters to learn from, 3,328 to be judged by, one seed.\n",
+    ]
 
 
 if __name__ == "__main__":

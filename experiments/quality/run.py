@@ -1,224 +1,174 @@
-"""Learning-rate sweeps and seeds for every arm, in nanoGPT's character setting.
+"""Trains what a setting's plan asks for and is not done yet, one run at a time.
 
-    python experiments/quality/run.py --data input.txt [--jobs 2]
+    python -m experiments.quality.run SETTING --data PATH --runs DIR
 
-Each arm is swept with one seed, outwards from a start until the best rate has worse
-ones on both sides; then the other seeds train with it, and last the rest of the grid.
-Every run is a `trix-jax train` in a process of its own, pinned to a core; runs live
-under --runs and are resumed or skipped when they are there already. The results file is
-written anew after every run.
+SETTING is a name in `design.SETTINGS`, PATH a text, folder or token store. Every finished
+run is added to results/SETTING.json at once; a run that is in there is done, whatever
+DIR holds. SIGTERM saves the run under way; the same command goes on with it. The plan,
+and so the order, is in design.py; what comes next is a function of the results alone.
 """
 
 import argparse
-import json
-import os
 import shlex
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from queue import Queue
+from typing import NamedTuple
 
-import yaml
+import jax
 
-HERE = Path(__file__).parent
-CONFIG = "configs/shakespeare_char.yaml"
-SETTING = "shakespeare-char"
-DIVERGED = "diverged"  # marks a run whose loss stopped being finite
-GRID = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
-START = {  # where sketches had their best rates
-    "dense": 4e-3,
-    "sparse-16-top4": 4e-3,
-    "sparse-4": 4e-3,
-    "hierarchical-16": 2e-3,
-    "lookup-16": 1e-3,
-}
-SEEDS = (42, 43, 44)
-ARMS = {
-    "dense": "--arm dense",
-    "sparse-4": "--arm sparse --model.num-tiles 4",
-    "sparse-16-top4": "--arm sparse --model.tiles-per-token 4",
-    "hierarchical-16": "--arm hierarchical",
-    "lookup-16": "--arm lookup",
-}
-# At the rate that suits sparse-16-top4: the gate that lets the task's gradient reach
-# the routing.
-ABLATIONS = {
-    f"sparse-16-top4-gate-{gate}": f"{ARMS['sparse-16-top4']} --model.routing.gate {gate}"
-    for gate in ("none", "softmax", "renormalized")
-}
-ABLATION_RATE = 4e-3
+from experiments.quality import results
+from experiments.quality.design import SEEDS, SETTINGS, Arm, Setting
+from trix_jax.cli.common import parse_preset
+from trix_jax.cli.main import INTERRUPTED
+from trix_jax.cli.train import Args
+from trix_jax.lm import config as run_config
+from trix_jax.lm.data import is_store, prepare
+from trix_jax.lm.signals import Interrupted
+from trix_jax.lm.step_log import Diverged
+from trix_jax.lm.train import train
+
+ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).parent / "results"
 
 
-def main() -> None:
+class Task(NamedTuple):
+    """A run to come."""
+
+    arm: Arm
+    rate: float
+    seed: int
+
+    def __str__(self):
+        return f"{self.arm.name}-lr{self.rate:g}-seed{self.seed}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0 when the plan is done or the time is up, 75 when interrupted."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--data",
-        required=True,
-        help="TinyShakespeare's input.txt, or a store made from it",
-    )
+    parser.add_argument("setting", choices=sorted(SETTINGS))
+    parser.add_argument("--data", required=True, help="text, folder, or token store")
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder")
+    parser.add_argument("--hours", type=float, help="start no run after this long")
+    parser.add_argument("--list", action="store_true", help="say what is next, only")
     parser.add_argument(
-        "--results", type=Path, default=HERE / "results" / f"{SETTING}.json"
+        "--flags", default="", help="for every run: a shrunken copy, to try this out"
     )
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument(
-        "--steps", type=int, help="fewer steps than the config's, to try the script out"
-    )
-    args = parser.parse_args()
-    first, others = SEEDS[0], SEEDS[1:]
-    run_all([(arm, START[arm], first) for arm in ARMS], args)
-    run_all([("dense", GRID[1], seed) for seed in SEEDS], args)  # nanoGPT's own rate
-    while missing := [
-        (arm, rate, first) for arm in ARMS for rate in neighbours(arm, args)
-    ]:
-        run_all(missing, args)
-    run_all([(arm, best_rate(arm, args), s) for arm in ARMS for s in others], args)
-    run_all([(name, ABLATION_RATE, s) for s in SEEDS for name in ABLATIONS], args)
-    run_all([(arm, rate, first) for arm in ARMS for rate in GRID[1:]], args)
-
-
-def neighbours(arm: str, args: argparse.Namespace) -> list[float]:
-    """Rates of the grid beside the best so far that have not been run: none once the
-    optimum is inside.
-    """
-    at = GRID.index(best_rate(arm, args))
-    beside = GRID[max(at - 1, 0) : at + 2]
-    return [rate for rate in beside if not is_done(arm, rate, SEEDS[0], args)]
-
-
-def is_done(arm: str, rate: float, seed: int, args: argparse.Namespace) -> bool:
-    workdir = directory(arm, rate, seed, args)
-    return any((workdir / name).exists() for name in ("summary.json", DIVERGED))
-
-
-def run_all(runs: list[tuple[str, float, int]], args: argparse.Namespace) -> None:
-    """Runs what is not done yet, `jobs` at a time."""
-    cores = Queue()
-    for i in range(args.jobs):
-        cores.put(i)
-
-    def one(run):
-        core = cores.get()
+    args = parser.parse_args(argv)
+    setting = SETTINGS[args.setting]
+    path = args.results / f"{setting.name}.json"
+    if args.list:
+        print(next_run(setting, results.read(path)) or "nothing is left to do")
+        return 0
+    end = time.monotonic() + 3600 * args.hours if args.hours else float("inf")
+    before = None
+    while task := next_run(setting, results.read(path)):
+        if time.monotonic() > end:
+            break
+        if before not in (None, task[:2]):
+            jax.clear_caches()  # only seeds share what is compiled
+        before = task[:2]
         try:
-            train(run[0], run[1], run[2], args, core)
-        finally:
-            cores.put(core)
-        collect(args)
+            result = run(setting, task, args.data, args.runs, args.flags)
+        except Interrupted as stop:
+            print(stop, flush=True)
+            return INTERRUPTED
+        results.add(path, result)
+        said = "diverged" if result["val_loss"] is None else f"{result['val_loss']:.4f}"
+        print(f"{task}: {said}, {result['seconds']} s", flush=True)
+    return 0
 
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(one, dict.fromkeys(runs)))
+
+def next_run(setting: Setting, done: Sequence[results.Result]) -> Task | None:
+    """The first run that the plan wants and `done` lacks; None once all is done."""
+    for step in setting.plan:
+        arms = setting.groups[step.group]
+        if task := _next_of_sweep(arms, done, is_first_look=step.seeds == 0):
+            return task
+        for seed in SEEDS[: step.seeds]:
+            for arm in arms:
+                rate = best_rate(done, arm.rate_of or arm.name)
+                if rate and seed not in results.at_rate(done, arm.name, rate):
+                    return Task(arm, rate, seed)
+    for name, rate, seeds in setting.also:
+        for seed in SEEDS[:seeds]:
+            if seed not in results.at_rate(done, name, rate):
+                return Task(setting.arm(name), rate, seed)
+    return None
 
 
-def train(
-    arm: str, rate: float, seed: int, args: argparse.Namespace, core: int
-) -> None:
-    """One run, in a process pinned to a core where the system can."""
-    workdir = directory(arm, rate, seed, args)
-    if is_done(arm, rate, seed, args):
-        return
+def _next_of_sweep(
+    arms: Sequence[Arm], done: Sequence[results.Result], is_first_look: bool
+) -> Task | None:
+    """Breadth first: all arms at their first rate, then at their second."""
+    tasks = []
+    for arm in arms:
+        losses = results.sweep(done, arm.name, SEEDS[0])
+        if arm.rate_of is None and not (is_first_look and losses):
+            if rate := next_rate(losses, arm.start):
+                tasks.append((len(losses), Task(arm, rate, SEEDS[0])))
+    return min(tasks, key=lambda task: task[0])[1] if tasks else None
+
+
+def next_rate(losses: dict[float, float], start: float) -> float | None:
+    """The rate to try next, by factors of two: `start`, then the neighbours of the best
+    so far; None once both have been run and are worse, so that the optimum is inside.
+    """
+    if not losses:
+        return start
+    best = min(losses, key=lambda rate: (losses[rate], rate))
+    return next((r for r in (best / 2, best * 2) if r not in losses), None)
+
+
+def best_rate(done: Iterable[results.Result], arm: str) -> float | None:
+    """The rate that the sweep of an arm found, None before it has one."""
+    losses = results.sweep(done, arm, SEEDS[0])
+    return min(losses, key=lambda r: (losses[r], r)) if losses else None
+
+
+def run(setting: Setting, task: Task, data: str, runs: Path, more: str = "") -> dict:
+    """Trains or resumes one run and returns its line of results.
+
+    Raises:
+        Interrupted: SIGTERM or SIGINT; the run is saved.
+    """
+    flags = f"{task.arm.flags} --train.learning-rate {task.rate:g} --seed {task.seed}"
+    store = token_store(setting, data, runs, more)
+    # Later flags win, so `more` can shrink what an arm says.
+    argv = [str(ROOT / setting.preset), *shlex.split(f"{flags} {more}")]
+    args, reference = parse_preset(Args, [*argv, "--data.path", str(store)], "train")
+    workdir, summary = runs / setting.name / str(task), None
     workdir.mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable,
-        "-c",
-        "import sys; from trix_jax.cli import main; sys.exit(main())",
-    ]
-    command += [
-        *shlex.split(flags(arm, rate, seed)),
-        "--workdir",
-        str(workdir),
-        "--data.path",
-        args.data,
-    ]
-    if args.steps:
-        command += ["--train.steps", str(args.steps)]
-    pin = (
-        (lambda: os.sched_setaffinity(0, {core}))
-        if hasattr(os, "sched_setaffinity")
-        else None
-    )
-    with (workdir / "log.txt").open("a") as log:
-        code = subprocess.run(
-            command, stdout=log, stderr=log, preexec_fn=pin, check=False
-        ).returncode
-    if code == 1:
-        (workdir / DIVERGED).touch()
-    elif code:
-        raise SystemExit(f"{workdir} ended with exit code {code}; see its log.txt.")
-    print(f"{workdir.name}: exit code {code}", flush=True)
+    with (workdir / "log.txt").open("a", encoding="utf-8") as log:
+        try:
+            summary = train(
+                args.config,
+                workdir,
+                reference=reference,
+                devices=jax.devices()[:1],
+                report=lambda line: print(line, file=log, flush=True),
+            )
+        except Diverged as stop:
+            print(stop, file=log)
+    config = run_config.load(workdir / "config.yaml")
+    command = f"trix-jax train {setting.preset} {flags} {more}".strip()
+    return results.result_of(setting.name, task.arm.name, config, summary, command)
 
 
-def flags(arm: str, rate: float, seed: int) -> str:
-    return f"train {CONFIG} {(ARMS | ABLATIONS)[arm]} --train.learning-rate {rate:g} --seed {seed}"
-
-
-def directory(arm: str, rate: float, seed: int, args: argparse.Namespace) -> Path:
-    return args.runs / f"{arm}-lr{rate:g}-seed{seed}"
-
-
-def best_rate(arm: str, args: argparse.Namespace) -> float:
-    """The rate with the lowest final loss among those that have been run."""
-    done = [rate for rate in GRID if is_done(arm, rate, SEEDS[0], args)]
-    return min(done, key=lambda rate: loss_of(directory(arm, rate, SEEDS[0], args)))
-
-
-def loss_of(workdir: Path) -> float:
-    path = workdir / "summary.json"
-    return (
-        json.loads(path.read_text())["final_val_loss"]
-        if path.exists()
-        else float("inf")
-    )
-
-
-def collect(args: argparse.Namespace) -> None:
-    """Writes the results of all finished runs."""
-    results = []
-    for arm in ARMS | ABLATIONS:
-        for rate in GRID:
-            for seed in SEEDS:
-                workdir = directory(arm, rate, seed, args)
-                if (workdir / "summary.json").exists():
-                    results.append(result(arm, rate, seed, workdir))
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    args.results.write_text(json.dumps(results, indent=1) + "\n")
-
-
-def result(arm: str, rate: float, seed: int, workdir: Path) -> dict:
-    """A run's line in the results file (DESIGN.md, "Committed results")."""
-    summary = json.loads((workdir / "summary.json").read_text())
-    model = yaml.safe_load((workdir / "config.yaml").read_text())["model"]
-    dense = model["ffn"] == "dense"
-    width = model["ffn_width"] or model["expansion"] * model["d_model"]
-    tile_width = (
-        None
-        if model["ffn"] == "lookup"
-        else model["expansion"] * model["d_model"] // model["num_tiles"]
-    )
-    tiles = {"num_tiles": model["num_tiles"], "tile_width": tile_width}
-    return {
-        "setting": SETTING,
-        "arm": arm,
-        **({"width": width} if dense else tiles),
-        "tiles_per_token": None if dense else model["tiles_per_token"],
-        "seed": seed,
-        "learning_rate": rate,
-        "steps": summary["steps"],
-        "tokens": summary["tokens"],
-        "val_loss": summary["final_val_loss"],
-        "best_val_loss": summary["best_val_loss"],
-        "params_total": summary["params"]["total"],
-        "ffn_active": summary["params"]["ffn_active"],
-        "ffn_bits": summary["params"]["ffn_bits"],
-        "min_entropy_share": summary["min_entropy_share"],
-        "dead_tiles": summary["max_dead_tiles"],
-        "seconds": round(summary["seconds"], 1),
-        "command": f"trix-jax {flags(arm, rate, seed)}",
-        "git_commit": summary["git_commit"],
-    }
+def token_store(setting: Setting, data: str, runs: Path, more: str) -> Path:
+    """The corpus as tokens: prepared once for all runs, in the runs' folder."""
+    if is_store(data):
+        return Path(data)
+    argv = [str(ROOT / setting.preset), *shlex.split(more), "--data.path", data]
+    args, _ = parse_preset(Args, argv, "train")
+    directory = runs / setting.name / "data"
+    prepare(args.config.data, directory, lambda _: None)
+    return directory
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

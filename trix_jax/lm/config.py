@@ -12,7 +12,7 @@ import json
 import types
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -37,6 +37,9 @@ class TrainConfig:
         warmup_steps: linear warm-up.
         weight_decay: AdamW's, on matrices only: never on norms, scales, embeddings,
             splines or directions.
+        decay_until: share of the run after which nothing is decayed.
+        optimizer: "muon" updates the ternary kernels by their orthogonalized momentum,
+            and everything else by AdamW.
         beta1, beta2: AdamW's.
         clip: largest global gradient norm; 0 does not clip.
         balance_rate: share of the way that selection biases go towards even loads in a
@@ -59,6 +62,8 @@ class TrainConfig:
     final_learning_rate: float = 0.1
     warmup_steps: int = 100
     weight_decay: float = 0.1
+    decay_until: float = 1.0
+    optimizer: Literal["adamw", "muon"] = "adamw"
     beta1: float = 0.9
     beta2: float = 0.99
     clip: float = 1.0
@@ -100,9 +105,19 @@ class TrainConfig:
             raise ValueError(
                 f"learning_rate must be positive and finite. Got {self.learning_rate}."
             )
-        for name in ("beta1", "beta2", "final_learning_rate", "balance_rate"):
+        for name in (
+            "decay_until",
+            "beta1",
+            "beta2",
+            "final_learning_rate",
+            "balance_rate",
+        ):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in 0..1. Got {getattr(self, name)}.")
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(
+                f"optimizer must be adamw or muon. Got {self.optimizer!r}."
+            )
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate={self.accumulate} must divide batch_size={self.batch_size}."

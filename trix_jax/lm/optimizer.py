@@ -1,4 +1,6 @@
-"""AdamW with warm-up and cosine decay, clipping, and a mask that says what is decayed."""
+"""AdamW, or Muon for the ternary kernels, with warm-up and cosine decay, clipping, and
+a mask that says what is decayed.
+"""
 
 from typing import Any
 
@@ -7,6 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from trix_jax.lm.config import TrainConfig
+
+MUON_RMS = 0.2  # of an update before the learning rate, as AdamW's are (Liu et al.)
 
 
 def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
@@ -55,18 +59,56 @@ def clip(grads: Any, norm: Any, limit: float) -> Any:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW, of gradients that the step has clipped: only there all of them are known.
+    """The optimizer of gradients that the step has clipped: only there all of them are
+    known.
 
     References:
         Loshchilov and Hutter, 2019, "Decoupled Weight Decay Regularization",
-        https://arxiv.org/abs/1711.05101.
+        https://arxiv.org/abs/1711.05101. Liu et al., 2025, "Muon is Scalable for LLM
+        Training", https://arxiv.org/abs/2502.16982 (updates of AdamW's size).
     """
-    adamw = optax.adamw(
-        learning_rate_schedule(config),
+    schedule, decay = learning_rate_schedule(config), _weight_decay(config)
+    optimizer = optax.adamw(
+        schedule,
         b1=config.beta1,
         b2=config.beta2,
-        weight_decay=config.weight_decay,
+        weight_decay=decay,
         mask=decay_mask,
     )
+    if config.optimizer == "muon":
+        muon = optax.chain(
+            optax.contrib.scale_by_muon(weight_dimension_numbers=_each_matrix),
+            optax.stateless(_to_adamw_size),
+            optax.add_decayed_weights(decay),
+            optax.scale_by_learning_rate(schedule),
+        )
+        optimizer = optax.partition(
+            {"muon": muon, "adamw": optimizer}, _optimizer_of_each
+        )
     # The state has the place where clipping was, so that checkpoints keep their tree.
-    return optax.chain(optax.identity(), adamw) if config.clip else adamw
+    return optax.chain(optax.identity(), optimizer) if config.clip else optimizer
+
+
+def _weight_decay(config: TrainConfig) -> float | optax.Schedule:
+    last = config.decay_until * config.steps
+    if last >= config.steps:
+        return config.weight_decay
+    return lambda step: jnp.where(step < last, config.weight_decay, 0.0)
+
+
+def _optimizer_of_each(params):
+    """ "muon" for the kernels of tiles, `[N, I, O]`, which no other parameter is like."""
+    return jax.tree.map(lambda leaf: "muon" if leaf.ndim == 3 else "adamw", params)
+
+
+def _each_matrix(params):
+    """Every tile's matrix is orthogonalized by itself."""
+    matrix = optax.contrib.MuonDimensionNumbers(1, 2)
+    return jax.tree.map(lambda _: matrix, params)
+
+
+def _to_adamw_size(updates, _):
+    """Orthogonal `[I, O]` matrices have the RMS `1 / sqrt(max(I, O))`; gives them
+    `MUON_RMS`.
+    """
+    return jax.tree.map(lambda u: u * (MUON_RMS * max(u.shape[1:]) ** 0.5), updates)

@@ -115,6 +115,10 @@ def make_train_step(
     the old one but for its step number: parameters, optimizer and routing stay bit for
     bit.
     """
+    if layout is not None and config.optimizer == "muon":
+        raise NotImplementedError(
+            "optimizer='muon' needs whole matrices: it does not go with sharded state or tiles."
+        )
     tile_axis = layout.tile_axis if layout else None
     model = model.clone(axis_name=axis_name, tile_axis=tile_axis)
     schedule = learning_rate_schedule(config)

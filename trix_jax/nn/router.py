@@ -185,14 +185,20 @@ def _info(tiles, gates, counts, scores, signature):
 
 
 def _hash_tiles(token_ids, num_tiles, k):
-    """K distinct tiles from a multiplicative hash of the token id (Knuth, TAOCP 6.4),
-    evenly spaced around the ring.
+    """The k tiles whose hash together with the token id is largest, so that any k tiles
+    are as likely as any others.
+
+    References:
+        Thaler and Ravishankar, 1998, "Using Name-Based Mappings to Increase Hit Rates"
+        (rendezvous hashing). Appleby, MurmurHash3 (the finalizer).
     """
     if token_ids is None:
         raise ValueError(
             "token_ids must be given to a layer whose routing source is 'hash'. Got None."
         )
-    mixed = (token_ids.astype(jnp.uint32) * jnp.uint32(2654435761)) >> jnp.uint32(16)
-    first = (mixed % jnp.uint32(num_tiles)).astype(jnp.int32)
-    steps = jnp.arange(k, dtype=jnp.int32) * (num_tiles // k)
-    return (first[:, None] + steps[None]) % num_tiles
+    tiles = jnp.arange(num_tiles, dtype=jnp.uint32)
+    pairs_TN = token_ids[:, None].astype(jnp.uint32) * num_tiles + tiles[None]
+    mixed_TN = (pairs_TN ^ (pairs_TN >> 16)) * jnp.uint32(0x85EBCA6B)
+    mixed_TN = (mixed_TN ^ (mixed_TN >> 13)) * jnp.uint32(0xC2B2AE35)
+    mixed_TN = mixed_TN ^ (mixed_TN >> 16)
+    return jax.lax.top_k(mixed_TN, k)[1]

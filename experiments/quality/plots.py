@@ -1,0 +1,96 @@
+"""The two plots of a setting: arms on the dense curve, and the sweeps."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from experiments.quality.intervals import t_interval
+from experiments.quality.results import Result, Tuned, sweep
+from experiments.quality.tables import Curve, twins
+
+COLOURS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9".split()
+MARKERS = {"compute": "o", "bits": "D", "parameters": "s"}
+
+
+def losses_over_width(arms: Sequence[Tuned], dense: Curve, path: Path) -> None:
+    """Loss against width: the dense curve, and each arm at its active width, at the
+    width of equal bits and at that of equal parameters.
+    """
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    widths = sorted(dense)
+    means = [t_interval(list(dense[w].losses.values())).mean for w in widths]
+    axes.plot(widths, means, "-", color="black", lw=2, label="dense, tuned", zorder=1)
+    for w in widths:
+        losses = list(dense[w].losses.values())
+        axes.plot([w] * len(losses), losses, "_", color="black", ms=10, zorder=1)
+    one = next(iter(dense.values())).one
+    for arm, colour in zip(arms, COLOURS, strict=False):
+        found = t_interval(list(arm.losses.values()))
+        equal = twins(arm.one, one)
+        span = [min(equal.values()), max(equal.values())]
+        axes.plot(span, [found.mean] * 2, "-", color=colour, lw=1, zorder=2)
+        for what, marker in MARKERS.items():
+            is_active = what == "compute"
+            axes.plot(
+                equal[what],
+                found.mean,
+                marker,
+                color=colour,
+                mfc=colour if is_active else "white",
+                ms=7,
+                zorder=3,
+            )
+        axes.annotate(
+            arm.arm,
+            (span[1], found.mean),
+            xytext=(9, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+        )
+    for what, marker in MARKERS.items():
+        face = "grey" if what == "compute" else "white"
+        label = {"compute": "active width"}.get(what, f"width of equal {what}")
+        axes.plot([], [], marker, color="grey", mfc=face, label=label)
+    axes.set_xscale("log", base=2)
+    shown = [2**i for i in range(3, 12)]
+    axes.set_xticks(shown, [str(w) for w in shown])
+    axes.minorticks_off()
+    axes.set_xlim(12, 2300)
+    axes.set_xlabel(
+        "hidden width of a dense FFN; a symbol below the line beats its dense twin"
+    )
+    finish(axes, figure, path)
+
+
+def losses_over_rate(
+    results: Sequence[Result], panels: Sequence[Sequence[str]], seed: int, path: Path
+) -> None:
+    """One-seed losses against the learning rate, a panel a set of arms."""
+    figure = Figure(figsize=(10, 4.6), dpi=150, layout="constrained")
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, arms in zip(grid, panels, strict=True):
+        colours = ["black", *COLOURS]
+        for arm, colour in zip(arms, colours, strict=False):
+            losses = sweep(results, arm, seed)
+            rates = sorted(losses)
+            axes.plot(rates, [losses[r] for r in rates], "o-", color=colour, label=arm)
+        axes.set_xscale("log", base=2)
+        ticks = sorted({r for arm in arms for r in sweep(results, arm, seed)})
+        axes.set_xticks(ticks, [f"{r:g}" for r in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("peak learning rate")
+        finish(axes)
+    figure.savefig(path)
+
+
+def finish(axes, figure: Figure | None = None, path: Path | None = None) -> None:
+    axes.set_title("Validation loss, nats a token", loc="left", fontsize=11)
+    axes.grid(color="#e6e6e6")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    if figure and path:
+        figure.savefig(path)

@@ -1,0 +1,144 @@
+"""The whole instrument, shrunken: queue, interruption, measuring, protocol, report."""
+
+import json
+import re
+
+import pytest
+
+from experiments.quality import design, measure, protocol, report, results, run
+from experiments.quality.design import SETTINGS, Step
+
+SMALL = (
+    "--model.d-model 16 --model.n-layers 1 --model.n-heads 2 --model.context 16 --train.steps 3 "
+    "--train.eval-every 2 --train.batch-size 2 --train.eval-batch-size 8"
+)
+KEYS = {
+    "setting", "arm", "tiles_per_token", "seed", "learning_rate", "steps", "tokens", "val_loss",
+    "params_total", "ffn_active", "ffn_bits", "min_entropy_share", "dead_tiles", "seconds",
+    "command", "git_commit",
+}  # fmt: skip
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("What is written twice is read once.\n" * 60, encoding="utf-8")
+    return path
+
+
+def test_committed_results_have_the_keys_that_others_rely_on():
+    for path in sorted(run.RESULTS.glob("*.json")):
+        if path.stem not in SETTINGS:
+            continue
+        lines = results.read(path)
+        assert len({results.key(line) for line in lines}) == len(lines)
+        for line in lines:
+            assert line.keys() >= KEYS, line["arm"]
+            assert "width" in line or {"num_tiles", "tile_width"} <= line.keys()
+            assert SETTINGS[path.stem].arm(line["arm"])
+            assert line["setting"] == path.stem
+
+
+def test_committed_report_is_what_the_committed_results_give(tmp_path):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    for path in run.RESULTS.glob("*.json"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    report.main(["--folder", str(tmp_path)])
+    found = (tmp_path / "REPORT.md").read_text(encoding="utf-8")
+    committed = (run.RESULTS.parent / "REPORT.md").read_text(encoding="utf-8")
+    assert found == committed, "run `python -m experiments.quality.report`"
+    for name in re.findall(r"\(results/(\S+\.png)\)", committed):
+        assert (folder / name).exists()
+        assert (run.RESULTS / name).exists()
+
+
+def test_original_protocol_takes_its_windows():
+    whole = "".join(chr(65 + i % 26) for i in range(1_000_000))
+    taken = protocol.characters(whole)
+    assert taken[:50_128] == whole[:50_128]
+    assert taken[50_128:] == whole[900_000:903_328]
+
+
+@pytest.mark.slow
+def test_everything_shrunken_from_queue_to_report(text, tmp_path, monkeypatch):
+    base = design.SHAKESPEARE.arm(design.BEST)
+    hashed = design.SHAKESPEARE.arm(f"{design.BEST}-hash")
+    ablation = design.variant("sign", "--model.routing.signature sign")
+    small = design.SHAKESPEARE._replace(
+        groups={
+            "dense-curve": (design.dense(8), design.dense(16)),
+            "arms": (base,),
+            "controls": (base, hashed),
+            "ablations": (ablation,),
+        },
+        also=(),
+        plan=(
+            Step("dense-curve", 0),
+            Step("controls", 0),
+            Step("ablations", 1),
+        ),
+    )
+    monkeypatch.setitem(SETTINGS, small.name, small)
+    flags = f"{SMALL} --data.source text --data.tokenizer char"
+    argv = [small.name, "--data", str(text), "--runs", str(tmp_path / "runs")]
+    argv += ["--results", str(tmp_path / "results"), "--flags", flags]
+    assert run.main(argv) == 0
+    path = tmp_path / "results" / f"{small.name}.json"
+    lines = results.read(path)
+    names = ["dense-8", "dense-16", base.name, hashed.name, ablation.name]
+    assert sorted(line["arm"] for line in lines) == sorted(names)
+    for line in lines:
+        assert line.keys() >= KEYS
+        assert 0 < line["val_loss"] < 10
+
+    # A run that is in the results is done, whatever the folder of runs holds.
+    forgotten = lines.pop()
+    path.write_text(json.dumps(lines), encoding="utf-8")
+    assert run.main(argv) == 0
+    again = [
+        line
+        for line in results.read(path)
+        if results.key(line) == results.key(forgotten)
+    ]
+    assert again[0]["val_loss"] == forgotten["val_loss"]
+
+    runs = tmp_path / "runs" / small.name
+    doing = tmp_path / "results" / "doing.json"
+    directories = [str(runs / f"{arm.name}-lr0.004-seed42") for arm in (base, hashed)]
+    dense = str(runs / "dense-16-lr0.004-seed42")
+    store = ["--data", str(runs / "data")]
+    measure.main([*directories, "--reference", dense, *store, "--out", str(doing)])
+    entries = {entry["arm"]: entry for entry in json.loads(doing.read_text())}
+    assert entries[hashed.name]["layers"][0]["entropy_given_token"] == 0
+    evaluated = next(line["val_loss"] for line in lines if line["arm"] == base.name)
+    assert entries[base.name]["val_loss"] == pytest.approx(evaluated, rel=1e-5)
+
+    report.main(["--folder", str(tmp_path)])
+    page = (tmp_path / "REPORT.md").read_text(encoding="utf-8")
+    for heading in (
+        "The instrument",
+        "Controls",
+        "Ablations",
+        "What routing does",
+        "The sweeps",
+    ):
+        assert heading in page
+    assert "nan" not in page
+    assert (tmp_path / "results" / f"{small.name}-width.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_original_protocol_shrunken(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(protocol, "TRAIN_WINDOWS", 600)
+    monkeypatch.setattr(protocol, "VAL_WINDOWS", 64)
+    monkeypatch.setattr(protocol, "CONTEXT", 16)
+    argv = ["--data", str(text), "--runs", str(tmp_path), "--results", str(tmp_path)]
+    protocol.main([*argv, "--flags", f"{SMALL} --train.steps 4"])
+    found = json.loads((tmp_path / "original-protocol.json").read_text())
+    assert [line["arm"] for line in found] == ["sparse-4", "hierarchical"]
+    for line in found:
+        assert 1 < line["best_ppl"] <= line["final_ppl"] * 1.0001 < 100
+        assert 1 < line["bigram_ppl"] < line["best_ppl"] * 10
+    protocol.main(argv)  # nothing left to do
+    assert json.loads((tmp_path / "original-protocol.json").read_text()) == found
