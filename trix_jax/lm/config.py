@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from trix_jax.lm.accounting import match_params
+from trix_jax.lm.accounting import MATCHES
 from trix_jax.lm.data import DataConfig
 from trix_jax.nn.transformer import TransformerConfig
 
@@ -215,12 +215,13 @@ def resolve(
     config: RunConfig, reference: TransformerConfig, vocab_size: int
 ) -> RunConfig:
     """Fills in what depends on the data and on other arms: the vocabulary, and the
-    width of a "match-params" dense FFN.
+    width of a dense FFN that matches a TriX arm ("match-params", "match-active",
+    "match-bits").
 
     Args:
         config: as parsed.
-        reference: the model of the preset without its arm, whose parameters a dense
-            twin matches.
+        reference: the model of the preset without its arm, whose costs a dense twin
+            matches.
         vocab_size: the tokenizer's.
 
     Raises:
@@ -232,9 +233,9 @@ def resolve(
             f"model.vocab_size={model.vocab_size} must be the tokenizer's {vocab_size}, or left out."
         )
     model = dataclasses.replace(model, vocab_size=vocab_size)
-    if model.ffn_width == "match-params":
+    if match := MATCHES.get(str(model.ffn_width)):
         target = dataclasses.replace(reference, vocab_size=vocab_size, ffn_width=None)
-        model = dataclasses.replace(model, ffn_width=match_params(model, target))
+        model = dataclasses.replace(model, ffn_width=match(model, target))
     return dataclasses.replace(config, model=model)
 
 
