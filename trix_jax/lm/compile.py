@@ -1,16 +1,20 @@
 """Train steps compiled for GPUs that are not here: memory and collectives.
 
     python -m trix_jax.lm.compile h100
+    python -m trix_jax.lm.compile h100 < cases.json     # what `report_cases` sends
 
 Run in a process with the environment of `trix_kernels.aot.environment`.
 """
 
+import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
+from importlib import util
 from typing import Any
 
 import jax
@@ -18,7 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from trix_jax.lm.config import TrainConfig
+from trix_jax.lm.config import TrainConfig, model_from_tree
 from trix_jax.lm.optimizer import make_optimizer
 from trix_jax.lm.step import AXIS, init_state, make_train_step
 from trix_jax.nn.transformer import TransformerConfig, TransformerLM
@@ -59,11 +63,53 @@ def report(target: str) -> list[dict[str, Any]]:
     Raises:
         RuntimeError: the compilation failed; the message ends with what it printed.
     """
-    command = [sys.executable, "-m", "trix_jax.lm.compile", target]
+    return _in_a_process([sys.executable, "-m", "trix_jax.lm.compile", target], target)
+
+
+def compiler() -> str | None:
+    """A Python that has the aot group, or None: `$TRIX_AOT_PYTHON`, or this one."""
+    if named := os.environ.get("TRIX_AOT_PYTHON"):
+        return named
+    return sys.executable if util.find_spec("jax_cuda13_plugin") else None
+
+
+def report_case(
+    python: str,
+    target: str,
+    model: TransformerConfig,
+    batch_size: int,
+    accumulate: int,
+    devices: int,
+) -> dict[str, Any]:
+    """Compiles the train step of one config, in a process of its own.
+
+    Args:
+        python: with the aot group (`compiler`).
+        target: a GPU.
+        model: resolved.
+        batch_size: over all devices and micro-batches.
+        accumulate: micro-batches.
+        devices: data parallel.
+
+    Raises:
+        RuntimeError: the compilation failed; the message ends with what it printed.
+    """
+    case = {
+        "model": dataclasses.asdict(model),
+        "batch_size": batch_size,
+        "accumulate": accumulate,
+        "devices": devices,
+    }
+    command = [python, "-m", "trix_jax.lm.compile", target, "-"]
+    return _in_a_process(command, target, json.dumps(case))
+
+
+def _in_a_process(command: list[str], target: str, text: str = "") -> Any:
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             command,
-            env=aot.environment(folder),
+            env=aot.environment(folder) | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            input=text,
             capture_output=True,
             text=True,
             check=False,
@@ -76,15 +122,22 @@ def report(target: str) -> list[dict[str, Any]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compile_step(model: TransformerConfig, target: str, devices: int) -> dict[str, Any]:
+def compile_step(
+    model: TransformerConfig,
+    target: str,
+    devices: int,
+    batch_size: int | None = None,
+    accumulate: int = 1,
+) -> dict[str, Any]:
     """Compiles one data-parallel step, `jit(shard_map(step))`, and reads what it needs."""
+    batch_size = batch_size or BATCH * devices
     topology = topologies.get_topology_desc(
         platform="cuda",
         target_config=target_config(GPUS[target]),
         topology=f"1x{devices}x1",
     )
     mesh = topologies.make_mesh(topology, (devices,), (AXIS,))
-    config = TrainConfig(steps=1000, batch_size=BATCH * devices)
+    config = TrainConfig(steps=1000, batch_size=batch_size, accumulate=accumulate)
     optimizer = make_optimizer(config)
     step = make_train_step(TransformerLM(model), optimizer, config, AXIS)
     everywhere, split = PartitionSpec(), PartitionSpec(None, AXIS)
@@ -97,7 +150,8 @@ def compile_step(model: TransformerConfig, target: str, devices: int) -> dict[st
     )
     state = jax.eval_shape(lambda: init_state(TransformerLM(model), optimizer, 0))
     state = jax.tree.map(lambda x: _abstract(x.shape, x.dtype, mesh, everywhere), state)
-    batch = _abstract((1, BATCH * devices, model.context + 1), jnp.int32, mesh, split)
+    shape = (accumulate, batch_size // accumulate, model.context + 1)
+    batch = _abstract(shape, jnp.int32, mesh, split)
     compiled = jax.jit(sharded, donate_argnums=0).lower(state, batch).compile()
     memory: Any = compiled.memory_analysis()
     found = Counter(COLLECTIVES.findall(compiled.as_text() or ""))
@@ -123,5 +177,11 @@ def main(target: str) -> list[dict[str, Any]]:
     ]
 
 
+def _case(target: str, case: dict[str, Any]) -> dict[str, Any]:
+    model = model_from_tree(case.pop("model"))
+    return {"target": target, **compile_step(model, target, **case)}
+
+
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1])))
+    given = json.load(sys.stdin) if sys.argv[2:] == ["-"] else None
+    print(json.dumps(_case(sys.argv[1], given) if given else main(sys.argv[1])))

@@ -253,6 +253,15 @@ def from_tree(tree: dict[str, Any]) -> RunConfig:
     return _build(RunConfig, tree, "")
 
 
+def model_from_tree(tree: dict[str, Any]) -> TransformerConfig:
+    """A model's config from nested plain values.
+
+    Raises:
+        ValueError: unknown or missing names, or values of another type.
+    """
+    return _build(TransformerConfig, tree, "model.")
+
+
 def load(path: str | Path) -> RunConfig:
     """Reads a resolved config that this program wrote.
 

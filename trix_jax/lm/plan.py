@@ -1,0 +1,158 @@
+"""What an experiment needs on GPUs that are not here: memory by the ahead-of-time
+compile, time and money by a model.
+
+    step >= max(6 * tokens * MACs / peak, bytes / bandwidth)
+
+MACs a token: attention's projections, its scores over the whole context, the FFNs as
+counted in `accounting`, the head. Bytes a token: 34 D of bfloat16 activations a layer
+(Korthikanti et al., 2022, https://arxiv.org/abs/2205.05198), the logits in float32, each
+written and read forward and backward; and 28 bytes a parameter and update. Nothing is
+autotuned and launches are not counted, so that this is the least a step can take: a plan
+takes `SLACK` times it, and the first hundred steps tell.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from trix_jax.lm import compile as train_steps
+from trix_jax.lm.accounting import costs
+from trix_jax.lm.config import RunConfig, resolve
+from trix_jax.nn.transformer import TransformerConfig
+
+SLACK = 3.0
+SEED_HOURS = 6.0  # of training, in the seed's 7
+MANY = 8
+TARGETS = ("h100", "thor")
+MIB = 2**20
+
+
+def plan(
+    models: Mapping[tuple[str, str], tuple[RunConfig, TransformerConfig]],
+    seeds: int,
+    usd_per_hour: float,
+    command: str,
+    report: Callable[[str], None] = print,
+) -> tuple[str, list[dict[str, Any]]]:
+    """The plan as Markdown and as rows, one a size and arm.
+
+    Args:
+        models: size and arm to a config as parsed and its reference.
+        seeds: runs of each.
+        usd_per_hour: of an H100.
+        command: that makes the plan.
+        report: takes a line for each compilation.
+    """
+    python = train_steps.compiler()
+    rows = []
+    for (size, arm), (config, reference) in models.items():
+        config = resolve(config, reference, _vocabulary(config))
+        report(f"{size} {arm}: counting" + (" and compiling" if python else ""))
+        row: dict[str, Any] = {"size": size, "arm": arm, **_counted(config)}
+        row["peak_bytes"] = _peak(python, config, 1)
+        row["peak_bytes_of_8"] = _peak(python, config, MANY)
+        row["usd"] = seeds * row["h100_hours"] * SLACK * usd_per_hour
+        rows.append(row)
+    return _text(rows, seeds, usd_per_hour, command, python is not None), rows
+
+
+def step_seconds(config: RunConfig, target: str) -> float:
+    """The least that an optimizer step can take on one GPU."""
+    gpu = train_steps.GPUS[target]
+    tokens = config.train.batch_size * config.model.context
+    macs, num_bytes = _per_token(config.model)
+    peak = gpu.cores * gpu.macs * gpu.clock_ghz * 1e9
+    state = 28 * costs(config.model).total
+    tensor = 3 * tokens * macs / peak
+    return max(tensor, (tokens * num_bytes + state) / gpu.bandwidth)
+
+
+def _per_token(c: TransformerConfig) -> tuple[float, float]:
+    """Multiply-accumulates of a forward pass and bytes of a step, a token."""
+    assert c.vocab_size is not None
+    attention = c.n_layers * (4 * c.d_model**2 + 2 * c.context * c.d_model)
+    macs = attention + costs(c).ffn_active + c.d_model * c.vocab_size
+    layers = c.n_layers * (2 * 34 * c.d_model + 5 * c.n_heads * c.context)
+    return macs, 4 * (layers + 4 * c.vocab_size)
+
+
+def _counted(config: RunConfig) -> dict[str, Any]:
+    counted = costs(config.model)
+    steps = config.train.steps
+    tokens = steps * config.train.batch_size * config.model.context
+    row = {"params": counted.total, "steps": steps, "tokens": tokens}
+    for name in TARGETS:
+        seconds = step_seconds(config, name)
+        row |= {
+            f"{name}_step_ms": 1e3 * seconds,
+            f"{name}_hours": steps * seconds / 3600,
+        }
+    return row
+
+
+def _peak(python: str | None, config: RunConfig, devices: int) -> int | None:
+    train = config.train
+    if python is None or train.batch_size % (train.accumulate * devices):
+        return None
+    done = train_steps.report_case(
+        python, "h100", config.model, train.batch_size, train.accumulate, devices
+    )
+    return done["peak_bytes"]
+
+
+def _vocabulary(config: RunConfig) -> int:
+    if config.model.vocab_size:
+        return config.model.vocab_size
+    return {"byte": 257, "char": 100}.get(config.data.tokenizer, config.data.vocab_size)
+
+
+def _text(
+    rows: list[dict[str, Any]],
+    seeds: int,
+    usd_per_hour: float,
+    command: str,
+    is_compiled: bool,
+) -> str:
+    head = (
+        "size|arm|parameters|steps|tokens|peak MiB on 1|a GPU of 8|step ms|hours on 1|"
+        f"hours on 8|USD, {seeds} seed(s)|hours on Thor"
+    ).split("|")
+    lines = [f"| {' | '.join(head)} |", "|---|---|" + "---:|" * (len(head) - 2)]
+    for row in rows:
+        peaks = (row["peak_bytes"], row["peak_bytes_of_8"])
+        hours = SLACK * row["h100_hours"]
+        cells = [
+            row["size"],
+            row["arm"],
+            f"{row['params']:,}",
+            f"{row['steps']:,}",
+            f"{row['tokens'] / 1e6:,.0f}M",
+            *("-" if p is None else f"{p / MIB:,.0f}" for p in peaks),
+            f"{SLACK * row['h100_step_ms']:.1f}",
+            f"{hours:.2f}",
+            f"{hours / MANY:.2f}",
+            f"{row['usd']:,.2f}",
+            f"{SLACK * row['thor_hours']:.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    thor = SLACK * sum(row["thor_hours"] for row in rows)
+    h100 = SLACK * seeds * sum(row["h100_hours"] for row in rows)
+    memory = (
+        "Peak memory is from the ahead-of-time compile for sm_90a."
+        if is_compiled
+        else "Peak memory is not known: the aot group is not installed (TRIX_AOT_PYTHON)."
+    )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{memory} Everything with a unit of time or money is **modelled**: {SLACK:g} times the "
+            "least that arithmetic and memory traffic allow, never measured on such a machine; "
+            f"USD at {usd_per_hour:g} an H100-hour.",
+            "",
+            f"All of it, {seeds} seed(s): {h100:.1f} H100-hours, {h100 / MANY:.1f} hours on eight. One "
+            f"seed of all of it, side by side on the seed's one Thor: {thor:.1f} hours, "
+            f"{'inside' if thor <= SEED_HOURS else '**over**'} its {SEED_HOURS:g}.",
+            "",
+            f"Made by `{command}`.",
+        ]
+    )
