@@ -12,9 +12,11 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections import Counter
 from importlib import util
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -108,7 +110,7 @@ def _in_a_process(command: list[str], target: str, text: str = "") -> Any:
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             command,
-            env=aot.environment(folder) | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            env=aot.environment(folder) | {"PYTHONPATH": os.pathsep.join(_folders())},
             input=text,
             capture_output=True,
             text=True,
@@ -120,6 +122,14 @@ def _in_a_process(command: list[str], target: str, text: str = "") -> Any:
             f"Compiling train steps for {target} ended with {done.returncode}: {last}"
         )
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def _folders() -> list[str]:
+    """Where this package, the kernels and what the lm extra brings lie, for a Python
+    that has only the aot group.
+    """
+    own = [str(Path(file).parents[n]) for file, n in ((__file__, 2), (aot.__file__, 1))]
+    return [*own, sysconfig.get_path("purelib")]
 
 
 def compile_step(

@@ -114,9 +114,10 @@ def steps(path: Path, arms: Arms) -> None:
             plots._smoothed(axes[5], tokens, share, colours[arm])
     for ax, (_, title) in zip(axes, panels, strict=False):
         plots._title(ax, title)
-    plots._title(axes[5], "Routing entropy over its maximum, lowest layer")
+    plots._title(axes[5], "Entropy share, lowest layer")
     axes[5].set_ylim(0, 1.05)
     axes[3].set_ylim(bottom=0)
+    axes[3].yaxis.set_major_formatter(EngFormatter(sep=""))
     axes[4].set_ylim(bottom=0)
     for ax in axes:
         plots._tokens_axis(ax, last)
@@ -196,10 +197,14 @@ def _marker(arm: str) -> str:
 
 
 def _log_axis(ax: Axes) -> None:
-    """Round numbers on a log axis, also where it spans less than a decade."""
+    """Round numbers on a log axis that spans a factor of two at least, so that what is
+    equal looks equal.
+    """
     ax.margins(x=0.12)
     low, high = ax.get_xlim()
-    is_short = high / low < 20
+    wider = max(1.0, (2 * low / high) ** 0.5)
+    ax.set_xlim(low / wider, high * wider)
+    is_short = high / low < 100
     ax.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if is_short else (1,)))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.xaxis.set_minor_formatter(NullFormatter())

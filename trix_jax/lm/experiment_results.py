@@ -105,7 +105,11 @@ def read_experiment(
 
 def public_command(run: Run) -> str:
     """A run's command without this machine's paths."""
-    words = [word if not word.startswith("/") else _tail(word) for word in run.flags]
+    flags = list(run.flags)
+    while "--data.path" in flags:
+        at = flags.index("--data.path")
+        del flags[at : at + 2]
+    words = [word if not word.startswith("/") else _tail(word) for word in flags]
     return " ".join(["trix-jax train", *words, "--data.path", f"data/{run.size}"])
 
 

@@ -11,10 +11,19 @@ autotuned and launches are not counted, so that this is the least a step can tak
 takes `SLACK` times it, and the first hundred steps tell.
 """
 
+import dataclasses
+import functools
+import hashlib
+import json
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import jax
+
 from trix_jax.lm import compile as train_steps
+from trix_jax.lm import metrics
 from trix_jax.lm.accounting import costs
 from trix_jax.lm.config import RunConfig, resolve
 from trix_jax.nn.transformer import TransformerConfig
@@ -44,15 +53,25 @@ def plan(
     """
     python = train_steps.compiler()
     rows = []
-    for (size, arm), (config, reference) in models.items():
-        config = resolve(config, reference, _vocabulary(config))
-        report(f"{size} {arm}: counting" + (" and compiling" if python else ""))
+    configs = {
+        key: resolve(config, reference, _vocabulary(config))
+        for key, (config, reference) in models.items()
+    }
+    peaks: dict[tuple, int | None] = {}
+    for devices in (1, MANY):
+        for key, config in configs.items():
+            if python:
+                report(
+                    f"{' '.join(key)}: compiling for {devices} H100, minutes the first time"
+                )
+            peaks[key, devices] = _peak(python, config, devices)
+    for (size, arm), config in configs.items():
         row: dict[str, Any] = {"size": size, "arm": arm, **_counted(config)}
-        row["peak_bytes"] = _peak(python, config, 1)
-        row["peak_bytes_of_8"] = _peak(python, config, MANY)
+        row["peak_bytes"] = peaks[(size, arm), 1]
+        row["peak_bytes_of_8"] = peaks[(size, arm), MANY]
         row["usd"] = seeds * row["h100_hours"] * SLACK * usd_per_hour
         rows.append(row)
-    return _text(rows, seeds, usd_per_hour, command, python is not None), rows
+    return _text(rows, seeds, usd_per_hour, command), rows
 
 
 def step_seconds(config: RunConfig, target: str) -> float:
@@ -90,13 +109,38 @@ def _counted(config: RunConfig) -> dict[str, Any]:
 
 
 def _peak(python: str | None, config: RunConfig, devices: int) -> int | None:
+    """Peak bytes a GPU; compiled once for the same step and code, then kept."""
     train = config.train
-    if python is None or train.batch_size % (train.accumulate * devices):
+    if train.batch_size % (train.accumulate * devices):
+        return None
+    case = [dataclasses.asdict(config.model), train.batch_size, train.accumulate]
+    text = json.dumps([case, devices, jax.__version__, _code()], sort_keys=True)
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    kept = (
+        root / "trix_jax" / "aot" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+    )
+    if kept.is_file():
+        return json.loads(kept.read_bytes())["peak_bytes"]
+    if python is None:
         return None
     done = train_steps.report_case(
         python, "h100", config.model, train.batch_size, train.accumulate, devices
     )
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    metrics.write_json(kept, done)
     return done["peak_bytes"]
+
+
+@functools.cache
+def _code() -> str:
+    """sha256 of what a train step is made of."""
+    package = Path(__file__).parents[1]
+    lm = [package / "lm" / f"{name}.py" for name in ("step", "optimizer", "compile")]
+    files = [*sorted(package.glob("*.py")), *sorted(package.glob("nn/*.py")), *lm]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _vocabulary(config: RunConfig) -> int:
@@ -110,7 +154,6 @@ def _text(
     seeds: int,
     usd_per_hour: float,
     command: str,
-    is_compiled: bool,
 ) -> str:
     head = (
         "size|arm|parameters|steps|tokens|peak MiB on 1|a GPU of 8|step ms|hours on 1|"
@@ -136,11 +179,9 @@ def _text(
         lines.append(f"| {' | '.join(cells)} |")
     thor = SLACK * sum(row["thor_hours"] for row in rows)
     h100 = SLACK * seeds * sum(row["h100_hours"] for row in rows)
-    memory = (
-        "Peak memory is from the ahead-of-time compile for sm_90a."
-        if is_compiled
-        else "Peak memory is not known: the aot group is not installed (TRIX_AOT_PYTHON)."
-    )
+    memory = "Peak memory is from the ahead-of-time compile for sm_90a."
+    if any(row["peak_bytes"] is None or row["peak_bytes_of_8"] is None for row in rows):
+        memory += " A dash was not compiled: the aot group is needed (TRIX_AOT_PYTHON)."
     return "\n".join(
         [
             *lines,

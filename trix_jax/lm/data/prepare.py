@@ -44,6 +44,7 @@ from trix_jax.lm.data.tokenizer import (
 )
 
 TOKENIZER_BYTES = 200_000_000  # of training text that a BPE learns from
+BATCH_CHARACTERS = 4_000_000
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -236,18 +237,22 @@ def _write(
     end = np.asarray([tokenizer.eot] if survey.documents > 1 else [], np.int32)
     train, removed = splits["train"], 0
     began = last = time.monotonic()
-    for side, text in _sides(documents, survey, config.val_fraction):
-        if side == "train" and copies and copies.holds(text):
-            removed += 1
-            continue
-        ids = np.append(tokenizer.encode(text), end)
-        num_bytes = len(text.encode())
-        left = (config.max_tokens or math.inf) - train.tokens
-        if side == "train" and len(ids) >= left:
-            kept = ids[: int(left)]
-            train.append(kept, num_bytes=num_bytes * len(kept) // len(ids))
-            break
-        splits[side].append(ids, num_bytes=num_bytes)
+    for batch in _batches(_sides(documents, survey, config.val_fraction)):
+        kept = [
+            (side, text)
+            for side, text in batch
+            if side == "val" or copies is None or not copies.holds(text)
+        ]
+        removed += len(batch) - len(kept)
+        encoded = tokenizer.encode_batch([text for _, text in kept])
+        for (side, text), ids in zip(kept, encoded, strict=True):
+            ids, num_bytes = np.append(ids, end), len(text.encode())
+            left = (config.max_tokens or math.inf) - train.tokens
+            if side == "train" and len(ids) >= left:
+                head = ids[: int(left)]
+                train.append(head, num_bytes=num_bytes * len(head) // len(ids))
+                return removed
+            splits[side].append(ids, num_bytes=num_bytes)
         if time.monotonic() - last > SECONDS_BETWEEN_LINES:
             last = time.monotonic()
             done = sum(split.bytes for split in splits.values())
@@ -255,6 +260,19 @@ def _write(
                 f"{train.tokens:,} training tokens, {done / 1e6 / (last - began):.1f} MB/s"
             )
     return removed
+
+
+def _batches(sides: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """Documents for the cores to share, a few megabytes at a time."""
+    batch, characters = [], 0
+    for side, text in sides:
+        batch.append((side, text))
+        characters += len(text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def _survey(documents: Iterable[str], config: DataConfig) -> _Survey:
