@@ -11,6 +11,8 @@ VERBS = {
     "demo": "train a small TriX and its dense twin, compare, pack, generate, report: minutes on a laptop, no download",
     "prepare": "text to a tokenizer and a verified token store",
     "train": "train a preset, or go on with the run in --workdir",
+    "experiment": "run sizes x arms x seeds side by side, or plan or render them",
+    "report": "write the report of a run or an experiment again",
     "eval": "restore and evaluate",
     "generate": "restore and sample",
     "export": "write packed safetensors, config and tokenizer",
@@ -66,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    rows = "\n".join(f"  {verb:<9} {text}" for verb, text in VERBS.items())
+    rows = "\n".join(f"  {verb:<10} {text}" for verb, text in VERBS.items())
     return f"usage: trix-jax VERB [options]\n\n{rows}\n\n`trix-jax VERB --help` lists a verb's options."
 
 

@@ -53,10 +53,34 @@ def match_params(config: TransformerConfig, reference: TransformerConfig) -> int
     """Width of the dense FFN at which `config` has as many parameters as `reference`,
     to the nearest unit.
     """
-    dense = dataclasses.replace(config, ffn="dense", ffn_width=1)
-    one = costs(dense)
-    per_unit = one.ffn
-    return max(1, 1 + round((costs(reference).total - one.total) / per_unit))
+    return _match("total", config, reference)
+
+
+def match_active(config: TransformerConfig, reference: TransformerConfig) -> int:
+    """Width of the dense FFN with the FFN multiply-accumulates of `reference`."""
+    return _match("ffn_active", config, reference)
+
+
+def match_bits(config: TransformerConfig, reference: TransformerConfig) -> int:
+    """Width of the dense FFN with the served FFN bits of `reference`, at 16 a weight."""
+    return _match("ffn_bits", config, reference)
+
+
+def _match(cost: str, config: TransformerConfig, reference: TransformerConfig) -> int:
+    """A dense FFN's costs are linear in its width: two widths tell the third."""
+    one, two = (
+        getattr(costs(dataclasses.replace(config, ffn="dense", ffn_width=width)), cost)
+        for width in (1, 2)
+    )
+    wanted = getattr(costs(reference), cost)
+    return max(1, 1 + round((wanted - one) / (two - one)))
+
+
+MATCHES = {
+    "match-params": match_params,
+    "match-active": match_active,
+    "match-bits": match_bits,
+}
 
 
 def active_width(config: TransformerConfig) -> float:

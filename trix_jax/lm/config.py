@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import yaml
 
-from trix_jax.lm.accounting import match_params
+from trix_jax.lm.accounting import MATCHES
 from trix_jax.lm.data import DataConfig
 from trix_jax.nn.transformer import TransformerConfig
 
@@ -230,12 +230,13 @@ def resolve(
     config: RunConfig, reference: TransformerConfig, vocab_size: int
 ) -> RunConfig:
     """Fills in what depends on the data and on other arms: the vocabulary, and the
-    width of a "match-params" dense FFN.
+    width of a dense FFN that matches a TriX arm ("match-params", "match-active",
+    "match-bits").
 
     Args:
         config: as parsed.
-        reference: the model of the preset without its arm, whose parameters a dense
-            twin matches.
+        reference: the model of the preset without its arm, whose costs a dense twin
+            matches.
         vocab_size: the tokenizer's.
 
     Raises:
@@ -247,9 +248,9 @@ def resolve(
             f"model.vocab_size={model.vocab_size} must be the tokenizer's {vocab_size}, or left out."
         )
     model = dataclasses.replace(model, vocab_size=vocab_size)
-    if model.ffn_width == "match-params":
+    if match := MATCHES.get(str(model.ffn_width)):
         target = dataclasses.replace(reference, vocab_size=vocab_size, ffn_width=None)
-        model = dataclasses.replace(model, ffn_width=match_params(model, target))
+        model = dataclasses.replace(model, ffn_width=match(model, target))
     return dataclasses.replace(config, model=model)
 
 
@@ -265,6 +266,15 @@ def from_tree(tree: dict[str, Any]) -> RunConfig:
         ValueError: unknown or missing names, or values of another type.
     """
     return _build(RunConfig, tree, "")
+
+
+def model_from_tree(tree: dict[str, Any]) -> TransformerConfig:
+    """A model's config from nested plain values.
+
+    Raises:
+        ValueError: unknown or missing names, or values of another type.
+    """
+    return _build(TransformerConfig, tree, "model.")
 
 
 def load(path: str | Path) -> RunConfig:

@@ -26,6 +26,7 @@ from trix_jax.ternary import TernaryConfig
 from trix_jax.typing import Array, AxisName, Float, Integer, Scalar
 
 FFNKind = Literal["hierarchical", "sparse", "lookup", "dense"]
+MatchedWidth = Literal["match-params", "match-active", "match-bits"]
 ComputeDtype = Literal["float32", "bfloat16"]
 
 
@@ -41,8 +42,9 @@ class TransformerConfig:
         n_heads: H.
         ffn: which FFN.
         ffn_width: hidden width of the dense FFN; None takes `expansion * d_model`;
-            "match-params" is filled in by the training lane with the width at which the
-            model has as many parameters as its TriX arm.
+            "match-params", "match-active" and "match-bits" are filled in by the
+            training lane with the width at which the model has as many parameters, FFN
+            multiply-accumulates or served FFN bits as its TriX arm.
         expansion: total hidden width of all tiles over D.
         num_tiles, tiles_per_cluster, top_k_clusters, tiles_per_token: see the FFNs.
         grid_size, compress_hidden, ternary_splines: of `SparseLookupFFN`.
@@ -58,7 +60,7 @@ class TransformerConfig:
     n_layers: int = 4
     n_heads: int = 4
     ffn: FFNKind = "hierarchical"
-    ffn_width: int | Literal["match-params"] | None = None
+    ffn_width: int | MatchedWidth | None = None
     expansion: int = 4
     num_tiles: int = 16
     tiles_per_cluster: int = 4
@@ -139,11 +141,11 @@ class TransformerConfig:
         """Hidden width of the dense FFN.
 
         Raises:
-            ValueError: "match-params" has not been resolved.
+            ValueError: a width to match has not been resolved.
         """
-        if self.ffn_width == "match-params":
+        if isinstance(self.ffn_width, str):
             raise ValueError(
-                "ffn_width='match-params' must be resolved first, by trix_jax.lm.config.resolve."
+                f"ffn_width={self.ffn_width!r} must be resolved first, by trix_jax.lm.config.resolve."
             )
         return self.ffn_width or self.expansion * self.d_model
 

@@ -6,10 +6,16 @@ sha256 of its text, so that copies land on the same side and order does not matt
 validation is the documents of smallest hash that together hold at least `val_fraction`
 of the bytes. Several documents end in the tokenizer's end-of-text id each; a single one
 has none, so its tokens are exactly its characters or bytes.
+
+The source is read three times at most (sizes, tokenizer, tokens) and never held: memory
+grows by 16 bytes a document, and with `near_duplicates` by a kilobyte a validation
+document.
 """
 
 import dataclasses
 import hashlib
+import math
+import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,6 +23,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from trix_jax.lm.data.datasets import filled_in
+from trix_jax.lm.data.near import NearDuplicates
 from trix_jax.lm.data.sources import Source, describe, infer_source, iter_documents
 from trix_jax.lm.data.store import (
     TOKENIZER,
@@ -35,6 +43,10 @@ from trix_jax.lm.data.tokenizer import (
     train_bpe,
 )
 
+TOKENIZER_BYTES = 200_000_000  # of training text that a BPE learns from
+BATCH_CHARACTERS = 4_000_000
+SECONDS_BETWEEN_LINES = 10.0
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -50,6 +62,13 @@ class DataConfig:
         vocab_size: Size of the BPE vocabulary; the other tokenizers have their own.
         val_fraction: Share of the text that is never trained on.
         max_bytes: Stop reading after this much text. None: read all.
+        max_tokens: Stop after this many training tokens. None: take all.
+        near_duplicates: Leave out training documents whose sets of five successive
+            words are at least this similar (Jaccard) to a validation document's. None:
+            only exact copies land on one side.
+        languages: Of source code, separated by commas. None: all that are known.
+        licenses: Of source code; "permissive" takes repositories whose licence file
+            says so. None: does not look.
     """
 
     source: Source = "stdlib"
@@ -58,6 +77,10 @@ class DataConfig:
     vocab_size: int = 8192
     val_fraction: float = 0.1
     max_bytes: int | None = None
+    max_tokens: int | None = None
+    near_duplicates: float | None = None
+    languages: str | None = None
+    licenses: Literal["permissive"] | None = None
 
 
 class _Survey(NamedTuple):
@@ -86,13 +109,15 @@ def prepare(
     Raises:
         ValueError: The config, its source or `directory` is unusable, or the store
             there has another config.
-        ConnectionError: TinyShakespeare could not be downloaded.
+        ConnectionError: Something could not be downloaded.
+        RuntimeError: A download is not what it should be.
     """
     _check(config)
     if config.path is not None and is_store(config.path):
         return open_store(config.path)
     if config.source == "stdlib" and config.path is not None:
         config = dataclasses.replace(config, source=infer_source(config.path))
+    config = filled_in(config)
     directory = Path(directory)
     if not is_store(directory):
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -114,9 +139,13 @@ def _check(config: DataConfig) -> None:
         raise ValueError(
             f"val_fraction must be between 0 and 1, both excluded. Got {config.val_fraction}."
         )
-    if config.max_bytes is not None and config.max_bytes < 1:
+    for name in ("max_bytes", "max_tokens"):
+        if (most := getattr(config, name)) is not None and most < 1:
+            raise ValueError(f"{name} must be at least 1, or None. Got {most}.")
+    if config.near_duplicates is not None and not 0 < config.near_duplicates < 1:
         raise ValueError(
-            f"max_bytes must be at least 1, or None. Got {config.max_bytes}."
+            "near_duplicates must be between 0 and 1, both excluded, or None. "
+            f"Got {config.near_duplicates}."
         )
     if config.tokenizer not in ("char", "byte", "bpe"):
         raise ValueError(
@@ -147,27 +176,103 @@ def _check_same(directory: Path, recipe: dict[str, Any]) -> None:
 
 def _build(config: DataConfig, building: Path, report: Callable[[str], None]) -> None:
     def documents(report: Callable[[str], None] = lambda line: None) -> Iterator[str]:
-        return iter_documents(config.source, config.path, config.max_bytes, report)
+        return iter_documents(
+            config.source,
+            config.path,
+            config.max_bytes,
+            report,
+            config.languages,
+            config.licenses,
+        )
 
     survey = _survey(documents(report), config)
     tokenizer = _make_tokenizer(documents, survey, config)
     tokenizer.save(building / TOKENIZER)
-    end = [tokenizer.eot] if survey.documents > 1 else []
+    copies = _near_duplicates(documents, survey, config, report)
     with (
         SplitWriter(building, "train", tokenizer.vocab_size) as train,
         SplitWriter(building, "val", tokenizer.vocab_size) as val,
     ):
         splits = {"train": train, "val": val}
-        for side, text in _sides(documents(), survey, config.val_fraction):
-            ids = np.append(tokenizer.encode(text), np.asarray(end, np.int32))
-            splits[side].append(ids, num_bytes=len(text.encode()))
+        removed = _write(documents(), splits, survey, tokenizer, copies, config, report)
     source = describe(config.source, config.path)
-    write_manifest(building, _recipe(config), source, splits)
+    write_manifest(building, _recipe(config), source, splits, removed)
     report(
         f"prepared {survey.documents:,} document(s): {source}; {tokenizer.kind} vocabulary of {tokenizer.vocab_size:,}"
     )
     for name, split in splits.items():
         report(f"{name}: {split.tokens:,} tokens, {split.bytes:,} bytes of text")
+    if copies:
+        report(f"{removed:,} near-duplicate(s) of validation left out of training")
+    if config.max_tokens and train.tokens < config.max_tokens:
+        report(
+            f"the source ended before max_tokens={config.max_tokens:,}: {train.tokens:,} are all there are"
+        )
+
+
+def _near_duplicates(
+    documents: Callable[[], Iterable[str]],
+    survey: _Survey,
+    config: DataConfig,
+    report: Callable[[str], None],
+) -> NearDuplicates | None:
+    if config.near_duplicates is None or survey.documents < 2:
+        return None
+    report("indexing validation documents, to find their near-duplicates")
+    sides = _sides(documents(), survey, config.val_fraction)
+    val = (text for side, text in sides if side == "val")
+    return NearDuplicates(val, config.near_duplicates)
+
+
+def _write(
+    documents: Iterable[str],
+    splits: dict[str, SplitWriter],
+    survey: _Survey,
+    tokenizer: Tokenizer,
+    copies: NearDuplicates | None,
+    config: DataConfig,
+    report: Callable[[str], None],
+) -> int:
+    """Writes the tokens of both sides; returns how many documents were left out."""
+    end = np.asarray([tokenizer.eot] if survey.documents > 1 else [], np.int32)
+    train, removed = splits["train"], 0
+    began = last = time.monotonic()
+    for batch in _batches(_sides(documents, survey, config.val_fraction)):
+        kept = [
+            (side, text)
+            for side, text in batch
+            if side == "val" or copies is None or not copies.holds(text)
+        ]
+        removed += len(batch) - len(kept)
+        encoded = tokenizer.encode_batch([text for _, text in kept])
+        for (side, text), ids in zip(kept, encoded, strict=True):
+            ids, num_bytes = np.append(ids, end), len(text.encode())
+            left = (config.max_tokens or math.inf) - train.tokens
+            if side == "train" and len(ids) >= left:
+                head = ids[: int(left)]
+                train.append(head, num_bytes=num_bytes * len(head) // len(ids))
+                return removed
+            splits[side].append(ids, num_bytes=num_bytes)
+        if time.monotonic() - last > SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            done = sum(split.bytes for split in splits.values())
+            report(
+                f"{train.tokens:,} training tokens, {done / 1e6 / (last - began):.1f} MB/s"
+            )
+    return removed
+
+
+def _batches(sides: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """Documents for the cores to share, a few megabytes at a time."""
+    batch, characters = [], 0
+    for side, text in sides:
+        batch.append((side, text))
+        characters += len(text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def _survey(documents: Iterable[str], config: DataConfig) -> _Survey:
@@ -235,6 +340,13 @@ def _make_tokenizer(
             return ByteTokenizer()
         case "bpe":
             sides = _sides(documents(), survey, config.val_fraction)
-            return train_bpe(
-                (text for side, text in sides if side == "train"), config.vocab_size
-            )
+            train = (text for side, text in sides if side == "train")
+            return train_bpe(_first(train, TOKENIZER_BYTES), config.vocab_size)
+
+
+def _first(documents: Iterable[str], num_bytes: int) -> Iterator[str]:
+    for text in documents:
+        yield text
+        num_bytes -= len(text.encode())
+        if num_bytes < 0:
+            return

@@ -1,4 +1,4 @@
-"""Where text comes from: six sources, one stream of documents.
+"""Where text comes from: seven kinds of source, one stream of documents.
 
 | source | a document is | `path` |
 |---|---|---|
@@ -7,7 +7,8 @@
 | `text` | one file | a file, or a folder whose `*.txt` are taken |
 | `jsonl` | the `"text"` of one line | a file, or a folder whose `*.jsonl` are taken |
 | `parquet` | the `text` of one row (FineWeb-Edu shards read as they are) | a file, or a folder of `*.parquet` |
-| `code` | one source file | a folder |
+| `code` | one source file | a folder of repositories, or a list of them (`code.py`) |
+| `fineweb_5m`, ... | one row of FineWeb-Edu, one file of The Stack | None downloads (`datasets.py`), or as `parquet` or `code` |
 
 Documents are UTF-8, in a fixed order (files by sorted path), newlines as they stand in
 the file. A file named by the caller that cannot be read is an error; inside a folder it
@@ -24,9 +25,24 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
+from trix_jax.lm.data.code import code_files, stack_documents
+from trix_jax.lm.data.datasets import DATASETS, Dataset
+from trix_jax.lm.data.download import fetch
 from trix_jax.lm.data.store import write_atomically
 
-Source = Literal["stdlib", "shakespeare", "text", "jsonl", "parquet", "code"]
+Source = Literal[
+    "stdlib",
+    "shakespeare",
+    "text",
+    "jsonl",
+    "parquet",
+    "code",
+    "fineweb_5m",
+    "fineweb_50m",
+    "fineweb_500m",
+    "fineweb_10b",
+    "stack_250m",
+]
 
 STDLIB_BYTES = 1_500_000
 STDLIB_FILE_BYTES = 32_000  # small files only: a document is then about a hundredth of the slice, so the split is even
@@ -37,21 +53,14 @@ STDLIB_LEFT_OUT = frozenset(
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
-CODE_SUFFIXES = frozenset(
-    ".py .pyi .c .h .cc .cpp .hpp .cu .cuh .rs .go .java .kt .scala .js .jsx .ts .tsx .rb .php .swift .cs .lua .r .jl "
-    ".hs .ml .ex .erl .clj .pl .sh .bash .sql .zig".split()
-)
-CODE_LEFT_OUT = frozenset(
-    "node_modules vendor vendored third_party site-packages dist-packages venv env build dist target __pycache__".split()
-)
-CODE_FILE_BYTES = 1_000_000  # larger ones are generated or data
-
 
 def iter_documents(
     source: Source,
     path: str | Path | None,
     max_bytes: int | None = None,
     report: Callable[[str], None] = print,
+    languages: str | None = None,
+    licenses: str | None = None,
 ) -> Iterator[str]:
     """Yields the documents of a source, none of them empty, in a fixed order.
 
@@ -61,11 +70,13 @@ def iter_documents(
         max_bytes: Stop after this much UTF-8 text; the last document is cut, between
             characters, to fit. None: no limit.
         report: Is told in one line how many files of a folder were skipped.
+        languages, licenses: What of `code` to take (`code.code_files`).
 
     Raises:
         ValueError: The path is missing, empty, not what the source expects, or holds
-            something unreadable.
-        ConnectionError: TinyShakespeare could not be downloaded.
+            something unreadable; the hub refuses.
+        ConnectionError: Something could not be downloaded.
+        RuntimeError: A download is not what it should be.
     """
     match source:
         case "stdlib":
@@ -81,10 +92,16 @@ def iter_documents(
                 raise ValueError(
                     f"source={source!r} needs a path: a file or a folder. Got None."
                 )
-            documents = _local(source, Path(path), report)
+            documents = _local(source, Path(path), report, languages, licenses)
+        case name if name in DATASETS and path is not None:
+            kind = "code" if DATASETS[name].is_code else "parquet"
+            documents = _local(kind, Path(path), report, languages, licenses)
+        case name if name in DATASETS:
+            documents = _downloaded(DATASETS[name], report)
         case _:
             raise ValueError(
-                f"source must be stdlib, shakespeare, text, jsonl, parquet or code. Got {source!r}."
+                f"source must be stdlib, shakespeare, text, jsonl, parquet, code or "
+                f"{', '.join(DATASETS)}. Got {source!r}."
             )
     return _limit((text for text in documents if text), max_bytes)
 
@@ -113,15 +130,32 @@ def describe(source: Source, path: str | Path | None) -> str:
             return f"standard library of Python {platform.python_version()}, files up to {STDLIB_FILE_BYTES:,} bytes"
         case "shakespeare":
             return f"TinyShakespeare (karpathy/char-rnn), sha256 {SHAKESPEARE_SHA256}"
+        case name if name in DATASETS and path is None:
+            data = DATASETS[name]
+            return f"{name}: {data.repo} at {data.revision}, {', '.join(data.files)}"
         case _:
             return f"{source} from {Path(path or '').name}"
 
 
-def _local(source: Source, path: Path, report: Callable[[str], None]) -> Iterator[str]:
+def _downloaded(dataset: Dataset, report: Callable[[str], None]) -> Iterator[str]:
+    shards = fetch(dataset, report)
+    if dataset.is_code:
+        return stack_documents(dataset, shards, report)
+    return (text for shard in shards for text in _parquet(shard))
+
+
+def _local(
+    source: Source,
+    path: Path,
+    report: Callable[[str], None],
+    languages: str | None,
+    licenses: str | None,
+) -> Iterator[str]:
     if not path.exists():
         raise ValueError(f"path={str(path)!r} does not exist (source={source!r}).")
     if source == "code":
-        return _read_files(_code_files(path), named=False, report=report)
+        files = code_files(path, languages, licenses, report)
+        return _read_files(files, named=False, report=report)
     if source == "text":
         return _read_files(_files(path, ".txt"), path.is_file(), report)
     read = _jsonl if source == "jsonl" else _parquet
@@ -306,22 +340,3 @@ def _parquet(file: Path) -> Iterator[str]:
                 yield from (text for text in batch.column(0).to_pylist() if text)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not a readable parquet file ({error}).") from error
-
-
-def _code_files(path: Path) -> Iterator[Path]:
-    if not path.is_dir():
-        raise ValueError(f"source='code' needs a folder. Got path={str(path)!r}.")
-    for folder, folders, names in os.walk(path):
-        folders[:] = sorted(
-            f for f in folders if not f.startswith(".") and f not in CODE_LEFT_OUT
-        )
-        for name in sorted(names):
-            file = Path(folder, name)
-            if (
-                name.startswith(".")
-                or file.suffix.lower() not in CODE_SUFFIXES
-                or file.is_symlink()
-            ):
-                continue
-            if file.stat().st_size <= CODE_FILE_BYTES:
-                yield file

@@ -4,7 +4,7 @@
 train_00000.npy ...   val_00000.npy ...   uint16, or uint32 for vocabularies over 65,536; at most 64M tokens a shard
 tokenizer.json        see tokenizer.py
 manifest.json         format, files {name: sha256, bytes, tokens}, splits {train, val: tokens, bytes}, config, source,
-                      fingerprint (sha256 over the files' names and hashes), checksum
+                      near_duplicates_removed, fingerprint (sha256 over the files' names and hashes), checksum
                       (sha256 of all the rest of the manifest)
 ```
 
@@ -195,10 +195,17 @@ def new_store(directory: Path) -> Iterator[Path]:
 
 
 def write_manifest(
-    directory: Path, config: dict[str, Any], source: str, splits: dict[str, SplitWriter]
+    directory: Path,
+    config: dict[str, Any],
+    source: str,
+    splits: dict[str, SplitWriter],
+    removed: int = 0,
 ) -> None:
     """Hashes the files of a store that is complete but for its manifest, and writes
     that.
+
+    Args:
+        removed: training documents left out as near-duplicates of validation.
     """
     files = {}
     for path in sorted(directory.iterdir()):
@@ -217,6 +224,7 @@ def write_manifest(
             name: {"tokens": split.tokens, "bytes": split.bytes}
             for name, split in splits.items()
         },
+        "near_duplicates_removed": removed,
         "files": files,
         "fingerprint": _digest({name: file["sha256"] for name, file in files.items()}),
     }

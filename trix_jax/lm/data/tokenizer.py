@@ -40,6 +40,10 @@ class Tokenizer(Protocol):
         """Ids of a text, without `eot`."""
         ...
 
+    def encode_batch(self, texts: list[str]) -> list[Int32[np.ndarray, " T"]]:
+        """Ids of several texts; on all cores where the library can."""
+        ...
+
     def decode(self, ids: Iterable[int] | Integer[np.ndarray, " T"]) -> str:
         """Text of some ids; bytes that are not UTF-8 become U+FFFD.
 
@@ -83,6 +87,9 @@ class CharTokenizer:
             )
         return ids
 
+    def encode_batch(self, texts: list[str]) -> list[Int32[np.ndarray, " T"]]:
+        return [self.encode(text) for text in texts]
+
     def decode(self, ids: Iterable[int] | Integer[np.ndarray, " T"]) -> str:
         return "".join(map(self._pieces.__getitem__, _checked(ids, self.vocab_size)))
 
@@ -110,6 +117,9 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> Int32[np.ndarray, " T"]:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+    def encode_batch(self, texts: list[str]) -> list[Int32[np.ndarray, " T"]]:
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int] | Integer[np.ndarray, " T"]) -> str:
         pieces = (
@@ -139,9 +149,13 @@ class BPETokenizer:
         return self._inner.get_vocab_size()
 
     def encode(self, text: str) -> Int32[np.ndarray, " T"]:
-        # The batch call keeps no offsets and is a third faster, for one text too.
-        (encoded,) = self._inner.encode_batch_fast([text], add_special_tokens=False)
-        return np.asarray(encoded.ids, np.int32)
+        (ids,) = self.encode_batch([text])
+        return ids
+
+    def encode_batch(self, texts: list[str]) -> list[Int32[np.ndarray, " T"]]:
+        # This call keeps no offsets and is a third faster, for one text too.
+        encoded = self._inner.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.asarray(one.ids, np.int32) for one in encoded]
 
     def decode(self, ids: Iterable[int] | Integer[np.ndarray, " T"]) -> str:
         return self._inner.decode(
