@@ -19,7 +19,7 @@ from trix_jax.nn.transformer import TransformerConfig, TransformerLM
 
 PARAMS = {
     "tiles": {"kernel": jax.random.normal(jax.random.key(0), (3, 8, 4))},
-    "attention": {"kernel": jax.random.normal(jax.random.key(1), (8, 8))},
+    "attention": {"kernel": jax.random.normal(jax.random.key(1), (2, 4, 8))},
     "norm": {"scale": jnp.ones(8)},
 }
 GRADS = jax.tree.map(

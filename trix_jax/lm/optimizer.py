@@ -90,15 +90,20 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def _weight_decay(config: TrainConfig) -> float | optax.Schedule:
-    last = config.decay_until * config.steps
+    last = float(config.decay_until * config.steps)
     if last >= config.steps:
         return config.weight_decay
-    return lambda step: jnp.where(step < last, config.weight_decay, 0.0)
+    return lambda step: jnp.where(jnp.asarray(step) < last, config.weight_decay, 0.0)
 
 
 def _optimizer_of_each(params):
-    """ "muon" for the kernels of tiles, `[N, I, O]`, which no other parameter is like."""
-    return jax.tree.map(lambda leaf: "muon" if leaf.ndim == 3 else "adamw", params)
+    """Muon for the kernels of tiles, `[N, I, O]`, AdamW for everything else."""
+
+    def kind(path, _):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return "muon" if "tiles/" in name and name.endswith("/kernel") else "adamw"
+
+    return jax.tree_util.tree_map_with_path(kind, params)
 
 
 def _each_matrix(params):
