@@ -81,24 +81,6 @@ def matmul(
     return jnp.moveaxis(xla.matmul(x_NTI, q, scale), 0, 1)
 
 
-def tile_matmul(
-    x: Float[Array, "M R I"],
-    weights: Weights,
-    block_tile: Integer[Array, " M"],
-    features: int,
-    used: Integer[Array, "1"] | None = None,
-) -> Float[Array, "M R O"]:
-    """Computes `(x_m @ q_n) * scale_n` with `n = block_tile[m]`: every block meets only
-    its own tile's weights.
-
-    Args:
-        used: blocks from this one on need not be computed; None computes all.
-    """
-    if isinstance(weights, Packed):
-        return trix_kernels.block_matmul(x, weights, block_tile, features, used=used)
-    return xla.matmul(x, weights.q[block_tile], weights.scale[block_tile])
-
-
 def tile_ffn(
     x: Float[Array, "M R D"],
     up: Weights,
