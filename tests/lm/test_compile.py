@@ -12,26 +12,37 @@ import tempfile
 from importlib import util
 from pathlib import Path
 
+import jax
 import pytest
 
+from trix_jax.lm.compile import BATCH
+from trix_jax.lm.config import TrainConfig
+from trix_jax.lm.optimizer import make_optimizer
+from trix_jax.lm.step import init_state
+from trix_jax.nn.transformer import TransformerConfig, TransformerLM
 from trix_kernels import aot
 
 pytestmark = pytest.mark.slow
 
+TRAIN = TrainConfig(steps=1000)
 PYTHON = os.environ.get("TRIX_AOT_PYTHON")
-STEPS = """
-import json
+STEP = """
+import json, sys
 from trix_jax.lm.compile import compile_step
 from trix_jax.lm.parallel import Spread
 from trix_jax.nn.transformer import TransformerConfig
 
-model = TransformerConfig(
-    vocab_size=64, context=32, d_model=32, n_layers=1, ffn="sparse", num_tiles=16
-)
-together = compile_step(model, "h100", 8, "shard_map")
-spread = compile_step(model, "h100", 8, Spread(8))
-print(json.dumps([together, spread]))
+model = TransformerConfig(**json.loads(sys.argv[1]))
+print(json.dumps(compile_step(model, "h100", 8, Spread(8))))
 """
+MODEL = {
+    "vocab_size": 64,
+    "context": 32,
+    "d_model": 32,
+    "n_layers": 1,
+    "ffn": "sparse",
+    "num_tiles": 16,
+}
 
 
 @pytest.fixture
@@ -53,15 +64,19 @@ def environment(user_env):
 
 def test_spread_tiles_compile_for_eight_gpus_and_talk_by_all_to_all(environment):
     done = subprocess.run(
-        [sys.executable, "-c", STEPS],
+        [sys.executable, "-c", STEP, json.dumps(MODEL)],
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    together, spread = json.loads(done.stdout.splitlines()[-1])
-    assert "all-to-all" not in together["collectives"]
-    assert spread["collectives"]["all-to-all"] >= 4  # there and back, both passes
-    assert spread["argument_bytes"] < together["argument_bytes"]
-    print(json.dumps(spread))
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["collectives"]["all-to-all"] >= 4  # there and back, both passes
+    lm, optimizer = TransformerLM(TransformerConfig(**MODEL)), make_optimizer(TRAIN)
+    state = jax.eval_shape(lambda: init_state(lm, optimizer, 0))
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    tiles = 3 * 4 * 2 * 32 * 4 * 32  # weights and two moments, up and down, in bytes
+    batch = 4 * BATCH * (MODEL["context"] + 1)
+    assert found["argument_bytes"] == whole - tiles * 7 // 8 + batch
+    print(json.dumps(found))
