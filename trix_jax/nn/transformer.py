@@ -36,9 +36,9 @@ class TransformerConfig:
     Attributes:
         vocab_size: V; None is filled in from the tokenizer by the training lane.
         context: longest sequence, L.
-        d_model: D.
+        d_model: D, the width.
         n_layers: number of blocks.
-        n_heads: H.
+        n_heads: H, of attention.
         ffn: which FFN.
         ffn_width: hidden width of the dense FFN; None takes `expansion * d_model`;
             "match-params" is filled in by the training lane with the width at which the
