@@ -1,5 +1,4 @@
-"""A trained dense FFN turned into TriX tiles, measured before and after a short
-fine-tune.
+"""A trained dense FFN turned into TriX tiles, measured before and after a fine-tune.
 
     python examples/dense_to_trix.py [STEPS FINE_TUNE_STEPS]
 
@@ -7,9 +6,8 @@ The recipe, for an FFN `act(x @ W_up) @ W_down`:
 
 1. Cluster the hidden units, the columns of `W_up`, by direction, into N groups of equal size
    (balanced k-means on cosines): units that fire together share a tile.
-2. Tile n gets its columns of `W_up` and its rows of `W_down` as latent weights. The layer
-   ternarizes them itself, with a scale a channel, and reads the tile's address off
-   them.
+2. Tile n gets its columns of `W_up` and its rows of `W_down` as latent weights. The
+   layer ternarizes them itself, with a scale a channel, and reads its address off them.
 3. Fine-tune a few hundred steps: the routing state starts at zero and finds even loads.
 
 One run of the defaults, 1,000 and 200 steps, one seed (two CPU cores of an AMD EPYC,
@@ -65,13 +63,9 @@ def convert(dense_variables, tiled_variables):
     for path in params:
         if path[-3:] == ("tiles", "up", "kernel"):
             block = path[0]
-            up, down = to_tiles(
-                *(
-                    source[block, "DenseFFN_0", name, "kernel"]
-                    for name in ("up", "down")
-                )
-            )
-            params[path], params[(*path[:-2], "down", "kernel")] = up, down
+            ffn = (block, "DenseFFN_0")
+            kernels = (source[*ffn, name, "kernel"] for name in ("up", "down"))
+            params[path], params[(*path[:-2], "down", "kernel")] = to_tiles(*kernels)
     shared = {path: source[path] for path in params if path in source}
     return {**tiled_variables, "params": unflatten_dict(params | shared)}
 

@@ -1,5 +1,4 @@
-"""`TriXLinear`: a ternary linear layer, trained by plain SGD, packed into two bits a
-weight.
+"""`TriXLinear`: a ternary linear layer, trained by SGD, packed into two bits a weight.
 
 python examples/linear.py
 """

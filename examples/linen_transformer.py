@@ -1,5 +1,4 @@
-"""A decoder-only Linen transformer in the style of nanodo, with any TriX layer as its
-FFN.
+"""A decoder-only Linen transformer in the style of nanodo, with TriX layers as FFNs.
 
     python examples/linen_transformer.py [STEPS]
 

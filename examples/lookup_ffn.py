@@ -25,7 +25,8 @@ def step(params, state):
         return task + aux["total_aux"], (task, new["routing"])  # 1. add total_aux
 
     grads, (task, reported) = jax.grad(loss_fn, has_aux=True)(params)
-    params = jax.tree.map(lambda p, g: p - 10.0 * g, params, grads)
+    # Gradients of splines and directions differ by orders of magnitude: steps of one size.
+    params = jax.tree.map(lambda p, g: p - 0.01 * jnp.sign(g), params, grads)
     return params, routing.update(reported), task  # 2. move the routing state
 
 
@@ -34,7 +35,7 @@ params, state, first = step(params, state)
 for _ in range(300):
     params, state, loss = step(params, state)
 print(f"task loss {first:.3f}, then {loss:.3f}")
-assert loss < first
+assert loss < 0.8 * first
 
 trained = {"params": params, "routing": state}
 packed = freeze(ffn, trained, x)

@@ -1,7 +1,7 @@
 """`SparseTriXFFN`: flat routing over a few ternary tiles, in a training step of your
 own.
 
-python examples/sparse_ffn.py
+    python examples/sparse_ffn.py
 """
 
 import jax

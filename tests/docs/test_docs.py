@@ -17,11 +17,8 @@ EXECUTED = sorted(page for page, cells in PAGES.items() if cells)
 
 
 SHELL = "import subprocess\nsubprocess.run(['bash', '-c', {!r}], check=True)\n"
-WITH_SHELL = [p for p in EXECUTED if any(c.startswith("%%bash") for c in PAGES[p])]
-# Python alone shares a process: most of a page's time is importing and compiling.
-GROUPS = {page: [page] for page in WITH_SHELL} | {
-    "python": [page for page in EXECUTED if page not in WITH_SHELL]
-}
+# What a reader who has never seen TriX can do from the site alone; a test each.
+PATHS = ("own-model", "training", "inspect", "out")
 
 
 def as_script(pages):
@@ -36,16 +33,17 @@ def as_script(pages):
 
 
 def test_pages_that_teach_a_use_have_blocks_that_run():
-    assert {"own-model", "training", "inspect", "out", "format"} <= set(EXECUTED)
+    assert {*PATHS, "format"} <= set(EXECUTED)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("group", GROUPS)
-def test_page_blocks_run_in_order(group, user_env, tmp_path):
-    if group == "out":
-        pytest.importorskip("flatbuffers")
+@pytest.fixture
+def run_pages(user_env, tmp_path):
+    return lambda *pages: run(pages, user_env, tmp_path)
+
+
+def run(pages, user_env, tmp_path):
     script = tmp_path / "pages.py"
-    script.write_text("\n".join(as_script(GROUPS[group])))
+    script.write_text("\n".join(as_script(pages)))
     bin_folder = Path(sys.executable).parent
     env = {**user_env, "PATH": f"{bin_folder}{os.pathsep}{user_env['PATH']}"}
     command = [sys.executable, str(script)]
@@ -53,6 +51,35 @@ def test_page_blocks_run_in_order(group, user_env, tmp_path):
         command, cwd=tmp_path, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_reader_puts_a_layer_into_their_model_from_the_site_alone(run_pages):
+    run_pages("own-model")
+
+
+@pytest.mark.slow
+def test_reader_trains_from_the_site_alone(run_pages, tmp_path):
+    run_pages("training")
+    assert (tmp_path / "run" / "summary.json").is_file()
+
+
+@pytest.mark.slow
+def test_reader_looks_inside_from_the_site_alone(run_pages, tmp_path):
+    run_pages("inspect")
+    assert "drawTiles" in (tmp_path / "run" / "inspect.html").read_text("utf-8")
+
+
+@pytest.mark.slow
+def test_reader_takes_a_model_out_from_the_site_alone(run_pages, tmp_path):
+    run_pages("out")
+    wanted = {"model.safetensors", "config.json", "tokenizer.json", "model.stablehlo"}
+    assert wanted <= {path.name for path in (tmp_path / "packed").iterdir()}
+
+
+@pytest.mark.slow
+def test_blocks_of_the_other_pages_run(run_pages):
+    run_pages(*(page for page in EXECUTED if page not in PATHS))
 
 
 def test_pages_are_in_the_table_of_contents():

@@ -1,16 +1,24 @@
 """Makes `golden/` from the real PyTorch modules, through our converter.
 
     git clone https://github.com/anjaustin/trix ORIGINAL
-    python tests/interop/make_golden.py ORIGINAL
+    python tests/interop/make_golden.py ORIGINAL [FOLDER SEED]
 
-in a Python with torch (2.13.0 made the committed files). Every file holds a checkpoint
-as `torch_to_safetensors.py` writes it and, under `golden.*`, inputs and what the
-original makes of them: outputs, tiles, packed bytes. Modules are trained for some steps
-first, so that scales, norms and averaged signatures are not what they were set to.
+in a Python with torch and pyyaml (torch 2.13.0 made the committed files, with seed 0).
+Every file holds a checkpoint as `torch_to_safetensors.py` writes it and, under
+`golden.*`, inputs and what the original makes of them: outputs, tiles, packed bytes.
+Modules are trained for some steps first, so that scales, norms and averaged signatures
+are not what they were set to.
+
+With a FOLDER of its own and another SEED this proves us against modules that nobody has
+seen before, in this environment again:
+
+    TRIX_GOLDEN=FOLDER pytest -m "slow or not slow" tests/interop/test_from_torch.py
 """
 
+import functools
 import importlib.util
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -18,8 +26,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-GOLDEN = Path(__file__).parent / "golden"
 D, TOKENS = 16, 24
+TERNARY = re.compile(r"^weight$|(up|down)_(proj\.)?weight$")
 
 
 def load(name, path):
@@ -30,7 +38,7 @@ def load(name, path):
     return module
 
 
-def main(source):
+def main(source, folder=Path(__file__).parent / "golden", seed=0):
     sys.path.insert(0, str(source / "src"))
     from trix.kernel import TriXLinear, bindings
     from trix.nn.hierarchical import HierarchicalTriXFFN
@@ -38,9 +46,12 @@ def main(source):
     from trix.nn.sparse_lookup import SparseLookupFFN
 
     train = load("original_train", source / "experiments" / "training" / "train.py")
-    GOLDEN.mkdir(exist_ok=True)
-    torch.manual_seed(0)
+    torch.manual_seed(int(seed))
     x = torch.randn(TOKENS, D)
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write = functools.partial(write_golden, folder, bindings.pack_weights)
 
     def vary(layer):
         """Random scales, norms and latent weights wide enough for all three values."""
@@ -62,13 +73,11 @@ def main(source):
         y=layer(x, torch.ones_like(gate)),
         y_gated=layer(x, gate),
         signatures=layer.get_tile_signatures(),
-        packed=bindings.pack_weights(layer.weight.data),
     )
 
     layer = steps(vary(SparseTriXFFN(D, num_tiles=4, dropout=0.0)), x)
     y, routes, _ = layer(x)
-    packed = bindings.pack_weights(layer.up_proj.weight.data)
-    write("sparse", layer, x=x, y=y, tiles=routes.argmax(-1), packed=packed)
+    write("sparse", layer, x=x, y=y, tiles=routes.argmax(-1))
 
     for name, k in (("hierarchical", 1), ("hierarchical_top2", 2)):
         ffn = HierarchicalTriXFFN(
@@ -76,8 +85,7 @@ def main(source):
         )
         layer = steps(vary(ffn), x)
         y, info, _ = layer(x)
-        packed = bindings.pack_weights(layer.tiles[3].up_weight.data)
-        write(name, layer, x=x, y=y, tiles=info["tile_idx"], packed=packed)
+        write(name, layer, x=x, y=y, tiles=info["tile_idx"])
 
     for name, ternary in (("lookup", True), ("lookup_float", False)):
         ffn = SparseLookupFFN(
@@ -166,22 +174,24 @@ def steps(layer, x):
     return layer.eval()
 
 
-def write(name, what, **golden):
+def write_golden(folder, pack, name, what, **golden):
     """Saves a checkpoint, converts it as a user would, and adds inputs and results."""
     convert = load(
         "torch_to_safetensors",
         ROOT / "trix_jax" / "interop" / "torch_to_safetensors.py",
     )
     state = what if isinstance(what, dict) else what.state_dict()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "checkpoint.pt"
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "checkpoint.pt"
         torch.save(state, path)
         state, metadata = convert.read(str(path))
-    golden = {f"golden.{key}": value for key, value in golden.items()}
-    convert.write(str(GOLDEN / f"{name}.safetensors"), {**state, **golden}, metadata)
+    packed = {f"packed.{n}": pack(w) for n, w in state.items() if TERNARY.search(n)}
+    golden = {f"golden.{n}": value for n, value in (golden | packed).items()}
+    path = folder / f"{name}.safetensors"
+    convert.write(str(path), {**state, **golden}, metadata)
     about = json.loads(metadata["about"]).get("step", "bare state dict")
-    print(name, about, (GOLDEN / f"{name}.safetensors").stat().st_size, "bytes")
+    print(name, about, path.stat().st_size, "bytes")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from trix_jax.lm.optimizer import make_optimizer
 from trix_jax.lm.step import init_state, make_train_step
 from trix_jax.nn.transformer import TransformerLM
 
+DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 EVERY = 3  # about one batch in so many is bad
 
 
@@ -101,6 +104,33 @@ def test_learning_rate_that_is_logged_is_the_one_of_the_updates_done(touchy, run
     np.testing.assert_allclose(
         found, scale * np.asarray(other[: len(found)]), rtol=1e-5
     )
+
+
+def documented():
+    """Keys of docs/metrics.md: by event, and under "summary" those of summary.json."""
+    keys = {}
+    of = None
+    for line in DOCS.read_text("utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("`summary.json`"):
+            of = "summary"
+        elif line.startswith("| `") or line.startswith("| | `"):
+            named = cells[:1] if of == "summary" else cells[1:2]
+            of = of if of == "summary" else cells[0].strip("`") or of
+            keys.setdefault(of, set()).update(re.findall(r"`(\w+)`", named[0]))
+        elif line.startswith("## "):
+            break
+    return keys
+
+
+def test_metrics_and_summary_have_the_documented_keys(touchy):
+    run, _, _ = touchy
+    wanted = documented()
+    for event in ("step", "eval", "skipped"):
+        for line in lines_of(run, event):
+            assert line.keys() == wanted[event] | {"event"}
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary.keys() == wanted["summary"]
 
 
 def test_run_with_skipped_steps_resumes_bit_for_bit(touchy, tmp_path):

@@ -1,16 +1,20 @@
 """The page, its numbers, and the questions to a run's routing."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from trix_jax.cli import main
 from trix_jax.lm.evaluate import load_run, open_run_data
+from trix_jax.lm.export import export
 from trix_jax.lm.inspect import Order, diff, look, route, write_page
+from trix_jax.nn.transformer import TransformerLM
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -57,6 +61,32 @@ def test_page_is_one_file_without_references(found, tmp_path):
         assert reference not in text
     embedded = text.split('type="application/json" id="data">')[1].split("</script>")[0]
     assert json.loads(embedded) == json.loads(json.dumps(nasty))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ffn", ["sparse", "hierarchical", "lookup"])
+def test_packed_export_of_every_kind_is_looked_into(ffn, run_dir, tmp_path):
+    loaded, _, tokenizer = load_run(run_dir)
+    shape = {"num_tiles": 8, "tiles_per_cluster": 4, "tiles_per_token": 1}
+    config = dataclasses.replace(loaded.config, ffn=ffn, grid_size=4, **shape)
+    fresh = TransformerLM(config)
+    variables = fresh.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    export(fresh, variables, tokenizer, tmp_path)
+    found = look(tmp_path, open_run_data(run_dir))
+    assert (found["step"], found["history"]) == (None, [])
+    (layer,) = found["layers"]
+    assert len(layer["usage"]) == len(layer["similarity"]) == 8
+    assert sum(layer["usage"]) == pytest.approx(1)
+    kernels = {"splines"} if ffn == "lookup" else {"up", "down"}
+    assert layer["zero"].keys() == kernels
+    assert all(0 < share < 1 for shares in layer["zero"].values() for share in shares)
+    clusters = layer["clusters"]
+    assert (clusters is None) == (ffn == "sparse")
+    assert clusters is None or sorted(np.ravel(clusters)) == list(range(8))
+    splines = layer["splines"]
+    assert np.shape(splines) == ((8, 4, 4) if ffn == "lookup" else ())
+    assert ffn != "lookup" or np.abs(splines).max() > 0
+    write_page(found, tmp_path / "page.html")  # what JSON cannot hold would raise
 
 
 @pytest.mark.slow

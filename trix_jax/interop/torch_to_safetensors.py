@@ -41,21 +41,41 @@ def read(path):
         raise ValueError(
             f"torch must be at least 2.10 to read a file safely. Got {torch.__version__}."
         )
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    loaded = load(path)
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} must hold a dict. Got {type(loaded).__name__}.")
     state = loaded.get("model_state_dict", loaded)
     wrong = [name for name, value in state.items() if not torch.is_tensor(value)]
     if wrong or not state:
         raise ValueError(f"{path} must hold tensors by name. Got {wrong or 'nothing'}.")
-    about = {key: loaded[key] for key in ("config", "step") if state is not loaded}
-    return state, {"format": "trix-pytorch", "about": json.dumps(about)}
+    about = {} if state is loaded else {k: loaded.get(k) for k in ("config", "step")}
+    text = json.dumps(about, default=plain)
+    return state, {"format": "trix-pytorch", "about": text}
+
+
+def load(path):
+    """What a file of `torch.save` holds, if it is tensors and plain values alone."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:
+        # Of many types; and torch's own text advises to read the file unsafely.
+        raise ValueError(
+            f"{path} must hold tensors and plain values alone, and be whole. "
+            f"torch refused it ({type(error).__name__})."
+        ) from error
+
+
+def plain(value):
+    """A tensor among a checkpoint's settings as numbers."""
+    if torch.is_tensor(value):
+        return value.tolist()
+    raise ValueError(f"config must hold plain values. Got {type(value).__name__}.")
 
 
 def write(path, state, metadata):
-    """Writes tensors as safetensors: the header's length, the header as JSON, the
-    bytes.
-    """
+    """Writes safetensors: the header's length, the header as JSON, the bytes."""
     tensors = {name: value.detach().contiguous() for name, value in state.items()}
     header, offset = {"__metadata__": metadata}, 0
     for name, value in tensors.items():

@@ -22,9 +22,8 @@ def write_program(
     The weights are inside, packed ones as their two bits. Any JAX reads it, with this
     package or without:
 
-        program =
-        jax.export.deserialize(bytearray(Path("model.stablehlo").read_bytes())) logits =
-        program.call(tokens)
+        data = Path("model.stablehlo").read_bytes()
+        logits = jax.export.deserialize(bytearray(data)).call(tokens)
     """
     shape = jax.ShapeDtypeStruct((batch, model.config.context), jnp.int32)
     forward = jax.jit(lambda tokens: model.apply(variables, tokens)[0])

@@ -29,14 +29,15 @@ class HierarchicalTriXFFN(nn.Module):
     Attributes:
         d_model: D, the width of input and output.
         d_hidden: F, the hidden width of one tile; None takes `4 * d_model / num_tiles`.
-        num_tiles: N.
+        num_tiles: N, in all clusters.
         tiles_per_cluster: a divisor of N.
         top_k_clusters: clusters a token may choose tiles from.
         tiles_per_token: K, at most `top_k_clusters * tiles_per_cluster`.
         dropout: rate on the output, in training; needs a "dropout" rng.
         residual: adds the input to the output (the original does).
         activation: "relu2", "relu", "gelu" or "silu".
-        ternary, routing: see `TernaryConfig` and `RoutingConfig`.
+        ternary: see `TernaryConfig`.
+        routing: see `RoutingConfig`.
         dtype: of the computation; None follows the input.
         axis_name: mapped axis over which the balance loss sees the load, as in
             `nn.BatchNorm`.

@@ -37,7 +37,7 @@ class Router(nn.Module):
 
     Attributes:
         num_tiles: N.
-        tiles_per_token: K.
+        tiles_per_token: K, the tiles that a token computes.
         num_clusters: 0 is flat routing; otherwise a divisor of N.
         top_k_clusters: clusters a token may choose tiles from.
         axis_name: mapped axis over which the balance loss takes its shares in training,

@@ -31,11 +31,12 @@ class SparseTriXFFN(nn.Module):
         d_model: D, the width of input and output.
         num_tiles: N, a divisor of `expansion * d_model`.
         expansion: total hidden width over D.
-        tiles_per_token: K.
+        tiles_per_token: K, the tiles that a token computes.
         dropout: rate on the output, in training; needs a "dropout" rng.
         residual: adds the input to the output.
         activation: "relu2", "relu", "gelu" or "silu".
-        ternary, routing: see `TernaryConfig` and `RoutingConfig`.
+        ternary: see `TernaryConfig`.
+        routing: see `RoutingConfig`.
         dtype: of the computation; None follows the input.
         axis_name: mapped axis over which the balance loss sees the load, as in
             `nn.BatchNorm`.

@@ -39,7 +39,7 @@ class SparseLookupFFN(nn.Module):
         d_model: D, the width of input and output.
         num_tiles: N; one is used per token.
         tiles_per_cluster: a divisor of N; routing goes cluster then tile.
-        grid_size: G.
+        grid_size: G, cells of a spline along each coordinate.
         compress_hidden: width between W1 and W2; None takes D / 4.
         ternary_splines: False keeps real coefficients.
         dropout: rate on the output, in training; needs a "dropout" rng.

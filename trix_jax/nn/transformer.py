@@ -37,9 +37,9 @@ class TransformerConfig:
     Attributes:
         vocab_size: V; None is filled in from the tokenizer by the training lane.
         context: longest sequence, L.
-        d_model: D.
+        d_model: D, the width.
         n_layers: number of blocks.
-        n_heads: H.
+        n_heads: H, of attention.
         ffn: which FFN.
         ffn_width: hidden width of the dense FFN; None takes `expansion * d_model`;
             "match-params", "match-active" and "match-bits" are filled in by the
