@@ -97,7 +97,7 @@ def _weight_decay(config: TrainConfig) -> float | optax.Schedule:
 
 
 def _optimizer_of_each(params):
-    """ "muon" for the kernels of tiles, `[N, I, O]`, which no other parameter is like."""
+    """Muon gets the kernels of tiles, `[N, I, O]`: nothing else has three axes."""
     return jax.tree.map(lambda leaf: "muon" if leaf.ndim == 3 else "adamw", params)
 
 
