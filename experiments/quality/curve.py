@@ -82,7 +82,11 @@ def equivalent(widths: Sequence[int], losses: Sequence[float], loss: float) -> f
 def loss_at(
     widths: Sequence[int], losses: Sequence[float], width: float
 ) -> float | None:
-    """The curve's loss at a width; None outside the widths that were trained."""
+    """The curve's loss at a width; None outside the widths that were trained, but for 1%
+    of rounding.
+    """
+    if widths[-1] < width <= 1.01 * widths[-1]:
+        width = widths[-1]
     if not widths[0] <= width <= widths[-1]:
         return None
     return float(np.interp(math.log2(width), np.log2(widths), monotone(losses)))

@@ -19,37 +19,9 @@ def losses_over_width(arms: Sequence[Tuned], dense: Curve, path: Path) -> None:
     """
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes = figure.subplots()
-    widths = sorted(dense)
-    means = [t_interval(list(dense[w].losses.values())).mean for w in widths]
-    axes.plot(widths, means, "-", color="black", lw=2, label="dense, tuned", zorder=1)
-    for w in widths:
-        losses = list(dense[w].losses.values())
-        axes.plot([w] * len(losses), losses, "_", color="black", ms=10, zorder=1)
-    one = next(iter(dense.values())).one
+    draw_dense(axes, dense)
     for arm, colour in zip(arms, COLOURS, strict=False):
-        found = t_interval(list(arm.losses.values()))
-        equal = twins(arm.one, one)
-        span = [min(equal.values()), max(equal.values())]
-        axes.plot(span, [found.mean] * 2, "-", color=colour, lw=1, zorder=2)
-        for what, marker in MARKERS.items():
-            is_active = what == "compute"
-            axes.plot(
-                equal[what],
-                found.mean,
-                marker,
-                color=colour,
-                mfc=colour if is_active else "white",
-                ms=7,
-                zorder=3,
-            )
-        axes.annotate(
-            arm.arm,
-            (span[1], found.mean),
-            xytext=(9, 0),
-            textcoords="offset points",
-            va="center",
-            color=colour,
-        )
+        draw_arm(axes, arm, twins(arm.one, next(iter(dense.values())).one), colour)
     for what, marker in MARKERS.items():
         face = "grey" if what == "compute" else "white"
         label = {"compute": "active width"}.get(what, f"width of equal {what}")
@@ -63,6 +35,34 @@ def losses_over_width(arms: Sequence[Tuned], dense: Curve, path: Path) -> None:
         "hidden width of a dense FFN; a symbol below the line beats its dense twin"
     )
     finish(axes, figure, path)
+
+
+def draw_dense(axes, dense: Curve) -> None:
+    """Means as a line, seeds as ticks, hollow where the rate is not bracketed yet."""
+    means = {w: t_interval(list(dense[w].losses.values())).mean for w in sorted(dense)}
+    axes.plot(*zip(*means.items(), strict=True), color="black", lw=2, label="dense")
+    for width, arm in dense.items():
+        losses = list(arm.losses.values())
+        axes.plot([width] * len(losses), losses, "_", color="black", ms=10)
+    hollow = {w: mean for w, mean in means.items() if not dense[w].is_bracketed}
+    if hollow:
+        label, style = "dense, rate not bracketed yet", {"mfc": "white", "ms": 5}
+        points = zip(*hollow.items(), strict=True)
+        axes.plot(*points, "o", color="black", label=label, **style)
+
+
+def draw_arm(axes, arm: Tuned, equal: dict[str, float], colour: str) -> None:
+    """A line at the mean loss, a symbol at each width in `equal`, seeds as ticks."""
+    found = t_interval(list(arm.losses.values()))
+    span = [min(equal.values()), max(equal.values())]
+    axes.plot(span, [found.mean] * 2, "-", color=colour, lw=1)
+    at = [equal["compute"]] * found.n
+    axes.plot(at, list(arm.losses.values()), "_", color=colour, ms=12)
+    for what, marker in MARKERS.items():
+        face = colour if what == "compute" else "white"
+        axes.plot(equal[what], found.mean, marker, color=colour, mfc=face, ms=7)
+    place = {"xytext": (9, 0), "textcoords": "offset points", "va": "center"}
+    axes.annotate(arm.arm, (span[1], found.mean), color=colour, **place)
 
 
 def losses_over_rate(

@@ -32,7 +32,8 @@ def test_equivalent_width_off_the_curve_is_never_extrapolated():
     assert curve.equivalent(WIDTHS, losses, line(31)) == curve.BELOW
     assert curve.equivalent(WIDTHS, losses, line(257)) == curve.ABOVE
     assert curve.loss_at(WIDTHS, losses, 31) is None
-    assert curve.loss_at(WIDTHS, losses, 257) is None
+    assert curve.loss_at(WIDTHS, losses, 260) is None
+    assert curve.loss_at(WIDTHS, losses, 256.5) == pytest.approx(line(256))
 
 
 def test_equivalent_width_on_a_flat_part_is_the_narrowest():

@@ -93,7 +93,7 @@ def _weight_decay(config: TrainConfig) -> float | optax.Schedule:
     last = float(config.decay_until * config.steps)
     if last >= config.steps:
         return config.weight_decay
-    return lambda step: jnp.where(jnp.asarray(step) < last, config.weight_decay, 0.0)
+    return lambda step: jnp.where(jnp.less(step, last), config.weight_decay, 0.0)
 
 
 def _optimizer_of_each(params):
