@@ -85,7 +85,7 @@ def step_seconds(config: RunConfig, target: str) -> float:
     return max(tensor, (tokens * num_bytes + state) / gpu.bandwidth)
 
 
-def _per_token(c: TransformerConfig) -> tuple[float, float]:
+def _per_token(c: TransformerConfig) -> tuple[int, int]:
     """Multiply-accumulates of a forward pass and bytes of a step, a token."""
     assert c.vocab_size is not None
     attention = c.n_layers * (4 * c.d_model**2 + 2 * c.context * c.d_model)
