@@ -239,3 +239,12 @@ def test_plan_without_the_compiler_counts_and_models(monkeypatch, tmp_path):
     assert row["usd"] == pytest.approx(3 * planning.SLACK * row["h100_hours"] * 3.0)
     assert "A dash was not compiled" in text
     assert text.endswith("Made by `the command`.")
+
+
+@pytest.mark.slow
+def test_report_case_compiles_a_step_for_an_absent_gpu():
+    python = planning.train_steps.compiler()
+    if python is None:
+        pytest.skip("needs the dependency group aot, or TRIX_AOT_PYTHON")
+    done = planning.train_steps.report_case(python, "h100", MODEL, 16, 2, 1)
+    assert done["peak_bytes"] > 4 * 3 * costs(MODEL).total
