@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -15,6 +16,9 @@ from trix_jax.cli.main import main
 from trix_jax.lm import experiment
 from trix_jax.lm.experiment import Run, command, make_slots, progress, run_all
 from trix_jax.lm.job_files import render
+
+ROOT = Path(__file__).parents[2]
+COMMITTED = sorted((ROOT / "experiments/scale").glob("*.yaml"))
 
 # What a run does, as far as the runner sees it; the arm says how it behaves.
 STUB = """
@@ -187,6 +191,16 @@ def test_read_experiment_says_what_is_wrong(small, change, match):
     small.write_text(yaml.safe_dump(tree))
     with pytest.raises(ValueError, match=match):
         read_experiment(str(small))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_committed_experiment_reads(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    read = read_experiment(str(path))
+    assert read.name == path.stem
+    tree = yaml.safe_load(path.read_text())
+    count = len(tree["sizes"]) * len(tree["arms"]) * len(tree["seeds"])
+    assert len({p.run.name for p in read.runs}) == count
 
 
 @pytest.mark.parametrize("engine", ["slurm", "kubernetes", "skypilot"])

@@ -107,9 +107,7 @@ def main(argv: list[str]) -> int:
 
         report = say(args.json)
         command = f"trix-jax experiment {argv[0]} --dry-run"
-        models = {
-            (p.run.size, p.run.arm): (p.config, p.reference) for p in reversed(runs)
-        }
+        models = {(p.run.size, p.run.arm): (p.config, p.reference) for p in runs}
         seeds = len({p.run.seed for p in runs})
         text, rows = plan(models, seeds, args.usd_per_hour, command, report)
         report(text)
@@ -171,19 +169,21 @@ def read_experiment(path: str) -> Experiment:
         config_path = _find(given.pop("config"), Path(path))
         for arm in tree["arms"]:
             flags = to_flags({**every, **given, **(by_arm.get(arm) or {})})
+            first = [config_path, "--arm", str(arm), *flags]
+            parsed, reference = parse_preset(TrainArgs, first, "train")
+            own = data.setdefault(str(size), parsed.config.data)
+            store = f"data/{size}"
+            if own.path and is_store(own.path):
+                store = str(Path(own.path).absolute())
+            if parsed.config.data != own:
+                raise ValueError(
+                    f"the arms of {size} in {path} must share their data. Got other data for {arm}."
+                )
             for seed in tree["seeds"]:
-                argv = [config_path, "--arm", str(arm), "--seed", str(seed), *flags]
-                parsed, reference = parse_preset(TrainArgs, argv, "train")
-                config = parsed.config
-                store = data.setdefault(str(size), config.data) and f"data/{size}"
-                if config.data.path and is_store(config.data.path):
-                    store = str(Path(config.data.path).absolute())
-                elif config.data != data[str(size)]:
-                    raise ValueError(
-                        f"the arms of {size} in {path} must share their data. Got other data for {arm}."
-                    )
+                config = dataclasses.replace(parsed.config, seed=int(seed))
+                argv = (*first[:3], "--seed", str(seed), *first[3:])
                 steps = config.train.steps
-                run = Run(str(size), str(arm), int(seed), steps, tuple(argv), store)
+                run = Run(str(size), str(arm), int(seed), steps, argv, store)
                 runs.append(Planned(run, config, reference))
     return Experiment(str(tree.get("name") or Path(path).stem), tree, runs, data)
 

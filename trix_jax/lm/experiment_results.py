@@ -57,7 +57,8 @@ class Finished(NamedTuple):
     def cost(self, name: str) -> float:
         """`total`, `ffn_active`, `ffn_bits` or `seconds`."""
         summary = self.record.summary
-        return summary["seconds"] if name == "seconds" else summary["params"][name]
+        value = summary["seconds"] if name == "seconds" else summary["params"][name]
+        return float(value)
 
 
 class Comparison(NamedTuple):

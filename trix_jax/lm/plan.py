@@ -85,7 +85,7 @@ def step_seconds(config: RunConfig, target: str) -> float:
     return max(tensor, (tokens * num_bytes + state) / gpu.bandwidth)
 
 
-def _per_token(c: TransformerConfig) -> tuple[float, float]:
+def _per_token(c: TransformerConfig) -> tuple[int, int]:
     """Multiply-accumulates of a forward pass and bytes of a step, a token."""
     assert c.vocab_size is not None
     attention = c.n_layers * (4 * c.d_model**2 + 2 * c.context * c.d_model)
@@ -156,8 +156,8 @@ def _text(
     command: str,
 ) -> str:
     head = (
-        "size|arm|parameters|steps|tokens|peak MiB on 1|a GPU of 8|step ms|hours on 1|"
-        f"hours on 8|USD, {seeds} seed(s)|hours on Thor"
+        "size|arm|parameters|steps|tokens|peak MiB on 1|a GPU of 8|step ms|a run on 1|"
+        f"on 8|USD, {seeds} seed(s)|on Thor"
     ).split("|")
     lines = [f"| {' | '.join(head)} |", "|---|---|" + "---:|" * (len(head) - 2)]
     for row in rows:
@@ -171,10 +171,10 @@ def _text(
             f"{row['tokens'] / 1e6:,.0f}M",
             *("-" if p is None else f"{p / MIB:,.0f}" for p in peaks),
             f"{SLACK * row['h100_step_ms']:.1f}",
-            f"{hours:.2f}",
-            f"{hours / MANY:.2f}",
+            _duration(hours),
+            _duration(hours / MANY),
             f"{row['usd']:,.2f}",
-            f"{SLACK * row['thor_hours']:.1f}",
+            _duration(SLACK * row["thor_hours"]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     thor = SLACK * sum(row["thor_hours"] for row in rows)
@@ -190,10 +190,16 @@ def _text(
             "least that arithmetic and memory traffic allow, never measured on such a machine; "
             f"USD at {usd_per_hour:g} an H100-hour.",
             "",
-            f"All of it, {seeds} seed(s): {h100:.1f} H100-hours, {h100 / MANY:.1f} hours on eight. One "
-            f"seed of all of it, side by side on the seed's one Thor: {thor:.1f} hours, "
-            f"{'inside' if thor <= SEED_HOURS else '**over**'} its {SEED_HOURS:g}.",
+            f"All of it, {seeds} seed(s): {_duration(h100)} on one H100, {_duration(h100 / MANY)} on "
+            f"eight. One seed of all of it, side by side on the seed's one Thor: {_duration(thor)}, "
+            f"{'inside' if thor <= SEED_HOURS else '**over**'} its {SEED_HOURS:g} hours.",
             "",
             f"Made by `{command}`.",
         ]
     )
+
+
+def _duration(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:.1f} h"
+    return f"{60 * hours:.1f} min" if hours >= 1 / 60 else f"{3600 * hours:.0f} s"
