@@ -13,7 +13,7 @@ from trix_jax.nn.kernel import TernaryKernel
 from trix_jax.nn.router import Route, Router
 from trix_jax.ops import PACKED
 from trix_jax.routing import RoutingConfig, RoutingInfo
-from trix_jax.ternary import TernaryConfig
+from trix_jax.ternary import Activations, TernaryConfig
 from trix_jax.typing import Array, Dtype, Float, Integer, Scalar
 
 Aux = dict[str, Float[Array, ""]]
@@ -55,6 +55,7 @@ def tile_ffn(
     down: ops.Weights,
     shape: tuple[int, int],
     act: Callable,
+    activations: Activations = "float",
 ) -> Float[Array, "T D"]:
     """Computes `sum_k gate_tk * (act((h_t @ q_up) * s_up) @ q_down) * s_down` over the
     tiles k chosen for token t.
@@ -73,6 +74,7 @@ def tile_ffn(
         (tile_width, h.shape[-1]),
         act,
         plan.used,
+        activations,
     )
     y_TKD = dispatch.from_blocks(y, plan)
     return (y_TKD * route.gates[..., None]).sum(axis=1).astype(h.dtype)
@@ -129,7 +131,9 @@ class RoutedTiles(nn.Module):
         ids = None if token_ids is None else token_ids.reshape(-1)
         signature = routing.signatures(self._signature_sums(up), self.routing.signature)
         route, info, aux = router(tokens, signature, train, ids)
-        y = tile_ffn(tokens, route, up, down, (n, f), activation(self.activation))
+        act = activation(self.activation)
+        mode = self.ternary.activations
+        y = tile_ffn(tokens, route, up, down, (n, f), act, mode)
         return y.reshape(x.shape).astype(x.dtype), in_shape_of(info, x), aux
 
     def pack(self, params: dict, packed: dict) -> dict[str, Array]:
