@@ -37,7 +37,7 @@ def tokens(rng, *shape, dtype=jnp.float32):
     return jnp.asarray(x, dtype)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.integers(0, 99), st.integers(1, 70), st.sampled_from(["float32", "bfloat16"]))
 def test_rounding_equals_the_oracle_bit_for_bit(seed, width, dtype):
     x = tokens(np.random.default_rng(seed), 9, width, dtype=dtype)
@@ -78,7 +78,7 @@ def test_a_token_that_is_not_finite_gives_nan_alone(name, poison):
     np.testing.assert_array_equal(y.at[1, 3].set(0), clean.at[1, 3].set(0))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.data())
 def test_tile_matmul_equals_the_oracle_bit_for_bit(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))

@@ -212,5 +212,5 @@ def test_bfloat16_gradients_are_computed_in_bfloat16_and_close_to_float32(groups
         # Rounded: dy * scale, unless the compiler keeps more, and the result.
         assert np.linalg.norm(got - expected) < 2**-8 * np.linalg.norm(expected)
     dots = re.findall(r"dot_general.*: \((.*)\) ->", narrow.lower(x, q).as_text())
-    assert len(dots) == 3 * groups
+    assert len(dots) == 2 * groups  # the forward pass is not needed
     assert not any("f32" in re.sub("bf16", "", operands) for operands in dots)

@@ -35,7 +35,7 @@ def matmul(
     products = []
     for g in range(groups):
         part = slice(g * rows, (g + 1) * rows)
-        product = jnp.matmul(x[..., part], q[..., part, :], preferred_element_type=sums)
+        product = _product(x[..., part], q[..., part, :], sums)
         products.append(product.astype(jnp.float32) * scale[..., g, None, :])
     if groups > 1:
         products = jax.lax.optimization_barrier(products)
