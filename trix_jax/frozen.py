@@ -24,7 +24,9 @@ def freeze(model: nn.Module, variables: Variables, *args: Any, **kwargs: Any) ->
 
     Works on any model that holds TriX layers. The latent weights leave `"params"`; the
     packed ones and their bfloat16 scales come in a collection `"packed"`. In float32
-    the outputs are equal bit for bit to those of a model that trained to the end.
+    the outputs are equal bit for bit to those of a model that trained to the end. What
+    the packed weights multiply is the module's `TernaryConfig.activations`, which may
+    be changed after training.
 
     Args:
         model: the module that `variables` belong to.

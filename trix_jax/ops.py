@@ -8,12 +8,14 @@ the XLA path a frozen layer therefore equals its fake-quantized forward bit for 
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 
 import trix_kernels
-from trix_jax.ternary import Ternary
+from trix_jax.ternary import Activations, Ternary, straight_through
 from trix_jax.typing import Array, Float, Integer, Variables
 from trix_kernels import Packed as Packed
+from trix_kernels.quantize import quantize
 from trix_kernels.tile_ffn import xla as ffn_xla
 from trix_kernels.tile_matmul import xla
 from trix_kernels.weights import ROWS, layout_of, planar_unsupported_reason
@@ -65,20 +67,33 @@ def least_rows(weights: Weights) -> int:
 
 
 def matmul(
-    x: Float[Array, "T I"], weights: Weights, features: int
+    x: Float[Array, "T I"],
+    weights: Weights,
+    features: int,
+    activations: Activations = "float",
 ) -> Float[Array, "T N O"]:
-    """Computes `(x @ q_n) * scale_n` for every tile n, in the dtype of `x`."""
+    """Computes `(x @ q_n) * scale_n` for every tile n, in the dtype of `x`.
+
+    Args:
+        activations: "int8" rounds every token to integers, see `trix_kernels.quantize`.
+    """
     if isinstance(weights, Packed) and layout_of(weights) == "planar":
         # Outputs are rows of the planar words: all tiles are one wider matrix.
         n, width, words = weights.bits.shape
         scale = jnp.broadcast_to(weights.scale, (n, weights.scale.shape[-2], width))
         scale = jnp.moveaxis(scale, 0, 1).reshape(-1, n * width)
         joined = Packed(weights.bits.reshape(n * width, words), scale)
-        y = trix_kernels.ternary_matmul(x, joined, n * width)
+        y = trix_kernels.ternary_matmul(x, joined, n * width, activations=activations)
         return y.reshape(-1, n, width)
-    q, scale = unpack(weights, features)
-    x_NTI = jnp.broadcast_to(x[None], (q.shape[0], *x.shape))
-    return jnp.moveaxis(xla.matmul(x_NTI, q, scale), 0, 1)
+    x_NTI = jnp.broadcast_to(x[None], (weights[0].shape[0], *x.shape))
+    if isinstance(weights, Packed):
+        every = jnp.arange(weights.bits.shape[0])
+        y_NTO = trix_kernels.block_matmul(
+            x_NTI, weights, every, features, activations=activations
+        )
+    else:
+        y_NTO = _matmul(x_NTI, *weights, activations)
+    return jnp.moveaxis(y_NTO, 0, 1)
 
 
 def tile_ffn(
@@ -89,6 +104,7 @@ def tile_ffn(
     shape: tuple[int, int],
     act: Callable,
     used: Integer[Array, "1"] | None = None,
+    activations: Activations = "float",
 ) -> Float[Array, "M R O"]:
     """Computes `act(x_m @ up_n) @ down_n`, `n = block_tile[m]`, in one kernel where
     there is one.
@@ -96,7 +112,25 @@ def tile_ffn(
     Args:
         shape: F, the hidden width, and O.
         used: blocks from this one on need not be computed; None computes all.
+        activations: as for `matmul`.
     """
+    mode = {"used": used, "activations": activations}
     if isinstance(up, Packed) and isinstance(down, Packed):
-        return trix_kernels.block_ffn(x, up, down, block_tile, shape, act, used=used)
-    return ffn_xla.tile_ffn(x, up, down, block_tile, shape, act, used)
+        return trix_kernels.block_ffn(x, up, down, block_tile, shape, act, **mode)
+    if activations == "float":
+        return ffn_xla.tile_ffn(x, up, down, block_tile, shape, act, used)
+    product = lambda x, w: _matmul(x, w[0][block_tile], w[1][block_tile], activations)  # noqa: E731
+    return product(act(product(x, up)), down)
+
+
+def _matmul(x, q, scale, activations: Activations):
+    """Computes `(x @ q) * scale` of weights in training, with gradients.
+
+    In the mode "int8" the integers are floats, which hold them and their sums exactly,
+    and the gradient of `x` passes straight through the rounding.
+    """
+    if activations == "float":
+        return xla.matmul(x, q, scale)
+    values, token_scale = jax.lax.stop_gradient(quantize(x))
+    values = straight_through(values.astype(x.dtype), x / token_scale.astype(x.dtype))
+    return xla.matmul(values, q, scale, token_scale)

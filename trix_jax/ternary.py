@@ -24,6 +24,7 @@ from trix_jax.typing import Array, Float, Scalar
 Mode = Literal["none", "ste", "soft", "progressive"]
 Rule = Literal["absmean", "threshold", "fixed"]
 Granularity = Literal["tile", "channel", "group"]
+Activations = Literal["float", "int8"]
 
 FIXED_CLIP = 1.5  # the original stops the gradient of its fixed rule beyond this weight
 
@@ -57,6 +58,9 @@ class TernaryConfig:
         granularity: a scale per "tile" (matrix), per output "channel", or per "group"
             of the contraction and output.
         group_size: weights in a group; a contraction no longer than this is one group.
+        activations: what meets the ternary weights, in training and frozen alike.
+            "int8" rounds every token to integers at `max|x| / 127` first, with the
+            gradient straight through (the BitNet recipe); sums are exact.
         threshold: None takes the rule's own: 0.7 for "threshold", 0.5 for "fixed".
         temperature: of the staircase, at the start of "progressive".
         final_temperature: the temperature at which "progressive" turns ternary.
@@ -69,6 +73,7 @@ class TernaryConfig:
     rule: Rule = "absmean"
     granularity: Granularity = "tile"
     group_size: int = 128
+    activations: Activations = "float"
     threshold: float | None = None
     temperature: float = 0.5
     final_temperature: float = 0.05
@@ -80,6 +85,7 @@ class TernaryConfig:
             ("mode", Mode),
             ("rule", Rule),
             ("granularity", Granularity),
+            ("activations", Activations),
         ):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(
@@ -134,7 +140,7 @@ def ternarize(
     if config.rule == "fixed":
         w = jnp.clip(w, -FIXED_CLIP, FIXED_CLIP)
     u = w / expand_scale(scale, w.shape[-2])
-    q = _straight_through(hard, u)
+    q = straight_through(hard, u)
     if config.mode == "soft":
         q = _staircase(u, edge, config.temperature)
     elif config.mode == "progressive":
@@ -242,12 +248,12 @@ def _staircase(u, edge, temperature):
 
 
 @jax.custom_jvp
-def _straight_through(q, u):
+def straight_through(q, u):
     """The value of `q` with the gradient of `u`."""
     del u
     return q
 
 
-@_straight_through.defjvp
+@straight_through.defjvp
 def _straight_through_jvp(primals, tangents):
     return primals[0], tangents[1]

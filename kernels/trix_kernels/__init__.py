@@ -2,6 +2,7 @@
 
 from trix_kernels import device as device
 from trix_kernels import packing as packing
+from trix_kernels.quantize import Activations as Activations
 from trix_kernels.ternary_matmul import ternary_matmul as ternary_matmul
 from trix_kernels.tile_ffn import block_ffn as block_ffn
 from trix_kernels.tile_matmul import block_matmul as block_matmul

@@ -6,19 +6,23 @@ Needs the packages of the dependency group `aot`, no GPU and no CUDA installatio
 kernel that a target does not support aborts the process, so `report` starts one per
 target.
 
-    modelled_us = max(bytes / bandwidth, tensor clocks, decode clocks)   per core, its counts
-    roofline_us = the same with each byte once, each weight decoded once at 1.9
-                  instructions, and work spread evenly over all cores
+    modelled_us = max(bytes / bandwidth, tensor clocks, decode clocks) + joining
+                  per core, the kernel's own counts
+    roofline_us = the same with each byte once, each weight decoded once at
+                  `DECODE_ROOFLINE` instructions, and work spread evenly over all cores
 
 Bytes are those of the kernel's copies, on the assumption that what programs of one wave
-read again (the words of a tile, the rows of a block) comes from the L2 cache. Programs
-that share a core overlap each other's decode and tensor work; one alone has to wait for
-the decode of the first plane of a step (Hopper) or of the whole step (Blackwell).
-Launches, latencies, clocks below boost and queues in the memory system are not in the
-model.
+read again (the words of a tile, the rows of a block) comes from the L2 cache. Joining
+is the writing and reading of a split contraction's sums, and the rounding of int8
+activations, which XLA does around the kernel. Programs that share a core overlap each
+other's decode and tensor work; one alone has to wait for the decode of the first plane
+of a step (Hopper) or of half a step: the first step of a sum where a kernel's steps
+overlap, else every step (Blackwell). Launches, latencies, clocks below boost and queues
+in the memory system are not in the model.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -27,10 +31,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from trix_kernels.gpu_specs import GPUS, LANES, Gpu, target_config
-from trix_kernels.weights import PLANES
+from trix_kernels.gpu_specs import GPUS, LANES, TENSOR_COLUMNS, Gpu, target_config
+from trix_kernels.quantize import Activations
+from trix_kernels.weights import PLANES, planar_block
 
-DECODE_ROOFLINE = 1.9  # instructions a weight that the roofline grants
+# Instructions a weight that the roofline grants: a shift and a mask for 32 bits.
+DECODE_ROOFLINE = {"float": 1.0, "int8": 0.5}
 NARROW = 32  # rows below which a matrix instruction is assumed to get no faster
 
 
@@ -46,6 +52,7 @@ class Case:
     d_out: int
     hidden: int = 0
     groups: int = 1
+    activations: Activations = "float"
 
     def on(self, gpu: Gpu) -> "Case":
         """The case with blocks that suit a GPU."""
@@ -60,7 +67,25 @@ class Case:
         widths = [self.d_in, self.hidden, self.d_out]
         shape = "x".join(str(width) for width in widths if width)
         groups = f", {self.groups} groups" if self.groups > 1 else ""
-        return f"{self.op}, {self.tiles} x {self.rows} rows, {shape}{groups}"
+        int8 = ", int8" if self.activations == "int8" else ""
+        return f"{self.op}, {self.tiles} x {self.rows} rows, {shape}{groups}{int8}"
+
+    def programs(self, gpu: Gpu) -> tuple[int, int]:
+        """Programs that share the outputs, and parts of the contraction."""
+        from trix_kernels.tile_matmul import blackwell, hopper
+        from trix_kernels.tile_matmul.api import splits_of
+
+        if self.hidden:
+            return self.blocks, 1
+        kernel = hopper if gpu.capability == "9.0" else blackwell
+        count = kernel.programs_of(self.blocks, self.d_out)
+        return count, splits_of(count, kernel.CORES, self.d_in, self.groups)
+
+    @property
+    def steps(self) -> int:
+        """Planar blocks of the shorter contraction."""
+        widths = (self.d_in, self.hidden or self.d_in)
+        return min(width // planar_block(width, self.groups) for width in widths)
 
     @property
     def blocks(self) -> int:
@@ -84,6 +109,9 @@ CASES = (
     Case("tile_matmul", 64, 16, 16, 2048, 2048),
     Case("tile_matmul", 64, 1, 8, 2048, 2048),
     Case("tile_matmul", 64, 1, 8, 512, 128),
+    Case("tile_matmul", 16, 512, 128, 2048, 2048, activations="int8"),
+    Case("tile_matmul", 64, 16, 16, 2048, 2048, activations="int8"),
+    Case("ternary_matmul", 1, 1, 8, 4096, 4096, activations="int8"),
     Case("tile_ffn", 16, 512, 64, 512, 512, hidden=512),
     Case("tile_ffn", 64, 128, 64, 512, 512, hidden=128),
     Case("tile_ffn", 64, 16, 16, 1024, 1024, hidden=1024),
@@ -144,7 +172,9 @@ def compile_case(case: Case, gpu: Gpu, sharding: Any) -> None:
         words = abstract((case.tiles, outputs, rows // PLANES), jnp.uint16)
         return words, abstract((case.tiles, case.groups, outputs), jnp.float32)
 
-    x = abstract((case.blocks, case.block, case.d_in), jnp.bfloat16)
+    is_int8 = case.activations == "int8"
+    dtype = jnp.int8 if is_int8 else jnp.bfloat16
+    x = abstract((case.blocks, case.block, case.d_in), dtype)
     index = abstract((case.blocks,), jnp.int32), abstract((1,), jnp.int32)
     if case.hidden:
         up, down = weights(case.d_in, case.hidden), weights(case.hidden, case.d_out)
@@ -156,54 +186,59 @@ def compile_case(case: Case, gpu: Gpu, sharding: Any) -> None:
         jax.jit(fused).lower(x, up, down, *index).compile()
         return
     kernel = hopper.tile_matmul if arch == "sm_90a" else blackwell.tile_matmul
-    jax.jit(kernel).lower(x, *weights(case.d_in, case.d_out), *index).compile()
+    kernel = functools.partial(kernel, splits=case.programs(gpu)[1])
+    args = x, *weights(case.d_in, case.d_out), *index
+    if is_int8:
+        args = *args, abstract((case.blocks, case.block), jnp.float32)
+    jax.jit(kernel).lower(*args).compile()
 
 
 def model(case: Case, gpu: Gpu, compiled: Any) -> dict[str, float]:
     """Time of a case by the formula above, and its roofline, in microseconds."""
-    from trix_kernels.tile_matmul.hopper import features_of_program
-
-    per_weight = compiled.decode_instructions_per_weight
-    block_weights = case.weights / case.tiles
-    if case.hidden:
-        programs, passes = case.blocks, 1
+    is_int8, is_hopper = case.activations == "int8", gpu.capability == "9.0"
+    programs, splits = case.programs(gpu)
+    share = case.weights / case.tiles / (programs / case.blocks * splits)
+    programs *= splits
+    resident = min(gpu.shared_bytes // compiled.smem_bytes, 512 // compiled.registers)
+    if not is_hopper:
+        resident = min(resident, TENSOR_COLUMNS // 256)
+    resident = min(resident or 1, -(-programs // gpu.cores))
+    busiest = -(-programs // gpu.cores) * share  # weights that one core decodes
+    hertz, macs = gpu.clock_ghz * 1e9, gpu.macs * (2 if is_int8 else 1)
+    tensor = busiest * max(case.block, NARROW) / macs / hertz
+    decode = busiest * compiled.decode_clocks_per_weight / hertz
+    exposed = (min(resident, programs / gpu.cores) < 2) * decode
+    if is_hopper:
+        exposed /= PLANES // 2 if is_int8 else PLANES
     else:
-        features = features_of_program(case.blocks, case.d_out)
-        features = 128 if gpu.capability == "10.0" else features
-        passes = case.d_out // features
-        programs = case.blocks * passes
-    resident = (
-        min(gpu.shared_bytes // compiled.smem_bytes, 512 // compiled.registers) or 1
-    )
-    busiest = -(-programs // gpu.cores) / passes * block_weights  # weights it decodes
-    hertz = gpu.clock_ghz * 1e9
-    tensor = busiest * max(case.block, NARROW) / gpu.macs / hertz
-    decode = busiest * per_weight / LANES / hertz
-    activations = 2 * case.blocks * case.block * (case.d_in + case.d_out)
+        overlaps = case.groups == 1 and programs < 2 * gpu.cores
+        exposed /= 2 * (case.steps // splits if overlaps else 1)
+    padded = case.blocks * case.block
     scales = 4 * case.tiles * case.groups * (case.hidden + case.d_out)
-    moved = case.weights / 4 + scales + activations
+    joining = 8 * splits * padded * case.d_out if splits > 1 else 0
+    joining += 3 * padded * case.d_in if is_int8 else 0
+    copied = case.weights / 4 + scales + 2 * padded * (case.d_in + case.d_out)
+    copied -= padded * case.d_in if is_int8 else 0
     rows = case.tiles * case.rows
     least = case.weights / 4 + scales + 2 * rows * (case.d_in + case.d_out)
-    is_alone = min(resident, programs / gpu.cores) < 2
-    # Hopper decodes a plane while the tensor core multiplies the one before; Blackwell
-    # decodes all planes of a step first.
-    exposed = is_alone * decode / (PLANES if gpu.capability == "9.0" else 1)
     spread = gpu.cores * hertz
     roofline = max(
         least / gpu.bandwidth,
-        case.weights / case.tiles * rows / gpu.macs / spread,
-        case.weights * DECODE_ROOFLINE / LANES / spread,
+        case.weights / case.tiles * rows / macs / spread,
+        case.weights * DECODE_ROOFLINE[case.activations] / LANES / spread,
     )
-    bf16 = 2 * case.weights + 2 * rows * (case.d_in + case.d_out)
+    slowest = max(copied / gpu.bandwidth, tensor + exposed, decode)
     return {
-        "bytes_moved": int(moved),
+        "bytes_moved": int(copied + joining),
         "bytes_minimum": int(least),
-        "bytes_of_bfloat16": bf16,
-        "programs_a_core": min(resident, -(-programs // gpu.cores)),
-        "modelled_us": 1e6 * max(moved / gpu.bandwidth, tensor + exposed, decode),
-        "bytes_us": 1e6 * moved / gpu.bandwidth,
+        "bytes_of_bfloat16": 2 * case.weights + 2 * rows * (case.d_in + case.d_out),
+        "splits": splits,
+        "programs_a_core": resident,
+        "modelled_us": 1e6 * (slowest + joining / gpu.bandwidth),
+        "bytes_us": 1e6 * copied / gpu.bandwidth,
         "tensor_us": 1e6 * tensor,
         "decode_us": 1e6 * decode,
+        "joining_us": 1e6 * joining / gpu.bandwidth,
         "roofline_us": 1e6 * roofline,
     }
 
@@ -222,6 +257,8 @@ def main(target: str) -> dict[str, Any]:
     mesh = topologies.make_mesh(topology, (1,), ("device",))
     folder, kernels = Path(os.environ["MOSAIC_GPU_DUMP_TO"]), []
     for case in (case.on(gpu) for case in CASES):
+        if case.activations == "int8" and gpu.capability != "9.0":
+            continue  # XLA's path there
         before = set(folder.glob("*.ptxas"))
         compile_case(case, gpu, NamedSharding(mesh, PartitionSpec()))
         (new,) = set(folder.glob("*.ptxas")) - before

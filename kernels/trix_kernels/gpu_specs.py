@@ -41,6 +41,7 @@ GPUS = {
     ),
 }
 
+TENSOR_COLUMNS = 512  # of Blackwell's tensor memory; our kernels take 256 a program
 LANES = 128  # integer instructions that a core issues in a clock, one per lane
 
 

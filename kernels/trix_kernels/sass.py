@@ -9,7 +9,9 @@ from typing import NamedTuple
 # another unit, once a warp, and are not counted.
 DECODE = ("IADD3", "IMAD", "LEA", "LOP3", "PRMT", "SEL", "SHF", "SHL", "SHR", "VIADD",
           "F2F", "F2FP", "I2F", "I2FP", "HADD2", "HMUL2", "HFMA2")  # fmt: skip
-_MATRIX = ("HGMMA", "STTM")  # STTM hands a decoded plane to tensor memory
+MULTIPLY = ("IMAD", "HADD2", "HMUL2", "HFMA2")  # run in the multiply-add pipe
+PIPE = 64  # instructions of a lane that each of the two pipes takes in a clock, a core
+_MATRIX = ("HGMMA", "IGMMA", "STTM")  # STTM hands a decoded plane to tensor memory
 _LOADS = ("LDS", "LDSM")
 
 
@@ -36,6 +38,15 @@ class Compiled(NamedTuple):
     def decode_instructions_per_weight(self) -> float:
         """Instructions of a lane for each weight that it decodes."""
         return sum(self.decode.values()) / (4 * self.words_loaded)
+
+    @property
+    def decode_clocks_per_weight(self) -> float:
+        """Clocks of a core for each weight that it decodes, by the busier of its two
+        pipes.
+        """
+        multiplies = sum(self.decode.get(opcode, 0) for opcode in MULTIPLY)
+        busier = max(multiplies, sum(self.decode.values()) - multiplies)
+        return busier / (4 * self.words_loaded) / PIPE
 
 
 def read(folder: Path, stem: str) -> Compiled:

@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Num, UInt
+from jaxtyping import Array, Float, Int8, Num, UInt
 
 Layout = Literal["rows", "planar"]
 
@@ -73,7 +73,7 @@ def pack(
 
 def unpack(
     weights: Packed, features: int, dtype=jnp.float32
-) -> tuple[Float[Array, "*N I O"], Float[Array, "*N G S"]]:
+) -> tuple[Num[Array, "*N I O"], Float[Array, "*N G S"]]:
     """`q` in `dtype` and the scale in float32: the inverse of `pack` in either layout."""
     bits, scale = weights.bits, weights.scale.astype(jnp.float32)
     if layout_of(weights) == "rows":
@@ -122,3 +122,13 @@ def planar_block(rows: int, groups: int = 1) -> int:
 def _shifts(ndim: int) -> np.ndarray:
     shifts = np.arange(14, -2, -2, dtype=np.uint16)
     return shifts.reshape(*[1] * (ndim - 2), PLANES, 1)
+
+
+def interleave(values: Int8[Array, "*B I"]) -> Int8[Array, "*B I"]:
+    """Reorders int8 activations as Hopper's kernel meets them: plane p of a block of
+    256 takes the low bytes' weights (plane p + 4) and the high bytes' (plane p) in turn.
+    """
+    *lead, rows = values.shape
+    cut = values.reshape(*lead, -1, 2, PLANES // 2, BLOCKS[0] // PLANES)
+    low_first = jnp.moveaxis(cut[..., ::-1, :, :], -3, -1)
+    return low_first.reshape(*lead, rows)

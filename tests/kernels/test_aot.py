@@ -28,6 +28,7 @@ KEPT = (
     "smem_bytes",
     "decode_instructions_per_weight",
 )
+MODELLED = ("bytes_moved", "bytes_minimum", "modelled_us", "roofline_us")  # DESIGN 5
 PYTHON = os.environ.get("TRIX_AOT_PYTHON")
 TARGETS = ("h100", "b200")
 
@@ -35,19 +36,24 @@ XLA_ON_THOR = """
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
-from trix_jax import SparseTriXFFN
+from trix_jax import SparseTriXFFN, TernaryConfig, freeze
 from trix_kernels.gpu_specs import GPUS, target_config
 
 topology = topologies.get_topology_desc(
     platform="cuda", target_config=target_config(GPUS["thor"]), topology="1x1x1"
 )
 sharding = NamedSharding(topologies.make_mesh(topology, (1,), ("d",)), PartitionSpec())
-layer = SparseTriXFFN(128)
-x = jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=sharding)
-variables = jax.eval_shape(layer.init, jax.random.key(0), x)
 place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
-compiled = jax.jit(layer.apply).lower(jax.tree.map(place, variables), x).compile()
-print("compiled", len(compiled.as_text()) > 1000)
+for activations in ("float", "int8"):
+    config = TernaryConfig(activations=activations)
+    layer = SparseTriXFFN(128, ternary=config, dtype=jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((64, 128), jnp.float32)
+    variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+    frozen = jax.eval_shape(lambda v, x: freeze(layer, v, x), variables, x)
+    for state in (variables, frozen):
+        args = jax.tree.map(place, (state, x))
+        compiled = jax.jit(layer.apply).lower(*args).compile()
+        print("compiled", len(compiled.as_text()) > 1000)
 """
 
 
@@ -77,6 +83,8 @@ def run(python, *args):
 def test_kernels_compile_as_the_table_says(python, target):
     code = f"import json; from trix_kernels.aot import report; print(json.dumps(report({target!r})))"
     kernels = json.loads(run(python, "-c", code).splitlines()[-1])["kernels"]
+    for key in MODELLED:
+        assert all(kernel[key] > 0 for kernel in kernels), key
     found = [{key: kernel[key] for key in KEPT} for kernel in kernels]
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     if os.environ.get("TRIX_AOT_WRITE"):
@@ -89,4 +97,5 @@ def test_kernels_compile_as_the_table_says(python, target):
 
 
 def test_the_layers_compile_for_a_gpu_without_our_kernels(python):
-    assert run(python, "-c", XLA_ON_THOR).split() == ["compiled", "True"]
+    # In training and frozen, with float and with int8 activations.
+    assert run(python, "-c", XLA_ON_THOR).split() == 4 * ["compiled", "True"]

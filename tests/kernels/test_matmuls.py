@@ -1,6 +1,7 @@
 """Planar words, blocks, and the ops' XLA implementations against their oracles."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,12 @@ import trix_kernels
 from trix_kernels import device
 from trix_kernels.blocks import make_blocks
 from trix_kernels.tile_ffn.api import unsupported_reason as ffn_reason
-from trix_kernels.tile_matmul import block_matmul, tile_matmul, unsupported_reason
+from trix_kernels.tile_matmul import (
+    block_matmul,
+    tile_matmul,
+    unsupported_reason,
+    xla,
+)
 from trix_kernels.weights import layout_of, pack, unpack
 
 
@@ -184,3 +190,27 @@ def test_a_gpu_runs_the_kernels_or_says_why_not(capability, reason):
     told = device.reason_for("gpu", "a GPU", capability)
     assert (capability in device.ARCHS) == (reason is None) == (told is None)
     assert reason is None or reason in told
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_bfloat16_gradients_are_computed_in_bfloat16_and_close_to_float32(groups):
+    rng = np.random.default_rng(5)
+    x = jnp.asarray(rng.normal(size=(3, 8, 256)), jnp.bfloat16)
+    q = jnp.asarray(ternary(rng, 3, 256, 32))
+    scale = jnp.asarray(rng.lognormal(size=(3, groups, 32)), jnp.float32)
+    dy = jnp.asarray(rng.normal(size=(3, 8, 32)), jnp.bfloat16)
+
+    def gradients(dtype):
+        def loss(x, q):
+            return (xla.matmul(x.astype(dtype), q, scale) * dy.astype(dtype)).sum()
+
+        return jax.jit(jax.grad(loss, (0, 1)))
+
+    narrow, wide = gradients(jnp.bfloat16), gradients(jnp.float32)
+    for got, expected in zip(narrow(x, q), wide(x, q), strict=True):
+        got, expected = (np.asarray(a, np.float64) for a in (got, expected))
+        # Rounded: dy * scale, unless the compiler keeps more, and the result.
+        assert np.linalg.norm(got - expected) < 2**-8 * np.linalg.norm(expected)
+    dots = re.findall(r"dot_general.*: \((.*)\) ->", narrow.lower(x, q).as_text())
+    assert len(dots) == 2 * groups  # the forward pass is not needed
+    assert not any("f32" in re.sub("bf16", "", operands) for operands in dots)

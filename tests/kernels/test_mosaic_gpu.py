@@ -1,8 +1,9 @@
 """The Mosaic GPU kernels in the GPU interpreter, with race detection.
 
-Shipped and tested code differ in one place: on Hopper the interpreter cannot follow a
-wgmma whose left operand is in registers, so decoded planes go through shared memory
-(`staged`). The Blackwell kernels are interpreted as they ship.
+Shipped and tested code differ in two places (`interpreted`): the interpreter has no
+operation on 32 bits of two words, so planes are decoded word by word; and on Hopper it
+cannot follow a wgmma whose left operand is in registers, so they go through shared
+memory there. That the two decode the same is tested in `test_int8.py`.
 """
 
 import functools
@@ -16,14 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-import trix_kernels
-from trix_jax import SparseTriXFFN, freeze, ops
+from trix_jax import SparseTriXFFN, TernaryConfig, TriXLinear, freeze, ops
 from trix_kernels import device
 from trix_kernels.blocks import make_blocks
 from trix_kernels.tile_ffn import mosaic_gpu
 from trix_kernels.tile_ffn import reference as ffn_reference
 from trix_kernels.tile_matmul import blackwell, hopper, reference
-from trix_kernels.tile_matmul.api import mosaic_scale
+from trix_kernels.tile_matmul.api import join, mosaic_scale, splits_of
 from trix_kernels.weights import pack
 
 pytestmark = pytest.mark.slow  # the interpreter takes seconds a kernel
@@ -47,12 +47,13 @@ def plgpu_reset():
     gpu_callbacks.reset_gpu_interpret_mode_state()
 
 
-def matmul(arch, x, weights, scale, tile, used):
+def matmul(arch, x, weights, scale, tile, used, splits=1):
     words, scale = weights.bits, mosaic_scale(jnp.asarray(scale), weights.bits.shape[1])
-    args = x, words, scale, jnp.asarray(tile, jnp.int32), jnp.asarray([used], jnp.int32)
-    if arch == "sm_90a":
-        return hopper.tile_matmul(*args, staged=True)
-    return blackwell.tile_matmul(*args)
+    tile, used = jnp.asarray(tile, jnp.int32), jnp.asarray([used], jnp.int32)
+    kernel = (hopper if arch == "sm_90a" else blackwell).tile_matmul
+    how = {"splits": splits, "interpreted": True}
+    y = kernel(x, words, scale, tile, used, **how)
+    return join(y, scale, tile, None, x.dtype) if splits > 1 else y
 
 
 def make(rng, tiles, rows, features, groups=1, scales=(0.25, 0.5, 1.0)):
@@ -80,6 +81,7 @@ def test_matmul_is_exact_on_integers(arch, d_in, d_out, rows, groups):
     rng = np.random.default_rng(0)
     q, scale, weights = make(rng, 3, d_in, d_out, groups)
     x = rng.integers(-4, 5, (4, rows, d_in)).astype(np.float32)
+    x[3] = np.nan  # not used: never read
     tile = np.array([0, 2, 2, 1])
     y = matmul(arch, jnp.asarray(x, jnp.bfloat16), weights, scale, tile, 3)
     expected = bfloat16(reference.tile_matmul(x, q, scale, tile))
@@ -100,6 +102,33 @@ def test_every_pattern_of_empty_groups(arch):
         y = matmul(arch, jnp.asarray(x, jnp.bfloat16), weights, scale, tile, used)
         expected = bfloat16(reference.tile_matmul(x, q, scale, tile))
         np.testing.assert_array_equal(np.asarray(y, np.float32)[:used], expected[:used])
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("sizes", [[8, 16, 0], [7, 8, 9], [0, 0, 24], [24, 0, 0]])
+def test_groups_that_end_at_or_beside_the_edge_of_a_block(arch, sizes):
+    rng = np.random.default_rng(7)
+    q, scale, weights = make(rng, 3, 128, 128)
+    tile, is_row, used = rows_of(sizes, 8)
+    assert used == sum(-(-size // 8) for size in sizes)
+    x = np.where(is_row[..., None], rng.integers(-4, 5, (*is_row.shape, 128)), np.nan)
+    y = matmul(arch, jnp.asarray(x, jnp.bfloat16), weights, scale, tile, used)
+    expected = bfloat16(reference.tile_matmul(x, q, scale, tile))
+    np.testing.assert_array_equal(np.asarray(y, np.float32)[:used], expected[:used])
+    assert np.isfinite(expected[is_row]).all()
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("rows", [8, 64])
+def test_a_split_contraction_is_exact_on_integers(arch, rows):
+    rng = np.random.default_rng(8)
+    q, scale, weights = make(rng, 2, 2048, 128)
+    x = rng.integers(-4, 5, (2, rows, 2048)).astype(np.float32)
+    splits = splits_of(32, 132, 2048, 1)
+    assert splits == 4
+    y = matmul(arch, jnp.asarray(x, jnp.bfloat16), weights, scale, [1, 0], 2, splits)
+    expected = bfloat16(reference.tile_matmul(x, q, scale, [1, 0]))
+    np.testing.assert_array_equal(np.asarray(y, np.float32), expected)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -168,7 +197,7 @@ def test_fused_ffn_is_exact_on_integers(arch, d, f, rows, groups):
         jnp.asarray([3], jnp.int32),
         jax.nn.relu,
         arch,
-        staged=arch == "sm_90a",
+        interpreted=True,
     )
     expected = bfloat16(
         ffn_reference.tile_ffn(
@@ -182,42 +211,84 @@ def test_fused_ffn_is_exact_on_integers(arch, d, f, rows, groups):
     np.testing.assert_array_equal(np.asarray(y, np.float32)[:3], expected[:3])
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_poisoned_row_stays_alone_in_the_fused_ffn(arch, poison):
+    rng = np.random.default_rng(5)
+    *_, up = make(rng, 1, 128, 128, scales=(1.0,))
+    *_, down = make(rng, 1, 128, 128, scales=(1.0,))
+    pairs = [(w.bits, mosaic_scale(w.scale, 128)) for w in (up, down)]
+    x = rng.integers(-1, 2, (1, 8, 128)).astype(np.float32)
+    poisoned = x.copy()
+    poisoned[0, 3, 17] = poison
+    one = jnp.asarray([1], jnp.int32)
+    y, clean = (
+        mosaic_gpu.tile_ffn(
+            jnp.asarray(rows, jnp.bfloat16),
+            *pairs,
+            one - 1,
+            one,
+            jnp.abs,
+            arch,
+            interpreted=True,
+        )
+        for rows in (poisoned, x)
+    )
+    y, clean = (np.delete(np.asarray(a, np.float32)[0], 3, axis=0) for a in (y, clean))
+    np.testing.assert_array_equal(y, clean)
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """What the ops call: the kernels, for the interpreter, each noting its splits."""
+    calls = []
+
+    def noting(kernel, *args, **how):
+        calls.append((kernel.__module__.split(".")[-1], how.get("splits")))
+        return kernel(*args, **how, interpreted=True)
+
+    for module in (hopper, blackwell, mosaic_gpu):
+        name = "tile_ffn" if module is mosaic_gpu else "tile_matmul"
+        note = functools.partial(noting, getattr(module, name))
+        monkeypatch.setattr(module, name, note)
+    return calls
+
+
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_frozen_layer_runs_the_packed_kernels(monkeypatch, fused):
+def test_a_frozen_layer_runs_the_packed_kernels(monkeypatch, ran, fused):
     monkeypatch.setattr(device, "arch", lambda *_: "sm_100a")
     monkeypatch.setattr("trix_kernels.tile_ffn.api.FUSED_BLOCKS", 1 if fused else 10**9)
-    ran = []
-    for module, name in ((blackwell, "tile_matmul"), (mosaic_gpu, "tile_ffn")):
-        kernel = getattr(module, name)
-        note = functools.partial(
-            lambda kernel, *a: ran.append(kernel) or kernel(*a), kernel
-        )
-        monkeypatch.setattr(module, name, note)
     layer = SparseTriXFFN(128, num_tiles=4, expansion=4, dtype=jnp.bfloat16)
     x = jax.random.normal(jax.random.key(0), (24, 128))
     variables = layer.init(jax.random.key(1), x)
     frozen = freeze(layer, variables, x)
     assert frozen["packed"]["tiles"]["up"]["bits"].dtype == jnp.uint16
     y = layer.apply(frozen, x)[0]
-    assert len(ran) == (1 if fused else 2)
+    assert ran == ([("mosaic_gpu", None)] if fused else 2 * [("blackwell", 1)])
     trained = layer.apply(variables, x)[0]
     error = np.abs(np.asarray(y - trained, np.float64)).max()
     assert error <= 0.05 * np.abs(np.asarray(trained)).max()
 
 
-def test_a_frozen_linear_layer_runs_the_packed_kernel(monkeypatch):
-    monkeypatch.setattr(device, "arch", lambda *_: "sm_100a")
-    from trix_jax import TriXLinear
-
-    layer = TriXLinear(256, num_tiles=4, dtype=jnp.bfloat16)
-    x = jax.random.normal(jax.random.key(0), (5, 128), jnp.bfloat16)
+@pytest.mark.parametrize(
+    ("arch", "activations"),
+    [("sm_90a", "float"), ("sm_90a", "int8"), ("sm_100a", "float")],
+)
+def test_a_frozen_linear_layer_runs_the_packed_kernel(
+    monkeypatch, ran, arch, activations
+):
+    monkeypatch.setattr(device, "arch", lambda *_: arch)
+    config = TernaryConfig(activations=activations)
+    layer = TriXLinear(256, num_tiles=4, ternary=config, dtype=jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(0), (5, 1024), jnp.bfloat16)
     variables = layer.init(jax.random.key(1), x)
     frozen = freeze(layer, variables, x)
-    np.testing.assert_allclose(
-        np.asarray(layer.apply(frozen, x), np.float32),
-        np.asarray(layer.apply(variables, x), np.float32),
-        rtol=2**-7,
-        atol=2**-7,
+    y, trained = (
+        np.asarray(layer.apply(v, x), np.float32) for v in (frozen, variables)
     )
+    assert ran == [("hopper" if arch == "sm_90a" else "blackwell", 2)]
+    # The sums of integers are exact whatever their order, those of floats are not.
+    tolerance = 0 if activations == "int8" else 2**-7
+    np.testing.assert_allclose(y, trained, rtol=tolerance, atol=tolerance)
     assert ops.least_rows(ops.Packed(**frozen["packed"]["kernel"])) == 8
-    assert trix_kernels.device.arch() == "sm_100a"

@@ -70,7 +70,8 @@ class TriXLinear(nn.Module):
             )
         kernel = self._kernel(x.shape[-1], width)(progress)
         tokens = x.reshape(-1, x.shape[-1]).astype(self.dtype or x.dtype)
-        y = ops.matmul(tokens, kernel, width).reshape(*x.shape[:-1], n, width)
+        y = ops.matmul(tokens, kernel, width, self.ternary.activations)
+        y = y.reshape(*x.shape[:-1], n, width)
         y = (y if gate is None else y * gate[..., None].astype(y.dtype)).reshape(
             *x.shape[:-1], self.features
         )

@@ -14,7 +14,7 @@ from trix_jax.nn.kernel import TernaryKernel
 from trix_jax.nn.router import Route, Router
 from trix_jax.ops import PACKED
 from trix_jax.routing import RoutingConfig, RoutingInfo
-from trix_jax.ternary import TernaryConfig
+from trix_jax.ternary import Activations, TernaryConfig
 from trix_jax.typing import Array, AxisName, Dtype, Float, Integer, Scalar
 
 Aux = dict[str, Float[Array, ""]]
@@ -57,6 +57,7 @@ def tile_ffn(
     shape: tuple[int, int],
     act: Callable,
     tile_axis: str | None = None,
+    activations: Activations = "float",
 ) -> Float[Array, "T D"]:
     """Computes `sum_k gate_tk * (act((h_t @ q_up) * s_up) @ q_down) * s_down` over the
     tiles k chosen for token t.
@@ -65,8 +66,9 @@ def tile_ffn(
         shape: N and F.
         tile_axis: mapped axis that the tiles, and with them `up` and `down`, are spread
             over; None has them all here.
+        activations: see `TernaryConfig`.
     """
-    compute = partial(_outputs, tile_width=shape[1], act=act)
+    compute = partial(_outputs, tile_width=shape[1], act=act, activations=activations)
     if tile_axis is None:
         y_TKD = compute(h, route.tiles, (up, down))
     else:
@@ -76,7 +78,7 @@ def tile_ffn(
     return (y_TKD * route.gates[..., None]).sum(axis=1).astype(h.dtype)
 
 
-def _outputs(h, tiles, weights, *, tile_width, act):
+def _outputs(h, tiles, weights, *, tile_width, act, activations):
     """What each chosen tile makes of its token."""
     up, down = weights
     num_tiles = up[0].shape[0]
@@ -90,6 +92,7 @@ def _outputs(h, tiles, weights, *, tile_width, act):
         (tile_width, h.shape[-1]),
         act,
         plan.used,
+        activations,
     )
     return dispatch.from_blocks(y, plan)
 
@@ -151,7 +154,8 @@ class RoutedTiles(nn.Module):
         signature = routing.signatures(sums, self.routing.signature)
         route, info, aux = router(tokens, signature, train, ids)
         act = activation(self.activation)
-        y = tile_ffn(tokens, route, up, down, (n, f), act, axis)
+        mode = self.ternary.activations
+        y = tile_ffn(tokens, route, up, down, (n, f), act, axis, mode)
         return y.reshape(x.shape).astype(x.dtype), in_shape_of(info, x), aux
 
     def pack(self, params: dict, packed: dict) -> dict[str, Array]:

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from trix_kernels.quantize import Activations
 from trix_kernels.ternary_matmul import reference, xla
 from trix_kernels.tile_matmul.api import (
     Implementation,
@@ -17,6 +18,7 @@ def ternary_matmul(
     weights: Packed,
     features: int,
     *,
+    activations: Activations = "float",
     implementation: Implementation | None = None,
 ) -> Float[Array, "T O"]:
     """Computes `(x @ q) * scale`, summed over groups of the contraction, in the dtype
@@ -27,23 +29,31 @@ def ternary_matmul(
     Args:
         weights: of one matrix: bits `[I, words]`, scale `[G, S]`.
         features: O.
-        implementation: None takes "mosaic_gpu" where it runs and "xla" elsewhere; a
-            name runs exactly that. "reference" is numpy in float64, on concrete arrays.
+        activations, implementation: as for `block_matmul`.
 
     Raises:
         NotImplementedError: the named implementation does not run here, and why.
     """
     if implementation == "reference":
-        q, scale = unpack(weights, features)
-        y = reference.ternary_matmul(x.astype(jnp.float32), q, scale)
+        oracle = reference.ternary_matmul
+        if activations == "int8":
+            oracle = reference.ternary_matmul_int8
+        y = oracle(x.astype(jnp.float32), *unpack(weights, features))
         return jnp.asarray(y, x.dtype)
     rows = next((rows for rows in ROWS if rows >= x.shape[0]), max(ROWS))
     one_tile = Packed(*(leaf[None] for leaf in weights))
     padding = -x.shape[0] % rows
     blocks = jnp.pad(x, ((0, padding), (0, 0))).reshape(-1, rows, x.shape[1])
-    reason = unsupported_reason(blocks, one_tile)
+    reason = unsupported_reason(blocks, one_tile, activations)
     if implementation == "xla" or (implementation is None and reason):
-        return xla.ternary_matmul(x, weights, features)
+        return xla.ternary_matmul(x, weights, features, activations)
     tile = jnp.zeros(blocks.shape[0], jnp.int32)
-    y = block_matmul(blocks, one_tile, tile, features, implementation="mosaic_gpu")
+    y = block_matmul(
+        blocks,
+        one_tile,
+        tile,
+        features,
+        activations=activations,
+        implementation="mosaic_gpu",
+    )
     return y.reshape(-1, features)[: x.shape[0]]

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from trix_kernels import device
+from trix_kernels.quantize import Activations
 from trix_kernels.tile_ffn import reference, xla
 from trix_kernels.tile_ffn.config import FUSED_BLOCKS, SHARED_BYTES, shared_bytes
 from trix_kernels.tile_matmul.api import (
@@ -27,6 +29,7 @@ def block_ffn(
     act: Callable,
     *,
     used: Integer[Array, "1"] | None = None,
+    activations: Activations = "float",
     implementation: Implementation | None = None,
 ) -> Float[Array, "M R O"]:
     """Computes `act((x[m] @ q_up) * s_up) @ q_down * s_down` with tile `block_tile[m]`.
@@ -36,25 +39,32 @@ def block_ffn(
         act: elementwise, of jnp functions.
         used: blocks from this one on need not be computed: what they hold is undefined.
             None computes all.
+        activations: "int8" rounds the rows of `x` and of the hidden layer to integers,
+            see `quantize`.
         implementation: None takes the fused "mosaic_gpu" where it runs and there is a
             block for most cores of the GPU, `block_matmul` twice where only that runs,
-            else "xla"; a name runs exactly that. "reference" is numpy in float64, on concrete arrays.
+            else "xla"; a name runs exactly that. "reference" is numpy, on concrete
+            arrays.
 
     Raises:
         NotImplementedError: the named implementation does not run here, and why.
     """
-    reason = unsupported_reason(x, up, down)
-    if implementation is None and matmul_reason(x, up):
+    reason = unsupported_reason(x, up, down, activations)
+    if implementation is None and matmul_reason(x, up, activations):
         implementation = "xla"
     if implementation is None and (reason or x.shape[0] < FUSED_BLOCKS):
-        hidden = act(block_matmul(x, up, block_tile, shape[0], used=used))
-        return block_matmul(hidden, down, block_tile, shape[1], used=used)
+        common = {"used": used, "activations": activations}
+        hidden = act(block_matmul(x, up, block_tile, shape[0], **common))
+        return block_matmul(hidden, down, block_tile, shape[1], **common)
     if implementation == "reference":
         pairs = unpack(up, shape[0]), unpack(down, shape[1])
-        y = reference.tile_ffn(x.astype(jnp.float32), *pairs, block_tile, act)
+        if activations == "int8":
+            y = reference.tile_ffn_int8(np.asarray(x), *pairs, block_tile, act)
+        else:
+            y = reference.tile_ffn(x.astype(jnp.float32), *pairs, block_tile, act)
         return jnp.asarray(y, x.dtype)
     if implementation == "xla":
-        return xla.tile_ffn(x, up, down, block_tile, shape, act, used)
+        return xla.tile_ffn(x, up, down, block_tile, shape, act, used, activations)
     arch = device.arch()
     if reason or arch is None:
         raise NotImplementedError(reason)
@@ -77,9 +87,17 @@ def block_ffn(
 
 
 def unsupported_reason(
-    x: Float[Array, "M R D"], up: Packed, down: Packed
+    x: Float[Array, "M R D"],
+    up: Packed,
+    down: Packed,
+    activations: Activations = "float",
 ) -> str | None:
     """Why the fused kernel does not run on these arrays here; None where it does."""
+    if activations == "int8":
+        return (
+            "The fused FFN takes float activations: a token's largest hidden value, and "
+            "with it the int8 scale, is known only after the first matmul."
+        )
     for weights in (up, down):
         if reason := matmul_reason(x, weights):
             return reason

@@ -3,7 +3,8 @@ chip.
 
 One program computes one block of rows. Its rows of `x` and its whole hidden layer lie
 in shared memory; the 2-bit words of both matrices stream past, some outputs and one
-planar block a step, and every step's product is scaled into a running sum in registers.
+planar block a step. On Hopper, and with groups, every step's product is scaled into a
+running sum in registers.
 """
 
 from collections.abc import Callable
@@ -17,8 +18,10 @@ from jaxtyping import Array, BFloat16, Float, Int32, UInt16
 
 from trix_kernels.device import Arch
 from trix_kernels.planar_gpu import (
+    HALVES,
     STAGES,
     blackwell_multiply,
+    drain,
     hopper_multiply,
     load_accumulator,
     scale_rows,
@@ -36,7 +39,7 @@ def tile_ffn(
     act: Callable,
     arch: Arch,
     *,
-    staged: bool = False,
+    interpreted: bool = False,
 ) -> BFloat16[Array, "M R O"]:
     """Computes `act(x[m] @ up[n]) @ down[n]`, `n = block_tile[m]`, each product scaled.
 
@@ -46,7 +49,7 @@ def tile_ffn(
         down: the same; D, F and O are multiples of 128.
         used: blocks from this one on are not computed, and what they hold is undefined.
         act: of jnp functions that Mosaic lowers.
-        staged: see `planar_gpu.hopper_multiply`.
+        interpreted: by operations that the interpreter knows, see `planar_gpu`.
     """
     blocks, rows, d_in = x.shape
     hidden, outputs = up[0].shape[1], down[0].shape[1]
@@ -61,25 +64,30 @@ def tile_ffn(
         tile_ref, used_ref, x_ref, wu_ref, su_ref, wd_ref, sd_ref, y_ref = refs
         m = lax.axis_index("m")
 
-        def product(k, w_smem, source_smem):
-            width = w_smem.shape[-1]
-
+        def part_of(k, width, source_smem):
             def part(p):
                 at = p * width
                 chunk = k * (PLANES * width // features) + at // features
                 return source_smem.at[chunk, :, at % features : at % features + width]
 
-            if arch == "sm_90a":
+            return part
 
-                def run(acc):
-                    hopper_multiply(acc, w_smem, part, scratch.get("plane"))
-                    return acc[...]
+        def hopper_product(w_smem, part):
+            def run(acc):
+                hopper_multiply(acc, w_smem, part, scratch.get("plane"))
+                return acc[...]
 
-                return pl.run_scoped(run, plgpu.ACC((features, rows)))
+            return pl.run_scoped(run, plgpu.ACC((features, rows)))
+
+        def blackwell_sum(w_smem, part, follows):
+            planes = scratch["planes"].at[:, : PLANES * w_smem.shape[-1]]
             acc, done = scratch["acc"], scratch["done"]
-            planes = scratch["planes"].at[:, : PLANES * width]
-            blackwell_multiply(acc, w_smem, part, planes, done, False)
-            return load_accumulator(acc)
+            more = follows, follows, interpreted
+            blackwell_multiply(acc, w_smem, part, planes, done, *more)
+
+        def blackwell_product():
+            drain(scratch["done"])
+            return load_accumulator(scratch["acc"])
 
         def sweep(words_ref, s_ref, source_smem, sink):
             """Hands `sink(j, out)` every `features` outputs of `source @ words.T`,
@@ -89,18 +97,25 @@ def tile_ffn(
             block = planar_block(words_ref.shape[2] * PLANES, groups)
             steps = words_ref.shape[2] * PLANES // block
 
+            def scaled(product, j, k):
+                group, outs = k // (steps // groups), pl.ds(j * features, features)
+                return scale_rows(product, s_ref[tile_ref[m], group, outs])
+
             def step(index, w_smem, total):
                 j, k = index
-                s = s_ref[
-                    tile_ref[m], k // (steps // groups), pl.ds(j * features, features)
-                ]
-                out = scale_rows(product(k, w_smem, source_smem), s)
-                total = out + total * (k > 0).astype(jnp.float32)
-
-                @pl.when(k == steps - 1)
-                def _():
-                    sink(j, total)
-
+                part, is_last = part_of(k, block // PLANES, source_smem), k == steps - 1
+                if arch == "sm_90a":
+                    out = hopper_product(w_smem, part)
+                elif groups == 1:  # the accumulator holds the running sum
+                    blackwell_sum(w_smem, part, k > 0)
+                    sink_last = lambda: sink(j, scaled(blackwell_product(), j, k))  # noqa: E731
+                    pl.when(is_last)(sink_last)
+                    return total
+                else:
+                    blackwell_sum(w_smem, part, False)
+                    out = blackwell_product()
+                total = scaled(out, j, k) + total * (k > 0).astype(jnp.float32)
+                pl.when(is_last)(lambda: sink(j, total))
                 return total
 
             layout = plgpu.Layout.WGMMA if arch == "sm_90a" else plgpu.Layout.TCGEN05
@@ -152,12 +167,12 @@ def tile_ffn(
         scratch |= {
             "acc": plgpu.TMEM((features, rows), jnp.float32),
             "planes": plgpu.TMEM((features, 256), jnp.bfloat16, packed=True),
-            "done": plgpu.Barrier(orders_tensor_core=True),
+            "done": plgpu.Barrier(num_barriers=HALVES, orders_tensor_core=True),
         }
-    elif staged:
+    elif interpreted:
         if widths[0] != widths[1]:
             raise NotImplementedError(
-                "staged needs the same planar block in both matrices. "
+                "interpreted needs the same planar block in both matrices. "
                 f"Got {PLANES * widths[0]} and {PLANES * widths[1]}."
             )
         scratch["plane"] = plgpu.SMEM(

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Integer
 
+from trix_kernels.quantize import Activations
 from trix_kernels.tile_ffn import blockwise
 from trix_kernels.tile_ffn.blockwise import Rows
-from trix_kernels.tile_matmul.xla import of_blocks
+from trix_kernels.tile_matmul.xla import of_blocks, tile_matmul
 
 
 def tile_ffn(
@@ -24,6 +25,7 @@ def tile_ffn(
     shape: tuple[int, int],
     act: Callable,
     used: Integer[Array, "1"] | None = None,
+    activations: Activations = "float",
 ) -> Float[Array, "M R O"]:
     """Computes `act(x[m] @ up[n]) @ down[n]`, `n = block_tile[m]`.
 
@@ -33,7 +35,11 @@ def tile_ffn(
         shape: F, the hidden width, and O.
         act: elementwise.
         used: blocks from this one on need not be computed; None computes all.
+        activations: "int8" takes packed weights and has no gradient.
     """
+    if activations == "int8":
+        hidden = act(tile_matmul(x, up, block_tile, shape[0], activations))
+        return tile_matmul(hidden, down, block_tile, shape[1], activations)
     if used is None:
         used = jnp.full((1,), x.shape[0], jnp.int32)
     return _tile_ffn(Rows(x, block_tile, used), (up, down), shape, act)

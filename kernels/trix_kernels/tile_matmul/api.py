@@ -1,6 +1,6 @@
 """`tile_matmul`: every row meets only its own tile's weights, which stay in two bits."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,18 @@ from jaxtyping import Array, Float, Integer
 
 from trix_kernels import device
 from trix_kernels.blocks import block_rows, make_blocks
+from trix_kernels.quantize import Activations, quantize
 from trix_kernels.tile_matmul import reference, xla
-from trix_kernels.weights import ROWS, Packed, layout_of, unpack
+from trix_kernels.weights import (
+    BLOCKS,
+    PLANES,
+    ROWS,
+    Packed,
+    interleave,
+    layout_of,
+    planar_block,
+    unpack,
+)
 
 Implementation = Literal["xla", "mosaic_gpu", "reference"]
 
@@ -20,6 +30,7 @@ def tile_matmul(
     group_sizes: Integer[Array, " N"],
     features: int,
     *,
+    activations: Activations = "float",
     implementation: Implementation | None = None,
 ) -> Float[Array, "A O"]:
     """Computes `y[a] = (x[a] @ q[n]) * scale[n]`, n the tile whose group row `a` is in.
@@ -29,7 +40,7 @@ def tile_matmul(
         weights: of N tiles.
         group_sizes: rows of each tile; they add up to A.
         features: O.
-        implementation: as for `block_matmul`.
+        activations, implementation: as for `block_matmul`.
     """
     rows = block_rows(x.shape[0], weights.bits.shape[0])
     blocks = make_blocks(group_sizes, x.shape[0], rows)
@@ -40,6 +51,7 @@ def tile_matmul(
         blocks.tile,
         features,
         used=blocks.used,
+        activations=activations,
         implementation=implementation,
     )
     target = jnp.where(blocks.is_row, blocks.row, x.shape[0])
@@ -53,6 +65,7 @@ def block_matmul(
     features: int,
     *,
     used: Integer[Array, "1"] | None = None,
+    activations: Activations = "float",
     implementation: Implementation | None = None,
 ) -> Float[Array, "M R O"]:
     """Computes `y[m] = (x[m] @ q[n]) * scale[n]`, `n = block_tile[m]`, in the dtype of
@@ -64,21 +77,25 @@ def block_matmul(
     Args:
         used: blocks from this one on need not be computed: what they hold is undefined.
             None computes all.
+        activations: "float" multiplies `x` as it is; "int8" rounds every row to
+            integers first, see `quantize`.
         implementation: None takes "mosaic_gpu" where it runs and "xla" elsewhere; a
-            name runs exactly that. "reference" is numpy in float64, on concrete arrays.
+            name runs exactly that. "reference" is numpy, on concrete arrays.
 
     Raises:
         NotImplementedError: the named implementation does not run here, and why.
     """
-    reason = unsupported_reason(x, weights)
+    reason = unsupported_reason(x, weights, activations)
     if implementation is None:
         implementation = "xla" if reason else "mosaic_gpu"
     if implementation == "reference":
-        q, scale = unpack(weights, features)
-        y = reference.tile_matmul(x.astype(jnp.float32), q, scale, block_tile)
+        oracle = reference.tile_matmul
+        if activations == "int8":
+            oracle = reference.tile_matmul_int8
+        y = oracle(x.astype(jnp.float32), *unpack(weights, features), block_tile)
         return jnp.asarray(y, x.dtype)
     if implementation == "xla":
-        return xla.tile_matmul(x, weights, block_tile, features)
+        return xla.tile_matmul(x, weights, block_tile, features, activations)
     arch = device.arch()
     if reason or arch is None:
         raise NotImplementedError(reason)
@@ -86,15 +103,63 @@ def block_matmul(
     from trix_kernels.tile_matmul import blackwell, hopper
 
     scale = mosaic_scale(weights.scale, features)
+    values, token_scale = x, None
+    if activations == "int8":
+        values, token_scale = quantize(x)
+        values, scale = interleave(values), scale / 32
     if used is None:
         used = jnp.full((1,), x.shape[0], jnp.int32)
     rows = most_rows(arch, weights.scale.shape[-2])
-    blocks, tile, used = split(x, block_tile, used, rows)
-    kernel = hopper.tile_matmul if arch == "sm_90a" else blackwell.tile_matmul
-    return kernel(blocks, weights.bits, scale, tile, used).reshape(*x.shape[:2], -1)
+    blocks, tile, used = split(values, block_tile, used, rows)
+    if token_scale is not None:
+        token_scale = token_scale.reshape(blocks.shape[:2])
+    kernel = hopper if arch == "sm_90a" else blackwell
+    programs = kernel.programs_of(blocks.shape[0], features)
+    splits = splits_of(programs, kernel.CORES, x.shape[-1], scale.shape[1])
+    args = blocks, weights.bits, scale, tile, used
+    if arch == "sm_90a":
+        y = hopper.tile_matmul(*args, token_scale, splits=splits)
+    else:
+        y = blackwell.tile_matmul(*args, splits=splits)
+    if splits > 1:
+        y = join(y, scale, tile, token_scale, x.dtype)
+    return y.reshape(*x.shape[:2], -1)
 
 
-def unsupported_reason(x: Float[Array, "M R I"], weights: Packed) -> str | None:
+def splits_of(programs: int, cores: int, contraction: int, groups: int) -> int:
+    """Parts of the contraction that give most cores a program: a power of two.
+
+    Groups are not split, and a part has at least two steps.
+    """
+    if groups > 1:
+        return 1
+    steps, splits = contraction // planar_block(contraction), 1
+    while steps % (2 * splits) == 0 and steps >= 4 * splits:
+        if 2 * splits * programs > cores:
+            break
+        splits *= 2
+    return splits
+
+
+def join(
+    sums: Float[Array, "splits M O R"],
+    scale: Float[Array, "N 1 O"],
+    block_tile: Integer[Array, " M"],
+    token_scale: Float[Array, "M R"] | None,
+    dtype: Any,
+) -> Float[Array, "M R O"]:
+    """Adds the parts of a split contraction and scales them: what a kernel that is not
+    split does.
+    """
+    y = sums.sum(axis=0) * scale[block_tile, 0][..., None]
+    if token_scale is not None:
+        y = y * token_scale[:, None]
+    return jnp.swapaxes(y, 1, 2).astype(dtype)
+
+
+def unsupported_reason(
+    x: Float[Array, "M R I"], weights: Packed, activations: Activations = "float"
+) -> str | None:
     """Why the Mosaic GPU kernel does not run on these arrays here; None where it does."""
     if layout_of(weights) != "planar":
         return "The Mosaic GPU kernels take planar weights. These are in the layout 'rows'."
@@ -108,6 +173,21 @@ def unsupported_reason(x: Float[Array, "M R I"], weights: Packed) -> str | None:
         return (
             "On Blackwell features must be a multiple of 128. "
             f"Got {weights.bits.shape[-2]}."
+        )
+    return int8_reason(weights) if activations == "int8" else None
+
+
+def int8_reason(weights: Packed) -> str | None:
+    """Why the Mosaic GPU kernel takes no int8 activations with these planar weights."""
+    if device.arch() != "sm_90a":
+        return f"The int8 kernel is for Hopper (sm_90a). This is {device.arch()}."
+    groups = weights.scale.shape[-2]
+    contraction = weights.bits.shape[-1] * PLANES
+    if planar_block(contraction, groups) != max(BLOCKS):
+        return (
+            f"The int8 kernel needs groups of a multiple of {max(BLOCKS)} weights: "
+            "Mosaic GPU refuses s8 wgmmas on less, for a fault of ptxas. "
+            f"Got {contraction // groups}."
         )
     return None
 

@@ -2,26 +2,36 @@
 tcgen05.
 
 As in `hopper`, weights are the left operand; here the decoded planes of a step and the
-accumulator live in tensor memory, so what is interpreted in tests is what ships.
+accumulator live in tensor memory.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Float, Int32, UInt16
+from jaxtyping import Array, BFloat16, Float, Float32, Int32, UInt16
 
 from trix_kernels.planar_gpu import (
+    HALVES,
     STAGES,
     blackwell_multiply,
+    drain,
     load_accumulator,
+    result_smem,
+    result_type,
     scale_rows,
+    store_result,
     tiled,
 )
 from trix_kernels.weights import PLANES, planar_block
 
 FEATURES = 128  # outputs that one program computes, the rows of tensor memory
+CORES = 148
+
+
+def programs_of(blocks: int, outputs: int) -> int:
+    """Programs of a matmul that is not split."""
+    return blocks * outputs // FEATURES
 
 
 def tile_matmul(
@@ -30,27 +40,38 @@ def tile_matmul(
     scale: Float[Array, "N G O"],
     block_tile: Int32[Array, " M"],
     used: Int32[Array, "1"],
-) -> BFloat16[Array, "M R O"]:
+    *,
+    splits: int = 1,
+    interpreted: bool = False,
+) -> BFloat16[Array, "M R O"] | Float32[Array, "splits M O R"]:
     """Computes `y[m] = sum_g (x[m, :, g] @ q[n, g]) * scale[n, g]`, `n =
     block_tile[m]`.
 
-    Arguments as in `hopper.tile_matmul`; O is a multiple of 128.
+    Arguments as in `hopper.tile_matmul`; O is a multiple of 128. With two programs for
+    every core, one multiplies while the other decodes; with fewer, a program's own
+    steps overlap, for which it keeps the activations of a third step.
     """
     blocks, rows, contraction = x.shape
     outputs, groups = words.shape[1], scale.shape[1]
     block = planar_block(contraction, groups)
-    width, steps = block // PLANES, contraction // block
+    width, steps = block // PLANES, contraction // block // splits
     per_group = steps // groups
+    programs = programs_of(blocks, outputs) * splits
+    overlaps = groups == 1 and steps > 1 and programs < 2 * CORES
 
     def program(
         tile_ref, used_ref, x_ref, w_ref, s_ref, y_ref, y_smem, acc, planes, done
     ):
-        m, f = lax.axis_index("m"), lax.axis_index("f")
+        m, f, s = (lax.axis_index(name) for name in "mfs")
         outs = pl.ds(f * FEATURES, FEATURES)
 
         def multiply(k, w_smem, x_smem):
             part = lambda p: x_smem.at[:, p * width : (p + 1) * width]  # noqa: E731
-            blackwell_multiply(acc, w_smem, part, planes, done, k % per_group > 0)
+            follows = overlaps & (k > 0)
+            more = (k % per_group > 0), follows, interpreted
+            blackwell_multiply(acc, w_smem, part, planes, done, *more)
+            if not overlaps:
+                drain(done)
 
         def scaled(group):
             return scale_rows(load_accumulator(acc), s_ref[tile_ref[m], group, outs])
@@ -63,16 +84,19 @@ def tile_matmul(
 
         def pipeline(step, **carry):
             words = plgpu.BlockSpec(
-                (FEATURES, width), lambda k: (f, k), transforms=tiled(width)
+                (FEATURES, width), lambda k: (f, s * steps + k), transforms=tiled(width)
             )
             part = plgpu.BlockSpec(
-                (rows, block), lambda k: (0, k), transforms=tiled(width)
+                (rows, block),
+                lambda k: (0, s * steps + k),
+                transforms=tiled(width),
+                delay_release=int(overlaps),
             )
             return plgpu.emit_pipeline(
                 step,
                 grid=(steps,),
                 in_specs=[words, part],
-                max_concurrent_steps=min(STAGES, steps),
+                max_concurrent_steps=min(STAGES + overlaps, steps),
                 **carry,
             )(w_ref.at[tile_ref[m]], x_ref.at[m])
 
@@ -80,25 +104,24 @@ def tile_matmul(
         def _():
             if groups == 1:
                 pipeline(lambda k, w_smem, x_smem: multiply(k[0], w_smem, x_smem))
-                out = scaled(0)
+                if overlaps:
+                    drain(done)
+                out = load_accumulator(acc) if splits > 1 else scaled(0)
             else:
                 zero = jnp.zeros((FEATURES, rows), jnp.float32)
                 zero = plgpu.layout_cast(zero, plgpu.Layout.TCGEN05)
                 out = pipeline(step_of_groups, init_carry=zero)
-            y_smem.T[...] = out.astype(jnp.bfloat16)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(y_smem, y_ref.at[m, :, outs])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            store_result(out, y_smem, y_ref, (m, outs, s), splits)
 
     return plgpu.kernel(
         program,
-        out_type=jax.ShapeDtypeStruct((blocks, rows, outputs), jnp.bfloat16),
-        grid=(blocks, outputs // FEATURES),
-        grid_names=("m", "f"),
+        out_type=result_type(blocks, rows, outputs, splits),
+        grid=(blocks, outputs // FEATURES, splits),
+        grid_names=("m", "f", "s"),
         scratch_types=[
-            plgpu.SMEM((rows, FEATURES), jnp.bfloat16, transforms=tiled(64)),
+            result_smem(rows, FEATURES, splits),
             plgpu.TMEM((FEATURES, rows), jnp.float32),
             plgpu.TMEM((FEATURES, block), jnp.bfloat16, packed=True),
-            plgpu.Barrier(orders_tensor_core=True),
+            plgpu.Barrier(num_barriers=HALVES, orders_tensor_core=True),
         ],
     )(block_tile, used, x, words, scale)

@@ -6,17 +6,25 @@ of rows and 64 or 128 outputs. TMA copies the 2-bit words and the rows of `x` in
 of one planar block, double buffered; a step is eight wgmmas, one a plane.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Float, Int32, UInt16
+from jaxtyping import Array, BFloat16, Float, Float32, Int8, Int32, UInt16
 
-from trix_kernels.planar_gpu import STAGES, hopper_multiply, scale_rows, tiled
+from trix_kernels.planar_gpu import (
+    STAGES,
+    hopper_multiply,
+    result_smem,
+    result_type,
+    scale_rows,
+    store_result,
+    tiled,
+)
 from trix_kernels.weights import PLANES, planar_block
 
 BUSY = 128  # programs that keep most cores of the GPU busy
+CORES = 132
 
 
 def features_of_program(blocks: int, outputs: int) -> int:
@@ -24,49 +32,70 @@ def features_of_program(blocks: int, outputs: int) -> int:
     return 64 if outputs % 128 or blocks * outputs // 128 < BUSY else 128
 
 
+def programs_of(blocks: int, outputs: int) -> int:
+    """Programs of a matmul that is not split."""
+    return blocks * outputs // features_of_program(blocks, outputs)
+
+
 def tile_matmul(
-    x: BFloat16[Array, "M R I"],
+    x: BFloat16[Array, "M R I"] | Int8[Array, "M R I"],
     words: UInt16[Array, "N O words"],
     scale: Float[Array, "N G O"],
     block_tile: Int32[Array, " M"],
     used: Int32[Array, "1"],
+    token_scale: Float[Array, "M R"] | None = None,
     *,
-    staged: bool = False,
-) -> BFloat16[Array, "M R O"]:
-    """Computes `y[m] = sum_g (x[m, :, g] @ q[n, g]) * scale[n, g]`, `n =
-    block_tile[m]`.
+    splits: int = 1,
+    interpreted: bool = False,
+) -> BFloat16[Array, "M R O"] | Float32[Array, "splits M O R"]:
+    """Computes `y[m] = (sum_g (x[m, :, g] @ q[n, g]) * scale[n, g]) * token_scale[m]`,
+    `n = block_tile[m]`.
 
     Args:
         x: R is one of `weights.ROWS`; with groups at most 64, or registers would spill.
+            int8 in the order of `weights.interleave`, in blocks of 256.
         words: planar.
-        scale: for every output, with the factor 1/2 that the planar code asks for.
+        scale: for every output, with the factor that the planar code asks for, 1/2, or
+            1/64 with int8.
         used: blocks from this one on are not computed, and what they hold is undefined.
-        staged: sends decoded planes through shared memory. For the interpreter, which
-            cannot follow a wgmma whose left operand is in registers.
+        token_scale: of int8 activations; None where they are bfloat16.
+        splits: parts of the contraction, each summed by programs of its own; only with
+            one group. The result is then their float32 sums, `[splits, M, O, R]`, not
+            scaled.
+        interpreted: sends decoded planes through shared memory. For the interpreter,
+            which cannot follow a wgmma whose left operand is in registers.
     """
     blocks, rows, contraction = x.shape
     outputs, groups = words.shape[1], scale.shape[1]
     block = planar_block(contraction, groups)
-    width, steps = block // PLANES, contraction // block
+    width, steps = block // PLANES, contraction // block // splits
     features = features_of_program(blocks, outputs)
+    is_int8 = token_scale is not None
+    planes = PLANES // 2 if is_int8 else PLANES
+    chunk, sums = block // planes, jnp.int32 if is_int8 else jnp.float32
 
-    def program(tile_ref, used_ref, x_ref, w_ref, s_ref, y_ref, y_smem, *plane_smem):
-        m, f = lax.axis_index("m"), lax.axis_index("f")
+    def program(tile_ref, used_ref, x_ref, w_ref, s_ref, *refs):
+        token_ref, (y_ref, y_smem, *plane_smem) = refs[0], refs[is_int8:]
+        m, f, s = (lax.axis_index(name) for name in "mfs")
         outs = pl.ds(f * features, features)
 
         def multiply(acc, w_smem, x_smem):
-            part = lambda p: x_smem.at[:, p * width : (p + 1) * width]  # noqa: E731
-            hopper_multiply(acc, w_smem, part, *plane_smem)
+            part = lambda p: x_smem.at[:, p * chunk : (p + 1) * chunk]  # noqa: E731
+            staging = plane_smem[0] if interpreted else None
+            hopper_multiply(acc, w_smem, part, staging)
 
         def scaled(product, group):
+            product = product.astype(jnp.float32)
             return scale_rows(product, s_ref[tile_ref[m], group, outs])
 
         def pipeline(step, **carry):
             words = plgpu.BlockSpec(
-                (features, width), lambda k: (f, k), transforms=tiled(width)
+                (features, width), lambda k: (f, s * steps + k), transforms=tiled(width)
             )
             part = plgpu.BlockSpec(
-                (rows, block), lambda k: (0, k), transforms=tiled(width)
+                (rows, block),
+                lambda k: (0, s * steps + k),
+                transforms=tiled(chunk, x.dtype.itemsize),
             )
             return plgpu.emit_pipeline(
                 step,
@@ -85,30 +114,35 @@ def tile_matmul(
                 multiply(acc, w_smem, x_smem)
                 return acc[...]
 
-            out = pl.run_scoped(product, plgpu.ACC((features, rows)))
+            out = pl.run_scoped(product, plgpu.ACC((features, rows), sums))
             return total + scaled(out, index[0] // (steps // groups))
 
         @pl.when(m < used_ref[0])
         def _():
             if groups == 1:
-                out = scaled(pl.run_scoped(one_group, plgpu.ACC((features, rows))), 0)
+                acc = plgpu.ACC((features, rows), sums)
+                out = pl.run_scoped(one_group, acc).astype(jnp.float32)
             else:
                 zero = jnp.zeros((features, rows), jnp.float32)
                 zero = plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
                 out = pipeline(step_of_groups, init_carry=zero)
-            y_smem.T[...] = out.astype(jnp.bfloat16)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(y_smem, y_ref.at[m, :, outs])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            if groups == splits == 1:
+                out = scaled(out, 0)
+            if is_int8 and splits == 1:
+                # A few floats: less than a whole cache line, which is not `optimized`.
+                tokens = plgpu.load(token_ref.at[m], optimized=False)
+                out = out * lax.broadcast_in_dim(tokens, out.shape, (1,))
+            store_result(out, y_smem, y_ref, (m, outs, s), splits)
 
-    scratch = [plgpu.SMEM((rows, features), jnp.bfloat16, transforms=tiled(64))]
-    if staged:
-        plane = plgpu.SMEM((features, width), jnp.bfloat16, transforms=tiled(width))
-        scratch.append(plane)
+    scratch = [result_smem(rows, features, splits)]
+    if interpreted:
+        transforms = tiled(chunk, x.dtype.itemsize)
+        scratch.append(plgpu.SMEM((features, chunk), x.dtype, transforms=transforms))
+    more = (token_scale,) if is_int8 else ()
     return plgpu.kernel(
         program,
-        out_type=jax.ShapeDtypeStruct((blocks, rows, outputs), jnp.bfloat16),
-        grid=(blocks, outputs // features),
-        grid_names=("m", "f"),
+        out_type=result_type(blocks, rows, outputs, splits),
+        grid=(blocks, outputs // features, splits),
+        grid_names=("m", "f", "s"),
         scratch_types=scratch,
-    )(block_tile, used, x, words, scale)
+    )(block_tile, used, x, words, scale, *more)

@@ -7,31 +7,82 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, Num
 
+from trix_kernels.quantize import Activations, quantize
 from trix_kernels.weights import Packed, unpack
 
 
 def matmul(
-    x: Float[Array, "*B T I"], q: Num[Array, "*N I O"], scale: Float[Array, "*N G S"]
+    x: Num[Array, "*B T I"],
+    q: Num[Array, "*N I O"],
+    scale: Float[Array, "*N G S"],
+    token_scale: Float[Array, "*B T 1"] | None = None,
+    dtype: Any = None,
 ) -> Float[Array, "*B T O"]:
-    """Computes `(x @ q) * scale`, batched over leading axes, in the dtype of `x`.
+    """Computes `(x @ q) * scale`, batched over leading axes, in `dtype` or that of `x`.
 
     With several groups it is `sum over g of (x_g @ q_g) * scale_g`, ascending, in
     float32, every product and every sum rounded: without the barrier a compiler may
     fuse the two, as it likes, and the last bit depends on what is around.
+
+    Args:
+        x: integers are summed as int32.
+        token_scale: multiplies the rows, last.
     """
     q = q.astype(x.dtype)
+    sums = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32
     groups = scale.shape[-2]
     rows = q.shape[-2] // groups
     products = []
     for g in range(groups):
         part = slice(g * rows, (g + 1) * rows)
-        product = jnp.matmul(
-            x[..., part], q[..., part, :], preferred_element_type=jnp.float32
-        )
-        products.append(product * scale[..., g, None, :])
+        product = _product(x[..., part], q[..., part, :], sums)
+        products.append(product.astype(jnp.float32) * scale[..., g, None, :])
     if groups > 1:
         products = jax.lax.optimization_barrier(products)
-    return functools.reduce(jnp.add, products).astype(x.dtype)
+    total = functools.reduce(jnp.add, products)
+    if token_scale is not None:
+        total = total * token_scale
+    return total.astype(dtype or x.dtype)
+
+
+@jax.custom_vjp
+def _narrow_product(x, q):
+    return jnp.matmul(x, q, preferred_element_type=jnp.float32)
+
+
+def _narrow_backward(arrays, dy):
+    """Both products in the dtype of `x`, as in the forward pass. JAX's own rule would
+    widen `x` and `q` to the float32 of `dy`.
+    """
+    x, q = arrays
+    dy = dy.astype(x.dtype)
+    dx = _narrow_product(dy, jnp.swapaxes(q, -1, -2))
+    dq = _narrow_product(jnp.swapaxes(x, -1, -2), dy)
+    return dx.astype(x.dtype), dq.astype(q.dtype)
+
+
+_narrow_product.defvjp(lambda x, q: (_narrow_product(x, q), (x, q)), _narrow_backward)
+
+
+def _product(x, q, sums):
+    """Computes `x @ q` in the dtype `sums`."""
+    is_narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+    if is_narrow and x.shape[:-2] == q.shape[:-2]:
+        return _narrow_product(x, q)
+    return jnp.matmul(x, q, preferred_element_type=sums)
+
+
+def packed_matmul(
+    x: Float[Array, "*B T I"],
+    q: Num[Array, "*N I O"],
+    scale: Float[Array, "*N G S"],
+    activations: Activations,
+) -> Float[Array, "*B T O"]:
+    """`matmul` of activations as they are, or of their eight-bit integers."""
+    if activations == "float":
+        return matmul(x, q, scale)
+    values, token_scale = quantize(x)
+    return matmul(values, q, scale, token_scale, x.dtype)
 
 
 def tile_matmul(
@@ -39,16 +90,22 @@ def tile_matmul(
     weights: Packed,
     block_tile: Integer[Array, " M"],
     features: int,
+    activations: Activations = "float",
 ) -> Float[Array, "M R O"]:
     """Computes `(x_m @ q_n) * scale_n` with `n = block_tile[m]`."""
-    return matmul(x, *of_blocks(weights, block_tile, features))
+    dtype = jnp.int8 if activations == "int8" else jnp.float32
+    pair = of_blocks(weights, block_tile, features, dtype)
+    return packed_matmul(x, *pair, activations)
 
 
 def of_blocks(
-    weights: Any, block_tile: Integer[Array, " M"], features: int
+    weights: Any,
+    block_tile: Integer[Array, " M"],
+    features: int,
+    dtype: Any = jnp.float32,
 ) -> tuple[Num[Array, "M I O"], Float[Array, "M G S"]]:
-    """The `q` and the scale of every block, of `Packed` weights or a pair `(q,
-    scale)`.
+    """The `q`, unpacked to `dtype`, and the scale of every block, of `Packed` weights or
+    a pair `(q, scale)`.
     """
     if not isinstance(weights, Packed):
         q, scale = weights
@@ -56,6 +113,6 @@ def of_blocks(
     if (
         block_tile.shape[0] > weights.bits.shape[0]
     ):  # unpack each tile once, not a block
-        q, scale = unpack(weights, features)
+        q, scale = unpack(weights, features, dtype)
         return q[block_tile], scale[block_tile]
-    return unpack(Packed(*(leaf[block_tile] for leaf in weights)), features)
+    return unpack(Packed(*(leaf[block_tile] for leaf in weights)), features, dtype)
