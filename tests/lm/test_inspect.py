@@ -67,7 +67,12 @@ def test_page_is_one_file_without_references(found, tmp_path):
 @pytest.mark.parametrize("ffn", ["sparse", "hierarchical", "lookup"])
 def test_packed_export_of_every_kind_is_looked_into(ffn, run_dir, tmp_path):
     loaded, _, tokenizer = load_run(run_dir)
-    shape = {"num_tiles": 8, "tiles_per_cluster": 4, "tiles_per_token": 1}
+    shape = {
+        "num_tiles": 8,
+        "tiles_per_cluster": 4,
+        "tiles_per_token": 1,
+        "n_layers": 1,
+    }
     config = dataclasses.replace(loaded.config, ffn=ffn, grid_size=4, **shape)
     fresh = TransformerLM(config)
     variables = fresh.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
