@@ -97,8 +97,13 @@ def _weight_decay(config: TrainConfig) -> float | optax.Schedule:
 
 
 def _optimizer_of_each(params):
-    """Muon gets the kernels of tiles, `[N, I, O]`: nothing else has three axes."""
-    return jax.tree.map(lambda leaf: "muon" if leaf.ndim == 3 else "adamw", params)
+    """Muon gets the kernels of tiles, `[N, I, O]`, AdamW everything else."""
+
+    def label(path, _):
+        names = [entry.key for entry in path]
+        return "muon" if "tiles" in names and names[-1] == "kernel" else "adamw"
+
+    return jax.tree_util.tree_map_with_path(label, params)
 
 
 def _each_matrix(params):
