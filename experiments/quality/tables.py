@@ -39,7 +39,7 @@ def dense_table(dense: Curve, steps: Sequence[curve.Doubling]) -> str:
     for width in sorted(dense):
         one, step = dense[width], to.get(width)
         gain = f"{step.gain:.4f}" if step else ""
-        worth = "" if step is None else f"{step.resolution:.1f}"
+        worth = "" if step is None else resolution_text(step.resolution)
         needed = "yes" if step and step.is_needed else ""
         cells = [str(width), rate_of(one), str(len(one.runs)), loss_of(one)]
         rows.append([*cells, gain, worth, needed])
@@ -109,6 +109,10 @@ def sweep_table(results: Sequence[Result], arms: Sequence[str], seed: int) -> st
         ]
         rows.append([arm, *cells])
     return table(["arm", *(f"{r:g}" for r in rates)], rows)
+
+
+def resolution_text(resolution: float) -> str:
+    return "unknown" if math.isnan(resolution) else f"{resolution:.1f}"
 
 
 def mean_loss(arm: Tuned) -> float:

@@ -12,13 +12,13 @@ import pytest
 from trix_jax.lm import metrics
 from trix_jax.lm.config import TrainConfig
 from trix_jax.lm.optimizer import MUON_RMS, make_optimizer, updates_done
-from trix_jax.lm.sharding import layout_of
+from trix_jax.lm.sharding import slices_of
 from trix_jax.lm.step import make_train_step
 from trix_jax.lm.train import train
 from trix_jax.nn.transformer import TransformerConfig, TransformerLM
 
 PARAMS = {
-    "tiles": {"kernel": jax.random.normal(jax.random.key(0), (3, 8, 4))},
+    "tiles": {"up": {"kernel": jax.random.normal(jax.random.key(0), (3, 8, 4))}},
     "attention": {"kernel": jax.random.normal(jax.random.key(1), (2, 4, 8))},
     "norm": {"scale": jnp.ones(8)},
 }
@@ -62,7 +62,7 @@ def test_muon_orthogonalizes_every_tile_by_itself_at_the_size_of_adamw():
         optimizer="muon",
     )
     (after,), state = run(config, GRADS, 1)
-    update = (after["tiles"]["kernel"] - PARAMS["tiles"]["kernel"]) / -0.01
+    update = (after["tiles"]["up"]["kernel"] - PARAMS["tiles"]["up"]["kernel"]) / -0.01
     for tile in np.asarray(update):
         singular = np.linalg.svd(tile, compute_uv=False)
         # Five Newton-Schulz steps end near 1, not at 1: 0.7 to 1.2 (Jordan, 2024).
@@ -78,20 +78,35 @@ def test_muon_leaves_everything_else_to_adamw():
     muon, _ = run(TrainConfig(**settings, optimizer="muon"), GRADS, 3)
     for name in ("attention", "norm"):
         jax.tree.map(np.testing.assert_array_equal, muon[-1][name], adamw[-1][name])
-    assert (muon[-1]["tiles"]["kernel"] != adamw[-1]["tiles"]["kernel"]).any()
+    assert (
+        muon[-1]["tiles"]["up"]["kernel"] != adamw[-1]["tiles"]["up"]["kernel"]
+    ).any()
 
 
 def test_muon_on_sharded_state_raises():
     model = TransformerLM(TransformerConfig(vocab_size=5, n_layers=1))
     config = TrainConfig(optimizer="muon")
-    layout = layout_of(PARAMS, {"data": 2}, is_sliced=True)
+    slices = slices_of(PARAMS, "data", 2)
     with pytest.raises(NotImplementedError, match="whole matrices"):
-        make_train_step(model, make_optimizer(config), config, "data", layout)
+        make_train_step(model, make_optimizer(config), config, "data", slices)
 
 
 def test_unknown_optimizer_raises(no_type_hook):
     with pytest.raises(ValueError, match="optimizer must be adamw or muon"):
         TrainConfig(optimizer="sgd")
+
+
+@pytest.mark.parametrize("ffn", ["dense", "lookup", "hierarchical", "sparse"])
+def test_muon_gets_the_ternary_kernels_of_a_model_and_nothing_else(ffn):
+    model = TransformerLM(TransformerConfig(vocab_size=5, n_layers=1, ffn=ffn))
+    init = lambda: model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))  # noqa: E731
+    params = jax.eval_shape(init)["params"]
+    optimizer = make_optimizer(TrainConfig(optimizer="muon"))
+    states = jax.tree_util.tree_leaves_with_path(jax.eval_shape(optimizer.init, params))
+    names = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in states]
+    momenta = [name for name in names if "muon" in name and name.endswith("/kernel")]
+    wanted = {"tiles/up/kernel", "tiles/down/kernel"} if ffn in ("hierarchical", "sparse") else set()  # fmt: skip
+    assert {"/".join(name.split("/")[-3:]) for name in momenta} == wanted
 
 
 @pytest.mark.slow

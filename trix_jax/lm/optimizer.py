@@ -90,20 +90,20 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def _weight_decay(config: TrainConfig) -> float | optax.Schedule:
-    last = float(config.decay_until * config.steps)
+    last = config.decay_until * config.steps
     if last >= config.steps:
         return config.weight_decay
     return lambda step: jnp.where(jnp.less(step, last), config.weight_decay, 0.0)
 
 
 def _optimizer_of_each(params):
-    """Muon for the kernels of tiles, `[N, I, O]`, AdamW for everything else."""
+    """Muon gets the kernels of tiles, `[N, I, O]`, AdamW everything else."""
 
-    def kind(path, _):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return "muon" if "tiles/" in name and name.endswith("/kernel") else "adamw"
+    def label(path, _):
+        names = [entry.key for entry in path]
+        return "muon" if "tiles" in names and names[-1] == "kernel" else "adamw"
 
-    return jax.tree_util.tree_map_with_path(kind, params)
+    return jax.tree_util.tree_map_with_path(label, params)
 
 
 def _each_matrix(params):
