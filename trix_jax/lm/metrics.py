@@ -2,6 +2,8 @@
 what is measured for them.
 """
 
+import contextlib
+import ctypes
 import json
 import os
 import platform
@@ -129,6 +131,17 @@ def git_commit() -> str | None:
         check=False,
     ).stdout
     return (commit + "+" * bool(changed.strip())) or None
+
+
+def trim_memory() -> None:
+    """Hands free memory back to the system, where the C library is glibc; about 50 ms.
+
+    Saves allocate in threads that come and go, and glibc's arenas of threads keep what
+    was freed, each a little more: 120 MB in use, and from 320 MB free to 380 in 80
+    saves. After this 140 MB stay.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def memory_bytes(device: jax.Device) -> int:
