@@ -134,11 +134,11 @@ def git_commit() -> str | None:
 
 
 def trim_memory() -> None:
-    """Hands free memory back to the system, where the C library is glibc; about 50 ms.
+    """Hands free memory back to the system, where the C library is glibc.
 
-    Saves allocate in threads that come and go, and glibc's arenas of threads keep what
-    was freed, each a little more: 120 MB in use, and from 320 MB free to 380 in 80
-    saves. After this 140 MB stay.
+    Saves allocate in threads that come and go, and the arenas that glibc gives threads
+    keep what was freed, a little more each time: beside 120 MB in use (2 layers, width
+    64), 320 MB of free memory grew to 380 in 70 saves. Takes about 50 ms.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
