@@ -5,7 +5,9 @@ A run that evaluates and saves every 100 steps goes on for MINUTES; every 10 sec
 process is measured. FILE gets the samples and what they say; exit code 1 if anything
 grew. The rule, fixed before the run:
 
-- The first fifth is warm-up: malloc's arenas are still filling after 100 saves.
+- The first fifth is warm-up.
+- Memory is the anonymous part of what is resident: pages of shared libraries come and go
+  as the kernel likes.
 - What comes and goes (memory, threads of pools, descriptors) is judged by a line fitted
   to all samples after it. Memory may gain 2 % from its first to its last point, threads
   and descriptors less than one.
@@ -46,11 +48,13 @@ def count(event: str, *_, **__) -> None:
 
 def sample(began: float, workdir: Path) -> dict[str, float]:
     """What this process holds now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = [int(n) for n in Path("/proc/self/statm").read_text().split()[1:3]]
+    page = os.sysconf("SC_PAGE_SIZE")
     return {
         "seconds": round(time.monotonic() - began, 1),
         "saved_step": max(checkpoint.steps(workdir / "checkpoints")),
-        "resident_bytes": pages * os.sysconf("SC_PAGE_SIZE"),
+        "resident_bytes": pages[0] * page,
+        "anonymous_bytes": (pages[0] - pages[1]) * page,
         "threads": len(os.listdir("/proc/self/task")),
         "descriptors": len(os.listdir("/proc/self/fd")),
         "compilations": compilations,
@@ -77,7 +81,7 @@ def growth(samples: list[dict[str, float]]) -> dict[str, float]:
         slope, start = np.polyfit(at, [s[name] for s in steady], 1)
         return slope * (at[-1] - at[0]), start + slope * at[0]
 
-    gained, held = fitted("resident_bytes")
+    gained, held = fitted("anonymous_bytes")
     gains = {name: fitted(name)[0] for name in ("threads", "descriptors")}
     gains["python_blocks"] = fitted("python_blocks")[0]
     gains["compilations"] = steady[-1]["compilations"] - steady[0]["compilations"]

@@ -191,6 +191,7 @@ def _loop(
             position, val_loss = _evaluate(run, position, log, progress)
         position = position._replace(seconds=time.perf_counter() - began)
         save(run, position, val_loss)
+        metrics.trim_memory()
         logger.restart_clock()
         if is_asked:
             trigger.unlink(missing_ok=True)
