@@ -103,18 +103,26 @@ def main(argv: list[str]) -> int:
         )
         return 0
     if args.dry_run:
-        from trix_jax.lm.plan import plan
-
-        report = say(args.json)
-        command = f"trix-jax experiment {argv[0]} --dry-run"
-        models = {(p.run.size, p.run.arm): (p.config, p.reference) for p in runs}
-        seeds = len({p.run.seed for p in runs})
-        text, rows = plan(models, seeds, args.usd_per_hour, command, report)
-        report(text)
-        if args.json:
-            print_json({"name": experiment.name, "runs": len(runs), "plan": rows})
-        return 0
+        return _plan(experiment, runs, argv[0], args)
     return _run(experiment, runs, workdir, args)
+
+
+def _plan(experiment: Experiment, runs: list[Planned], path: str, args: Args) -> int:
+    """Markdown on standard output, or JSON; what goes on, on standard error."""
+    from trix_jax.lm.plan import plan
+
+    text, rows = plan(
+        {(p.run.size, p.run.arm): (p.config, p.reference) for p in runs},
+        len({p.run.seed for p in runs}),
+        args.usd_per_hour,
+        f"trix-jax experiment {path} --dry-run",
+        say(True),
+    )
+    title = experiment.tree.get("title") or experiment.name
+    say(args.json)(f"# Plan: {title}\n\n{len(runs)} runs.\n\n{text}")
+    if args.json:
+        print_json({"name": experiment.name, "runs": len(runs), "plan": rows})
+    return 0
 
 
 def _run(experiment: Experiment, runs: list[Planned], workdir: Path, args: Args) -> int:

@@ -194,8 +194,30 @@ def _text(
             f"eight. One seed of all of it, side by side on the seed's one Thor: {_duration(thor)}, "
             f"{'inside' if thor <= SEED_HOURS else '**over**'} its {SEED_HOURS:g} hours.",
             "",
+            _first(rows, seeds, usd_per_hour),
+            "",
             f"Made by `{command}`.",
         ]
+    )
+
+
+def _first(rows: list[dict[str, Any]], seeds: int, usd_per_hour: float) -> str:
+    """What to run first, and what it would decide."""
+    least = min(rows, key=lambda row: row["params"])["size"]
+    mine = [row for row in rows if row["size"] == least]
+    hours = SLACK * seeds * sum(row["h100_hours"] for row in mine)
+    text = (
+        f"Run first: all arms of `{least}`, {_duration(hours)} on one H100, "
+        f"{hours * usd_per_hour:.2f} USD. Its first hundred steps tell what this model of time "
+        "is worth, and its report says whether TriX is below, at or above its dense twins there"
+    )
+    more = (
+        ""
+        if seeds > 1
+        else "; with one seed no difference has an interval, so add seeds first"
+    )
+    return (
+        f"{text}{more}. A larger size is worth its cost if that is not settled by it."
     )
 
 

@@ -122,6 +122,7 @@ class Server(ThreadingHTTPServer):
 @pytest.fixture
 def data_hub(monkeypatch, tmp_path):
     server = Server()
+    server.folder = tmp_path
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     monkeypatch.setenv("HF_ENDPOINT", server.address)

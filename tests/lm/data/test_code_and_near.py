@@ -6,7 +6,9 @@ import gzip
 import hashlib
 import json
 import random
+import sysconfig
 import tracemalloc
+from pathlib import Path
 
 import pytest
 
@@ -72,6 +74,13 @@ def test_code_says_what_it_cannot_take(tmp_path, flags, match):
 def test_license_of_a_mixed_file_is_not_permissive(tmp_path):
     (tmp_path / "LICENSE").write_text(f"{MIT}\nor\n{GPL}")
     assert license_of(tmp_path) is None
+
+
+def test_license_of_python_is_its_own():
+    root = Path(sysconfig.get_path("stdlib"))
+    if not (root / "LICENSE.txt").is_file():
+        pytest.skip("this Python came without its licence")
+    assert license_of(root) == "PSF-2.0"
 
 
 @pytest.fixture

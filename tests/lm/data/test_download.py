@@ -1,5 +1,7 @@
 """The client of the hub, against a hub on this machine."""
 
+import gzip
+import hashlib
 import random
 import signal
 import subprocess
@@ -152,3 +154,36 @@ def test_prepare_the_stack_without_access_explains_gate_and_licences(data_hub, c
     said = capsys.readouterr().err
     for words in ("accept its terms", "Software Heritage", "licence", "--data.path"):
         assert words in said
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_prepare_takes_every_name_end_to_end(data_hub, shard, table_bytes, name):
+    dataset = DATASETS[name]
+    if dataset.is_code:
+        sources = [
+            f"def f{i}():\n    return {text!r}\n" for i, text in enumerate(texts(0))
+        ]
+        ids = [hashlib.sha1(source.encode()).hexdigest() for source in sources]
+        data_hub.contents = {
+            sha1: gzip.compress(source.encode())
+            for sha1, source in zip(ids, sources, strict=True)
+        }
+        n = len(ids)
+        rows = {
+            "blob_id": ids,
+            "src_encoding": ["UTF-8"] * n,
+            "license_type": ["permissive"] * n,
+            "is_vendor": [False] * n,
+            "is_generated": [False] * n,
+            "length_bytes": [len(source) for source in sources],
+        }
+        data_hub.files["data/Python/train-00000-of-00001.parquet"] = table_bytes(rows)
+    else:
+        for i, file in enumerate(dataset.files):
+            data_hub.files[file] = shard(texts(i, count=100))
+    flags = "--data.max-tokens 2000 --data.vocab-size 300".split()
+    assert main(["prepare", name, *flags, "--workdir", f"{data_hub.folder}/store"]) == 0
+    store = open_store(f"{data_hub.folder}/store")
+    assert len(store.train) == 2000
+    assert len(store.val) > 0
+    assert dataset.revision in store.manifest["source"]

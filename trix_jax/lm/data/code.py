@@ -126,8 +126,9 @@ def license_of(repository: Path) -> str | None:
         text = " ".join(text.replace("*", " ").replace("#", " ").split())
         found = [name for name, words in PERMISSIVE.items() if words in text]
         if found:
-            is_mixed = any(words in text for words in COPYLEFT) and found != ["PSF-2.0"]
-            return None if is_mixed and "Apache-2.0" not in found else found[0]
+            # Python's own licence speaks of the GPL, which it is compatible with.
+            is_mixed = any(w in text for w in COPYLEFT) and "PSF-2.0" not in found
+            return None if is_mixed else found[0]
     return None
 
 
