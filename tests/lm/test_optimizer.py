@@ -12,7 +12,7 @@ import pytest
 from trix_jax.lm import metrics
 from trix_jax.lm.config import TrainConfig
 from trix_jax.lm.optimizer import MUON_RMS, make_optimizer, updates_done
-from trix_jax.lm.sharding import slices_of
+from trix_jax.lm.sharding import layout_of
 from trix_jax.lm.step import make_train_step
 from trix_jax.lm.train import train
 from trix_jax.nn.transformer import TransformerConfig, TransformerLM
@@ -86,9 +86,9 @@ def test_muon_leaves_everything_else_to_adamw():
 def test_muon_on_sharded_state_raises():
     model = TransformerLM(TransformerConfig(vocab_size=5, n_layers=1))
     config = TrainConfig(optimizer="muon")
-    slices = slices_of(PARAMS, "data", 2)
+    layout = layout_of(PARAMS, {"data": 2}, is_sliced=True)
     with pytest.raises(NotImplementedError, match="whole matrices"):
-        make_train_step(model, make_optimizer(config), config, "data", slices)
+        make_train_step(model, make_optimizer(config), config, "data", layout)
 
 
 def test_unknown_optimizer_raises(no_type_hook):
