@@ -18,6 +18,7 @@ from trix_kernels import Packed as Packed
 from trix_kernels.quantize import quantize
 from trix_kernels.tile_ffn import xla as ffn_xla
 from trix_kernels.tile_matmul import xla
+from trix_kernels.tile_matmul.api import int8_reason
 from trix_kernels.weights import ROWS, layout_of, planar_unsupported_reason
 
 PACKED = "packed"  # the Flax collection that holds packed weights
@@ -48,14 +49,17 @@ def unpack(weights: Weights, features: int) -> Ternary:
     return Ternary(q, scale)
 
 
-def implementation(variables: Variables) -> str:
+def implementation(variables: Variables, activations: Activations = "float") -> str:
     """Which ternary matmuls a model with these variables runs on the default device."""
+    packed = "packed" if activations == "float" else "packed, int8 activations"
     if PACKED not in variables:
-        return "xla, weights not packed"
+        return f"xla, weights not {packed}"
     reason = trix_kernels.device.unsupported_reason()
-    return (
-        f"xla, packed. {reason}" if reason else "mosaic_gpu where shapes allow, packed"
-    )
+    if reason is None and activations == "int8":
+        reason = int8_reason()
+    if reason:
+        return f"xla, {packed}. {reason}"
+    return f"mosaic_gpu where shapes allow, {packed}"
 
 
 def least_rows(weights: Weights) -> int:

@@ -13,7 +13,7 @@ from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import trix_kernels
-from trix_jax import SparseTriXFFN, TernaryConfig, TriXLinear, freeze
+from trix_jax import SparseTriXFFN, TernaryConfig, TriXLinear, freeze, ops
 from trix_kernels import block_ffn, block_matmul, device, ternary_matmul, tile_matmul
 from trix_kernels.quantize import LONGEST, quantize
 from trix_kernels.tile_matmul import hopper, reference
@@ -131,9 +131,9 @@ def test_the_longest_sum_is_exact_and_a_longer_one_refused():
         quantize(jnp.ones((1, LONGEST + 1)))
 
 
-def layers(config):
+def layers(config, width=128):
     return [
-        SparseTriXFFN(128, num_tiles=2, expansion=2, ternary=config),
+        SparseTriXFFN(width, num_tiles=2, expansion=2, ternary=config),
         TriXLinear(64, num_tiles=2, ternary=config),
     ]
 
@@ -142,13 +142,24 @@ def output(result):
     return result[0] if isinstance(result, tuple) else result
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("granularity", ["tile", "group"])
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize(
+    ("which", "granularity", "dtype"),
+    [
+        (0, "tile", "float32"),
+        (1, "channel", "bfloat16"),
+        *[
+            pytest.param(which, granularity, dtype, marks=pytest.mark.slow)
+            for which in (0, 1)
+            for granularity in ("tile", "group")
+            for dtype in ("float32", "bfloat16")
+            if (which, granularity, dtype) != (0, "tile", "float32")
+        ],
+    ],
+)
 def test_a_frozen_layer_equals_the_trained_one_bit_for_bit(which, granularity, dtype):
-    layer = layers(dataclasses.replace(INT8, granularity=granularity))[which]
-    x = tokens(np.random.default_rng(3), 12, 128, dtype=dtype)
-    variables = layer.init(jax.random.key(1), x)
+    layer = layers(dataclasses.replace(INT8, granularity=granularity), 256)[which]
+    x = tokens(np.random.default_rng(3), 12, 256, dtype=dtype)  # two groups
+    variables = jax.jit(layer.init)(jax.random.key(1), x)
     frozen = freeze(layer, variables, x)
     run = jax.jit(lambda v: output(layer.apply(v, x)))
     np.testing.assert_array_equal(run(frozen), run(variables))
@@ -203,7 +214,11 @@ def test_mosaic_says_where_it_takes_no_int8(monkeypatch):
         block_matmul(x[..., :128], narrow, tile, 128, **how)
     with pytest.raises(NotImplementedError, match="fused FFN takes float activations"):
         block_ffn(x, w, narrow, tile, (128, 128), relu, **how)
+    assert ops.implementation({"packed": {}}, "int8").startswith("mosaic_gpu")
     monkeypatch.setattr(device, "arch", lambda: "sm_100a")
+    told = ops.implementation({"packed": {}}, "int8")
+    assert told.startswith("xla, packed, int8 activations. The int8 kernel is for")
+    assert ops.implementation({"packed": {}}).startswith("mosaic_gpu")
     with pytest.raises(
         NotImplementedError, match=r"Hopper \(sm_90a\)\. This is sm_100"
     ):

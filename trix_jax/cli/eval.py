@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
         f"{result.val_ppl:.3f}, {result.val_bits_per_byte:.4f} bits per byte, "
         f"{result.tokens:,} tokens"
     )
-    runs = implementation(variables)
+    runs = implementation(variables, model.config.ternary.activations)
     report(f"ternary matmuls: {runs}")
     if args.json:
         print_json(

@@ -174,13 +174,19 @@ def unsupported_reason(
             "On Blackwell features must be a multiple of 128. "
             f"Got {weights.bits.shape[-2]}."
         )
-    return int8_reason(weights) if activations == "int8" else None
+    if activations == "int8":
+        return int8_reason() or _int8_groups_reason(weights)
+    return None
 
 
-def int8_reason(weights: Packed) -> str | None:
-    """Why the Mosaic GPU kernel takes no int8 activations with these planar weights."""
+def int8_reason() -> str | None:
+    """Why the default device's Mosaic GPU kernel takes no int8 activations."""
     if device.arch() != "sm_90a":
         return f"The int8 kernel is for Hopper (sm_90a). This is {device.arch()}."
+    return None
+
+
+def _int8_groups_reason(weights: Packed) -> str | None:
     groups = weights.scale.shape[-2]
     contraction = weights.bits.shape[-1] * PLANES
     if planar_block(contraction, groups) != max(BLOCKS):
