@@ -66,6 +66,8 @@ def test_run_all_restarts_what_was_killed_and_leaves_the_others(stub, tmp_path):
     }
     restarts = {arm: row["restarts"] for arm, row in rows.items()}
     assert restarts == {"good": 0, "killed-once": 1, "dies": 2, "bad": 0}
+    core = (tmp_path / "runs/tiny/good/seed-42/cores").read_text()
+    assert core in ([str(sorted(slot.cores)) for slot in make_slots(2)])
     assert rows["dies"]["why"] == "exit code 1: a line of the log"
     assert "SIGKILL" in rows["killed-once"]["why"]
 
@@ -103,6 +105,31 @@ def test_run_all_interrupted_lets_every_run_save(stub, tmp_path):
     with pytest.raises(experiment.Interrupted, match="every run has saved"):
         run_all(runs, tmp_path, make_slots(2), 0, show)
     assert shown[-1] == ["stopped", "stopped"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel")
+def test_run_whose_runner_was_killed_saves(tmp_path):
+    runner = f"""
+import pathlib
+from trix_jax.lm import experiment as e
+e.PROGRAM = {STUB!r}.replace("sys.exit(75)", "((workdir / 'saved').touch(), sys.exit(75))")
+run = e.Run("tiny", "waits", 1, 5, ("--arm", "waits"), "data")
+e.run_all([run], pathlib.Path({str(tmp_path)!r}), e.make_slots(1), 0, lambda rows: None)
+"""
+    process = subprocess.Popen([sys.executable, "-c", runner])
+    directory = tmp_path / "runs/tiny/waits/seed-1"
+    _wait_for(directory / "metrics.jsonl")
+    time.sleep(0.5)  # it has its handler by then
+    process.kill()
+    process.wait()
+    _wait_for(directory / "saved")
+
+
+def _wait_for(path):
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.05)
 
 
 def test_make_slots_gives_each_gpu_one_and_shares_when_asked(monkeypatch):

@@ -12,7 +12,6 @@ DIR/runs/SIZE/ARM/seed-N/     a run directory each, with log.txt
 ```
 """
 
-import ctypes
 import json
 import os
 import re
@@ -191,25 +190,34 @@ def progress(directory: Path) -> Progress:
 
 def _start(status: _Status, slot: Slot, workdir: Path) -> None:
     status.directory.mkdir(parents=True, exist_ok=True)
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-    def before() -> None:
-        if library:
-            library.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: save if we are killed
-        if slot.cores and hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, slot.cores)
-
     with (status.directory / "log.txt").open("a") as log:
         status.process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *command(status.run, workdir)],
+            [
+                sys.executable,
+                "-c",
+                _prelude(slot) + PROGRAM,
+                *command(status.run, workdir),
+            ],
             env=os.environ | slot.env,
             stdout=log,
             stderr=log,
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C reaches us, and we ask each to save once
-            preexec_fn=before,
         )
     status.state, status.slot = "running", slot
+
+
+def _prelude(slot: Slot) -> str:
+    """What a process does before all else: stay on its cores, and save when we are
+    killed. Not a `preexec_fn`, which is not safe where there are threads.
+    """
+    lines = []
+    if slot.cores and hasattr(os, "sched_setaffinity"):
+        lines.append(f"import os; os.sched_setaffinity(0, {sorted(slot.cores)})")
+    if sys.platform == "linux":  # PR_SET_PDEATHSIG is 1
+        call = f"ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)})"
+        lines.append(f"import ctypes; {call}")
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _reap(status: _Status, free: list[Slot], retries: int) -> None:
