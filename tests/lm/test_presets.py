@@ -24,7 +24,7 @@ WHOLE = ("shakespeare_char", "tiny")  # the others have the arms of tiny
 SMALL = (
     "--model.n-layers 1 --model.d-model 16 --model.n-heads 2 --model.context 16 "
     "--model.num-tiles 4 --model.tiles-per-cluster 2 --model.dtype float32 "
-    "--data.source text --data.tokenizer char --train.steps 2 "
+    "--data.source text --data.tokenizer char --data.val-fraction 0.1 --train.steps 2 "
     "--train.eval-every 2 --train.batch-size 2 --train.accumulate 1"
 ).split()
 

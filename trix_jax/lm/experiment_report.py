@@ -97,12 +97,8 @@ def _headline(
         best = means[ordered[0]]
         passed = [n for n, loss in floors.get(size, {}).items() if best < loss]
         kinds = ", ".join(plots.GRAM_NAMES.get(n, f"{n}-gram") for n in passed)
-        below = (
-            f"below what counting achieves as {kinds}"
-            if passed
-            else "below no n-gram floor"
-        )
-        floor = f" The lowest is {below}." if floors.get(size) else ""
+        where = f"below the floor of {kinds}" if passed else "above every n-gram floor"
+        floor = f" The lowest is {where}." if floors.get(size) else ""
         lines.append(
             f"**{size}**, validation loss in nats per token, lowest first: {text}.{floor}"
         )
