@@ -99,7 +99,12 @@ ABLATIONS = (
     variant("muon", "--train.optimizer muon", tuned=True),
     variant("no-decay", "--train.weight-decay 0", tuned=True),
     variant("decay-half", "--train.decay-until 0.5", tuned=True),
-    Arm("sparse-32-top8", "--arm sparse --model.num-tiles 32 --model.tiles-per-token 8"),
+    # The clusters are of no use to it, but flags must suit the default arm too.
+    Arm(
+        "sparse-32-top8",
+        "--arm sparse --model.num-tiles 32 --model.tiles-per-token 8 "
+        "--model.tiles-per-cluster 8",
+    ),
     variant("no-aux", "--model.routing.balance-weight 0 --model.routing.diversity-weight 0"),
     variant("late", "--model.ternary.full-precision-fraction 0.3", tuned=True),
     variant("channel", "--model.ternary.granularity channel", tuned=True),

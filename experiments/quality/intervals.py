@@ -7,7 +7,7 @@ References:
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -61,8 +61,8 @@ def pooled_deviation(groups: Sequence[Sequence[float]]) -> float:
 
 def bootstrap_means(
     groups: Sequence[Sequence[float]], draws: int = 4000, seed: int = 0
-) -> Iterator[list[float]]:
-    """Yields the means of all groups, their seeds drawn anew.
+) -> np.ndarray:
+    """Means of all groups, `[draws, groups]`, their seeds drawn anew.
 
     With three seeds a group's own values say too little about their spread, so the
     residuals of all groups are drawn from, each inflated by `sqrt(n / (n - 1))`, which
@@ -78,5 +78,5 @@ def bootstrap_means(
         or [np.zeros(1)]
     )
     rng = np.random.default_rng(seed)
-    for _ in range(draws):
-        yield [np.mean(g) + rng.choice(residuals, len(g)).mean() for g in groups]
+    drawn = [rng.choice(residuals, (draws, len(g))).mean(axis=1) for g in groups]
+    return np.stack([np.mean(g) + d for g, d in zip(groups, drawn, strict=True)], 1)

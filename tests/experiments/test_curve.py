@@ -124,6 +124,6 @@ def test_pooled_deviation_is_that_inside_the_groups():
 
 def test_bootstrap_means_spread_like_the_standard_error():
     groups = [[0.0, 1.0, 2.0], [10.0, 11.0, 12.0], [5.0]]
-    drawn = np.array(list(bootstrap_means(groups, draws=4000)))
+    drawn = bootstrap_means(groups, draws=4000)
     np.testing.assert_allclose(drawn.mean(axis=0), [1, 11, 5], atol=0.06)
     np.testing.assert_allclose(drawn.std(axis=0), [3**-0.5, 3**-0.5, 1], rtol=0.06)
