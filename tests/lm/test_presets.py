@@ -49,6 +49,13 @@ def test_preset_has_the_arms_that_every_preset_has(path):
     assert set(yaml.safe_load(path.read_text())["arms"]) >= ARMS
 
 
+def test_flags_that_suit_the_arm_alone_are_taken():
+    # The preset without its arm is hierarchical, with four tiles in a cluster.
+    flags = ("--model.num-tiles", "32", "--model.tiles-per-token", "8")
+    config, _ = preset(ROOT / "configs" / "shakespeare_char.yaml", "sparse", *flags)
+    assert (config.model.ffn, config.model.tiles_per_token) == ("sparse", 8)
+
+
 @pytest.mark.parametrize("name", SEED_PARAMETERS)
 def test_scale_preset_has_the_parameters_of_the_seed_within_a_tenth(name):
     path = ROOT / "configs" / f"{name}.yaml"

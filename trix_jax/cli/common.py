@@ -25,8 +25,9 @@ def parse_preset(kind: Any, argv: list[str], verb: str) -> tuple[Any, Any]:
     came before.
 
     Returns:
-        the arguments, and the model of the preset and flags without the arm, whose
-        parameters a "match-params" dense twin has.
+        the arguments, and the model that a dense width to be matched ("match-params")
+        refers to: that of the preset and flags without the arm. Without such a width it
+        is the arguments' own model.
     """
     from trix_jax.lm.config import DEFAULT_ARM, RunConfig, preset_flags
 
@@ -40,6 +41,9 @@ def parse_preset(kind: Any, argv: list[str], verb: str) -> tuple[Any, Any]:
     config = parse(RunConfig, arm_flags, verb, base)
     args = parse(kind, flags, verb, kind(config=config))
     args = dataclasses.replace(args, config=dataclasses.replace(args.config, arm=arm))
+    if not isinstance(args.config.model.ffn_width, str):
+        # Flags may suit the arm alone: more tiles a token than a cluster of the preset.
+        return args, args.config.model
     own = [
         flag
         for flag in _pairs(flags)
