@@ -19,7 +19,6 @@ References:
     quantiles as the duals of an assignment).
 """
 
-import jax
 import jax.numpy as jnp
 
 from trix_jax.typing import Array, Float, Integer
