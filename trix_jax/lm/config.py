@@ -285,9 +285,13 @@ def load(path: str | Path) -> RunConfig:
     """
     tree = read_yaml(path)
     try:
-        return from_tree(tree)
+        config = from_tree(tree)
     except ValueError as error:
         raise ValueError(f"config {path} cannot be used: {error}") from error
+    for field in dataclasses.fields(RunConfig):
+        if field.name not in tree:
+            raise ValueError(f"config {path} lacks {field.name}: it may be cut off.")
+    return config
 
 
 def fingerprint(config: RunConfig) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trix_jax.lm import metrics, plots
-from trix_jax.lm.config import RunConfig, from_tree, read_yaml
+from trix_jax.lm.config import RunConfig, load
 from trix_jax.lm.plots import HEALTHY_SHARE, MIB
 
 TIE = 0.005  # nats: a convention; within it no winner is named
@@ -74,11 +74,7 @@ def read_run(workdir: str | Path) -> RunRecord:
     for event, found in of_kind.items():
         if not found:
             raise ValueError(f"{path} must hold a line of event {event!r}. Got none.")
-    path = workdir / "config.yaml"
-    try:
-        config = from_tree(read_yaml(path))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} cannot be used: {error}") from error
+    config = load(workdir / "config.yaml")
     summary, env = _read_json(workdir, "summary"), _read_json(workdir, "env")
     _check(summary["params"], "params", f"params in {workdir / 'summary.json'}")
     return RunRecord(config, of_kind["step"], of_kind["eval"], summary, env)
