@@ -140,6 +140,7 @@ def test_frozen_groups_without_jit_equal_the_jitted_ones():
     assert_equal(y, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1, *slowly([(40,)])])
 def test_frozen_layer_equals_with_few_and_many_blocks(tokens):
     # Fewer blocks than tiles gather packed bytes, more unpack all tiles first.
@@ -211,6 +212,7 @@ class Scanned(nn.Module):
         return scan(name="steps")(x, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "make"),
     [

@@ -101,6 +101,7 @@ def test_hierarchical_selection_with_every_cluster_open_is_flat():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", ["sigmoid", "softmax", "renormalized"])
 @pytest.mark.parametrize("top_k_clusters", [1, 2])
 def test_evaluation_takes_the_tiles_that_training_takes(top_k_clusters, gate):
@@ -240,6 +241,7 @@ def test_hash_control_routes_equal_tokens_alike_and_needs_ids():
         layer.apply(variables, X)
 
 
+@pytest.mark.slow
 def test_hash_control_gives_tokens_their_own_sets_of_tiles_evenly():
     layer, ids = control("hash", tiles_per_token=2), jnp.arange(4000)
     x = jnp.zeros((4000, 16))

@@ -114,6 +114,7 @@ def json_of(capsys, *argv):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_train_eval_generate_export_end_to_end(text, tmp_path, user_env, capsys):
     steps = ["--train.steps", 6, "--train.eval-every", 3, "--json"]
     summary = last_json(trix(*train_args(tmp_path, text, *steps), env=user_env))
@@ -171,6 +172,7 @@ def test_train_killed_and_started_again_equals_the_uninterrupted_run(
     assert_same_run(tmp_path / "whole" / "run", tmp_path / "broken" / "run", 600)
 
 
+@pytest.mark.slow
 def test_train_sigterm_saves_and_exits_75_and_goes_on(text, tmp_path, user_env):
     flags = ["--train.steps", 200000, "--train.eval-every", 100000]
     command = [*TRIX, *map(str, train_args(tmp_path, text, *flags))]
@@ -197,6 +199,7 @@ def assert_same_run(a, b, step):
     assert kept[0] == kept[1]
 
 
+@pytest.mark.slow
 def test_doctor_passes_and_says_what_runs_where(capsys):
     assert main(["doctor", "--json"]) == 0
     out = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -208,6 +211,7 @@ def test_doctor_passes_and_says_what_runs_where(capsys):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("more", "is_fine"), [("", True), ("x", False)])
 def test_deterministic_sets_a_flag_that_xla_knows(user_env, more, is_fine):
     """XLA ends a process at its first computation if a flag is unknown to it."""

@@ -78,6 +78,7 @@ def test_a_token_that_is_not_finite_gives_nan_alone(name, poison):
     np.testing.assert_array_equal(y.at[1, 3].set(0), clean.at[1, 3].set(0))
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(st.data())
 def test_tile_matmul_equals_the_oracle_bit_for_bit(data):
@@ -165,6 +166,7 @@ def test_a_frozen_layer_equals_the_trained_one_bit_for_bit(which, granularity, d
     np.testing.assert_array_equal(run(frozen), run(variables))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_float_model_serves_int8_by_its_config_alone(which):
     x = jax.random.normal(jax.random.key(0), (32, 128))

@@ -67,6 +67,7 @@ def test_a_shape_without_a_planar_layout_is_refused(shape, groups, message):
         pack(jnp.zeros(shape), jnp.ones((groups, 1)), "planar")
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(st.data())
 def test_blocks_hold_every_row_once_whatever_the_groups(data):

@@ -150,6 +150,7 @@ def test_a_relative_directory_is_as_good(tmp_path, monkeypatch):
     assert checkpoint.restore(directory, 1, {"w": np.zeros(50, int)})[0]["w"][0] == 1
 
 
+@pytest.mark.slow
 def test_another_process_restores(tmp_path, user_env):
     state = {"params": {"w": jnp.arange(5.0)}, "rng": jax.random.key(3)}
     checkpoint.save(tmp_path, 1, state, {})

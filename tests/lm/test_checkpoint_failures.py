@@ -147,6 +147,7 @@ def kill_in_a_loop_of_saves(directory: Path, env: dict[str, str], kills: int) ->
     return saves
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_whole_steps_only(tmp_path, user_env):
     assert kill_in_a_loop_of_saves(tmp_path, user_env, kills=8) > 8
 

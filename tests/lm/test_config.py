@@ -103,6 +103,7 @@ def test_match_params_dense_twin_has_as_many_parameters_within_two_percent(ffn):
     assert abs(costs(dense).total / costs(trix).total - 1) < 0.02
 
 
+@pytest.mark.slow
 def test_costs_total_is_what_init_makes():
     config = TransformerConfig(vocab_size=9, n_layers=1, d_model=16, n_heads=2)
     tokens = jnp.zeros((1, 4), jnp.int32)

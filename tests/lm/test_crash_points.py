@@ -101,6 +101,7 @@ def states_in(copies):
     return sorted(copies.iterdir())
 
 
+@pytest.mark.slow
 def test_kill_at_any_point_of_a_save_loses_no_step(tmp_path, watch):
     run = tmp_path / "run"
     for step in (1, 2):

@@ -17,6 +17,8 @@ from trix_jax.lm.optimizer import make_optimizer
 from trix_jax.lm.step import init_state, make_train_step
 from trix_jax.nn.transformer import TransformerLM
 
+pytestmark = pytest.mark.slow
+
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 EVERY = 3  # about one batch in so many is bad
 

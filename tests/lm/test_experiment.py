@@ -80,6 +80,7 @@ def test_run_all_does_not_repeat_what_is_done(stub, tmp_path):
     assert log.read_text() == before
 
 
+@pytest.mark.slow
 def test_run_all_uses_as_many_slots_as_there_are(stub, tmp_path):
     most = []
 
@@ -107,6 +108,7 @@ def test_run_all_interrupted_lets_every_run_save(stub, tmp_path):
     assert shown[-1] == ["stopped", "stopped"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel")
 def test_run_whose_runner_was_killed_saves(tmp_path):
     runner = f"""

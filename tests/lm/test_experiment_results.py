@@ -191,6 +191,7 @@ def write(directory, runs):
         (place / "REPORT.md").write_text("")
 
 
+@pytest.mark.slow
 def test_report_of_a_ladder_names_what_is_missing_and_draws_everything(tmp_path):
     runs = [
         *finished("s", "lookup", [2.0, 2.1]),

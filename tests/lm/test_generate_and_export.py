@@ -46,6 +46,7 @@ def test_load_run_evaluates_as_training_did(run_dir, loaded):
     assert evaluate(model, variables, store).val_loss == last_eval(run_dir)["val_loss"]
 
 
+@pytest.mark.slow
 def test_load_run_in_a_process_that_did_not_train(run_dir, user_env):
     code = (
         "import sys, trix_jax; model, variables, tokenizer = trix_jax.load_run(sys.argv[1]);"
@@ -93,6 +94,7 @@ def test_evaluate_counts_every_validation_token_once_but_the_first(run_dir, load
     assert np.sum(result.tile_usage) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_generate_cached_equals_uncached_and_greedy_repeats(loaded):
     model, variables, tokenizer = loaded
     prompt = tokenizer.encode("the tile")
@@ -105,6 +107,7 @@ def test_generate_cached_equals_uncached_and_greedy_repeats(loaded):
         text.append(token)
 
 
+@pytest.mark.slow
 def test_generate_goes_on_beyond_the_context(loaded):
     model, variables, tokenizer = loaded
     prompt = tokenizer.encode("the token " * 3)  # longer than the context
@@ -113,6 +116,7 @@ def test_generate_goes_on_beyond_the_context(loaded):
     assert all(0 <= token < tokenizer.vocab_size for token in new)
 
 
+@pytest.mark.slow
 def test_generate_same_seed_same_text_other_seed_other_text(loaded):
     model, variables, tokenizer = loaded
     prompt = tokenizer.encode("the")
@@ -249,6 +253,7 @@ def test_open_run_data_of_another_tokenizer_is_refused(run_dir, tmp_path):
         open_run_data(run_dir, tmp_path / "store")
 
 
+@pytest.mark.slow
 def test_an_export_does_not_depend_on_the_layout_that_kernels_want(monkeypatch):
     model = TransformerLM(
         TransformerConfig(vocab_size=8, context=4, d_model=128, n_layers=1, num_tiles=4)

@@ -16,6 +16,8 @@ from trix_jax.lm.export import export
 from trix_jax.lm.inspect import Order, diff, look, route, write_page
 from trix_jax.nn.transformer import TransformerLM
 
+pytestmark = pytest.mark.slow
+
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 

@@ -31,10 +31,11 @@ SMALL = (
 
 def cases():
     for path in PRESETS:
-        first = "hierarchical" if path.stem == "shakespeare_char" else "lookup"
+        is_first = path.stem == "shakespeare_char"
         for arm in yaml.safe_load(path.read_text())["arms"]:
-            if arm == first or path.stem in WHOLE or arm == "hierarchical":
-                marks = () if arm == first else pytest.mark.slow
+            if path.stem in WHOLE or arm in ("lookup", "hierarchical"):
+                fast = is_first and arm == "hierarchical"
+                marks = () if fast else pytest.mark.slow
                 yield pytest.param(path, arm, id=f"{path.stem}-{arm}", marks=marks)
 
 

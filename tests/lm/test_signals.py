@@ -16,6 +16,8 @@ from trix_jax.lm import checkpoint, metrics, train
 from trix_jax.lm.data import store
 from trix_jax.lm.signals import Interrupted, Signals
 
+pytestmark = pytest.mark.slow
+
 SIGNALS = [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 
 

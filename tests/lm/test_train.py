@@ -102,6 +102,7 @@ def test_train_interrupted_after_five_steps_goes_on_bit_for_bit(
     assert_same_arrays(arrays(half, 10), arrays(run_dir, 10))
 
 
+@pytest.mark.slow
 def test_train_eight_devices_match_one_within_addition_order(
     tiny_config, run_dir, tmp_path
 ):
@@ -139,6 +140,7 @@ def test_train_accumulated_micro_batches_match_one_batch(
     )
 
 
+@pytest.mark.slow
 def test_train_non_finite_loss_stops_and_keeps_the_last_checkpoint(
     tiny_config, one_device, tmp_path
 ):

@@ -54,6 +54,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_gradient_of_every_leaf_is_the_central_difference(name):
     layer, chance = LAYERS[name], np.random.default_rng(0)
