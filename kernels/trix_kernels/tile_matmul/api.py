@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float, Integer, Num
 
 from trix_kernels import device
 from trix_kernels.blocks import block_rows, make_blocks
@@ -215,7 +215,7 @@ def mosaic_scale(scale: Float[Array, "N G S"], features: int) -> Float[Array, "N
 
 
 def split(
-    x: Float[Array, "M R I"],
+    x: Num[Array, "M R I"],
     block_tile: Integer[Array, " M"],
     used: Integer[Array, "1"],
     most: int,
