@@ -57,7 +57,9 @@ def sizes_of(sizes: Sizes) -> dict[str, int]:
     return dict(zip(AXES, sizes.grow_from, strict=True))
 
 
-def exponent(sizes: Sequence[int | float], costs: Sequence[int | float | None]) -> float:
+def exponent(
+    sizes: Sequence[int | float], costs: Sequence[int | float | None]
+) -> float:
     """The slope of `log cost` over `log size`, over the points that were measured."""
     pairs = [(s, c) for s, c in zip(sizes, costs, strict=True) if c]
     if len(pairs) < 2:
