@@ -1,4 +1,5 @@
-"""Trains what a setting's plan asks for and is not done yet, one run at a time.
+"""Trains what a setting's plan asks for and is not done yet, one run at a time; start it
+again beside itself for one more at a time.
 
     python -m experiments.quality.run SETTING --data PATH --runs DIR
 
@@ -9,12 +10,13 @@ and so the order, is in design.py; what comes next is a function of the results 
 """
 
 import argparse
+import fcntl
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import jax
 
@@ -66,18 +68,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     end = time.monotonic() + 3600 * args.hours if args.hours else float("inf")
     before = None
-    while task := next_run(setting, results.read(path)):
-        if time.monotonic() > end:
-            break
+    directory = args.runs / setting.name
+    while time.monotonic() < end and (found := claim(setting, path, directory)):
+        task, hold = found
         if before not in (None, task[:2]):
             jax.clear_caches()  # only seeds share what is compiled
         before = task[:2]
-        try:
-            result = run(setting, task, args.data, args.runs, args.flags)
-        except Interrupted as stop:
-            print(stop, flush=True)
-            return INTERRUPTED
-        results.add(path, result)
+        with hold:
+            try:
+                result = run(setting, task, args.data, args.runs, args.flags)
+            except Interrupted as stop:
+                print(stop, flush=True)
+                return INTERRUPTED
+            with lock(directory / "results.lock"):
+                results.add(path, result)
         said = "diverged" if result["val_loss"] is None else f"{result['val_loss']:.4f}"
         print(f"{task}: {said}, {result['seconds']} s", flush=True)
     return 0
@@ -85,25 +89,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def next_run(setting: Setting, done: Sequence[results.Result]) -> Task | None:
     """The first run that the plan wants and `done` lacks; None once all is done."""
+    return next(runs_to_come(setting, done), None)
+
+
+def runs_to_come(setting: Setting, done: Sequence[results.Result]) -> Iterator[Task]:
+    """What can be trained now, in the plan's order. A run that waits for the loss of
+    another, to know its rate, is not among them.
+    """
     for step in setting.plan:
         arms = setting.groups[step.group]
-        if task := _next_of_sweep(arms, done, is_first_look=step.seeds == 0):
-            return task
+        yield from _sweep(arms, done, is_first_look=step.seeds == 0)
         for seed in SEEDS[: step.seeds]:
             for arm in arms:
-                rate = best_rate(done, arm.rate_of or arm.name)
+                rate = bracketed_rate(done, setting.arm(arm.rate_of or arm.name))
                 if rate and seed not in results.at_rate(done, arm.name, rate):
-                    return Task(arm, rate, seed)
+                    yield Task(arm, rate, seed)
     for name, rate, seeds in setting.also:
         for seed in SEEDS[:seeds]:
             if seed not in results.at_rate(done, name, rate):
-                return Task(setting.arm(name), rate, seed)
-    return None
+                yield Task(setting.arm(name), rate, seed)
 
 
-def _next_of_sweep(
+def _sweep(
     arms: Sequence[Arm], done: Sequence[results.Result], is_first_look: bool
-) -> Task | None:
+) -> Iterator[Task]:
     """Breadth first: all arms at their first rate, then at their second."""
     tasks = []
     for arm in arms:
@@ -111,7 +120,7 @@ def _next_of_sweep(
         if arm.rate_of is None and not (is_first_look and losses):
             if rate := next_rate(losses, arm.start):
                 tasks.append((len(losses), Task(arm, rate, SEEDS[0])))
-    return min(tasks, key=lambda task: task[0])[1] if tasks else None
+    yield from (task for _, task in sorted(tasks, key=lambda task: task[0]))
 
 
 def next_rate(losses: dict[float, float], start: float) -> float | None:
@@ -125,9 +134,47 @@ def next_rate(losses: dict[float, float], start: float) -> float | None:
 
 
 def best_rate(done: Iterable[results.Result], arm: str) -> float | None:
-    """The rate that the sweep of an arm found, None before it has one."""
+    """The best rate of an arm so far, None before it has one."""
     losses = results.sweep(done, arm, SEEDS[0])
     return min(losses, key=lambda r: (losses[r], r)) if losses else None
+
+
+def bracketed_rate(done: Sequence[results.Result], arm: Arm) -> float | None:
+    """The best rate of an arm, None before both rates beside it are known as worse."""
+    is_open = next_rate(results.sweep(done, arm.name, SEEDS[0]), arm.start) is not None
+    return None if is_open else best_rate(done, arm.name)
+
+
+def claim(setting: Setting, path: Path, directory: Path) -> tuple[Task, IO[str]] | None:
+    """The next run that no other process is at, and the hold on it; None if there is
+    none.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for task in runs_to_come(setting, results.read(path)):
+        try:
+            hold = lock(directory / f"{task}.lock", wait=False)
+        except BlockingIOError:
+            continue
+        # Who held it a moment ago may have finished the run.
+        if task in runs_to_come(setting, results.read(path)):
+            return task, hold
+        hold.close()
+    return None
+
+
+def lock(path: Path, wait: bool = True) -> IO[str]:
+    """An open file that keeps other processes out until it is closed, even by SIGKILL.
+
+    Raises:
+        BlockingIOError: another process has it, and `wait` is False.
+    """
+    file = path.open("w", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        file.close()
+        raise
+    return file
 
 
 def run(setting: Setting, task: Task, data: str, runs: Path, more: str = "") -> dict:
@@ -166,7 +213,8 @@ def token_store(setting: Setting, data: str, runs: Path, more: str) -> Path:
     argv = [str(ROOT / setting.preset), *shlex.split(more), "--data.path", data]
     args, _ = parse_preset(Args, argv, "train")
     directory = runs / setting.name / "data"
-    prepare(args.config.data, directory, lambda _: None)
+    with lock(directory.with_name("data.lock")):
+        prepare(args.config.data, directory, lambda _: None)
     return directory
 
 

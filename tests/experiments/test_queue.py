@@ -8,7 +8,14 @@ import pytest
 
 from experiments.quality import results
 from experiments.quality.design import SEEDS, SETTINGS, Arm, Setting, Step
-from experiments.quality.run import ROOT, best_rate, next_rate, next_run
+from experiments.quality.run import (
+    ROOT,
+    best_rate,
+    claim,
+    next_rate,
+    next_run,
+    runs_to_come,
+)
 from trix_jax.cli.common import parse_preset
 from trix_jax.cli.train import Args
 
@@ -92,6 +99,32 @@ def test_queue_that_was_cut_off_goes_on_where_it_was():
     for cut in range(len(order)):
         rest, _ = finish(setting, bowl, done[:cut])
         assert rest == order[cut:]
+
+
+def test_processes_side_by_side_never_take_the_same_run(tmp_path):
+    setting = Setting("s", "", GROUPS, (Step("first", 1), Step("second", 2)))
+    path, holds, order = tmp_path / "s.json", [], []
+    while found := claim(setting, path, tmp_path):
+        order.append(found[0])
+        holds.append(found[1])
+    assert [(t.arm.name, t.rate) for t in order] == [("a", 4e-3), ("b", 1e-3)]
+    results.add(path, line(order[0], bowl(order[0])))  # done, and still held
+    task, hold = claim(setting, path, tmp_path)
+    assert (task.arm.name, task.rate) == ("a", 2e-3)
+    for one in (*holds, hold):
+        one.close()
+    again, hold = claim(setting, path, tmp_path)  # whoever was at it is gone
+    assert again == order[1]
+    hold.close()
+
+
+def test_seeds_wait_until_the_rate_is_bracketed():
+    setting = Setting("s", "", GROUPS, (Step("first", 2), Step("second", 2)))
+    _, done = finish(setting, bowl)
+    open_again = [r for r in done if (r["arm"], r["learning_rate"]) != ("a", 4e-3)]
+    open_again = [r for r in open_again if r["arm"] != "like-a"]
+    come = list(runs_to_come(setting, open_again))
+    assert [(t.arm.name, t.rate) for t in come] == [("a", 4e-3)]
 
 
 def test_diverged_runs_count_as_done_and_are_never_the_best():
