@@ -45,10 +45,25 @@ def batched(x, pairs, tiles):
     return product(RELU(product(x, up, up_scale)), down, down_scale)
 
 
+@pytest.mark.parametrize(
+    ("features", "cores", "expected"),
+    [(128, 2, 2), (128, 8, 2), (512, 8, 8), (512, 1, 1), (512, 6, 4), (96, 8, 1)],
+)
+def test_lanes_are_a_power_of_two_wide_enough_and_no_more_than_cores(
+    features, cores, expected, monkeypatch
+):
+    monkeypatch.setattr(blockwise.os, "cpu_count", lambda: cores)
+    assert blockwise.lanes(features) == expected
+
+
+@pytest.mark.parametrize("lane", [64, 2])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("used", [5, 4])
 @pytest.mark.parametrize("pattern", TILES)
-def test_blocks_in_turn_equal_all_at_once(pattern, used, groups):
+def test_blocks_in_turn_equal_all_at_once(pattern, used, groups, lane, monkeypatch):
+    monkeypatch.setattr(blockwise, "LANE", lane)
+    monkeypatch.setattr(blockwise.os, "cpu_count", lambda: 8)
+    assert blockwise.lanes(D) == (4 if lane == 2 else 1)
     x, pairs = problem(groups)
     tiles = jnp.asarray(TILES[pattern], jnp.int32)
     rows = Rows(x, tiles, jnp.asarray([used], jnp.int32))
@@ -56,9 +71,7 @@ def test_blocks_in_turn_equal_all_at_once(pattern, used, groups):
     expected = batched(x, pairs, tiles)[:used]
     assert np.any(expected)
     for weights in (pairs, packed):
-        y = jax.jit(blockwise.forward, static_argnums=(2, 3))(
-            rows, weights, (F, D), RELU
-        )
+        y = jax.jit(lambda r, w: blockwise.forward(r, w, (F, D), RELU))(rows, weights)
         np.testing.assert_array_equal(y[:used], expected)
         assert not y[used:].any()
 

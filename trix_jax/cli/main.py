@@ -5,6 +5,7 @@ exit code.
 import importlib
 import sys
 
+from trix_jax.lm.allocator import keep_freed_memory
 from trix_jax.lm.signals import Interrupted
 
 VERBS = {
@@ -39,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     if verb not in VERBS:
         print(f"trix-jax: {verb!r} is no verb.\n\n{_usage()}", file=sys.stderr)
         return BAD_INPUT
+    keep_freed_memory()
     try:
         return importlib.import_module(f"trix_jax.cli.{verb}").main(rest) or DONE
     except SystemExit as stop:  # the parser has said what is wrong, or printed help

@@ -2,8 +2,6 @@
 what is measured for them.
 """
 
-import contextlib
-import ctypes
 import json
 import os
 import platform
@@ -131,17 +129,6 @@ def git_commit() -> str | None:
         check=False,
     ).stdout
     return (commit + "+" * bool(changed.strip())) or None
-
-
-def trim_memory() -> None:
-    """Hands free memory back to the system, where the C library is glibc.
-
-    Saves allocate in threads that come and go, and the arenas that glibc gives threads
-    keep what was freed, a little more each time: beside 120 MB in use (2 layers, width
-    64), 320 MB of free memory grew to 380 in 70 saves. Takes about 50 ms.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def memory_bytes(device: jax.Device) -> int:

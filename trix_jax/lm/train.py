@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trix_jax import routing
-from trix_jax.lm import hosts, metrics, parallel
+from trix_jax.lm import allocator, hosts, metrics, parallel
 from trix_jax.lm.config import RunConfig, TrainConfig, resolve
 from trix_jax.lm.data import check_context, train_batches
 from trix_jax.lm.evaluate import Evaluation, evaluate
@@ -59,6 +59,8 @@ def train(
     """Trains a run in `workdir`, or goes on with the one that is there, and returns its
     summary.
 
+    The process keeps the memory that it frees (`trix_jax.lm.allocator`).
+
     Args:
         config: what to train.
         workdir: the run directory.
@@ -84,6 +86,7 @@ def train(
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"workdir must be a folder, or new. Got {workdir}, a file.")
     parallel.check_spread(config.model, shard_tiles, devices or jax.devices())
+    allocator.keep_freed_memory()
     with Signals() as signals:
         with signals.at_once(f"before its first step; {workdir} is as it was"):
             step = _resume_step(workdir, resume, report)
@@ -191,7 +194,7 @@ def _loop(
             position, val_loss = _evaluate(run, position, log, progress)
         position = position._replace(seconds=time.perf_counter() - began)
         save(run, position, val_loss)
-        metrics.trim_memory()
+        allocator.trim_memory()
         logger.restart_clock()
         if is_asked:
             trigger.unlink(missing_ok=True)

@@ -1,0 +1,53 @@
+"""Freed memory stays with the process, or goes back to the system when it is told to."""
+
+import subprocess
+import sys
+
+import pytest
+
+from trix_jax.lm import allocator
+
+FAULTS = """
+import ctypes, resource, sys
+from trix_jax.lm.allocator import keep_freed_memory
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
+size = 48 << 20  # more than glibc ever keeps by itself
+def touch():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    at = libc.malloc(size)
+    ctypes.memset(at, 1, size)
+    libc.free(at)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+touch()
+print(sum(touch() for _ in range(4)))
+"""
+
+
+def faults(env, how):
+    command = [sys.executable, "-c", FAULTS, how]
+    return subprocess.run(
+        command, env=env, capture_output=True, text=True, check=True
+    ).stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
+def test_memory_that_is_kept_is_not_mapped_again(user_env):
+    env = {k: v for k, v in user_env.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+    pages = 48 << 20 >> 12
+    assert int(faults(env, "default")) > 2 * pages
+    assert int(faults(env, "keep")) < pages / 10
+
+
+def test_what_the_user_has_set_stays(monkeypatch):
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "100000")
+    assert not allocator.keep_freed_memory()
+
+
+def test_other_c_libraries_are_left_alone(monkeypatch):
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda _: object())
+    assert not allocator.keep_freed_memory()
+    allocator.trim_memory()
