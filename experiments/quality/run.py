@@ -96,12 +96,16 @@ def runs_to_come(setting: Setting, done: Sequence[results.Result]) -> Iterator[T
     """What can be trained now, in the plan's order. A run that waits for the loss of
     another, to know its rate, is not among them.
     """
+    sweeping = set()
     for step in setting.plan:
         arms = setting.groups[step.group]
-        yield from _sweep(arms, done, is_first_look=step.seeds == 0)
+        for task in _sweep(arms, done, is_first_look=step.seeds == 0):
+            sweeping.add(task.arm.name)
+            yield task
         for seed in SEEDS[: step.seeds]:
             for arm in arms:
-                rate = bracketed_rate(done, setting.arm(arm.rate_of or arm.name))
+                source = arm.rate_of or arm.name
+                rate = None if source in sweeping else best_rate(done, source)
                 if rate and seed not in results.at_rate(done, arm.name, rate):
                     yield Task(arm, rate, seed)
     for name, rate, seeds in setting.also:
@@ -137,12 +141,6 @@ def best_rate(done: Iterable[results.Result], arm: str) -> float | None:
     """The best rate of an arm so far, None before it has one."""
     losses = results.sweep(done, arm, SEEDS[0])
     return min(losses, key=lambda r: (losses[r], r)) if losses else None
-
-
-def bracketed_rate(done: Sequence[results.Result], arm: Arm) -> float | None:
-    """The best rate of an arm, None before both rates beside it are known as worse."""
-    is_open = next_rate(results.sweep(done, arm.name, SEEDS[0]), arm.start) is not None
-    return None if is_open else best_rate(done, arm.name)
 
 
 def claim(setting: Setting, path: Path, directory: Path) -> tuple[Task, IO[str]] | None:
