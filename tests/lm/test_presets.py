@@ -32,12 +32,10 @@ SMALL = (
 
 def cases():
     for path in PRESETS:
-        is_first = path.stem == "shakespeare_char"
         for arm in yaml.safe_load(path.read_text())["arms"]:
             if arm in TRAINED.get(path.stem, {"lookup"}):
-                fast = is_first and arm == "hierarchical"
-                marks = () if fast else pytest.mark.slow
-                yield pytest.param(path, arm, id=f"{path.stem}-{arm}", marks=marks)
+                name = f"{path.stem}-{arm}"
+                yield pytest.param(path, arm, id=name, marks=pytest.mark.slow)
 
 
 def preset(path, arm, *flags):
