@@ -1,5 +1,5 @@
 """Trains for a while and watches memory, threads, file descriptors and compilations:
-`python .ci/soak.py MINUTES FILE`.
+`python .ci/soak.py MINUTES FILE`, on Linux with glibc.
 
 A run that evaluates and saves every 500 steps goes on for MINUTES; every 10 seconds the
 process is measured. FILE gets the samples and what they say; exit code 1 if anything
@@ -96,6 +96,8 @@ def watch(minutes: float, workdir: Path, samples: list[dict[str, float]]) -> Non
 
 def growth(samples: list[dict[str, float]]) -> dict[str, float]:
     """What each measure gained from the warm-up's end to the end."""
+    if len(samples) < 10:
+        raise SystemExit(f"Too short to say anything: {len(samples)} samples.")
     steady = samples[len(samples) // 5 :]
     at = np.array([s["seconds"] for s in steady])
 

@@ -133,7 +133,10 @@ _move.defvjp(
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sum_rounds(one_round, x, weights, queue: Queue):
     start = jnp.zeros((queue.place.size, x.shape[-1]), x.dtype)
-    add = lambda i, y: y + one_round(i, x, weights, queue)  # noqa: E731
+
+    def add(i, y):
+        return y + one_round(i, x, weights, queue)
+
     return jax.lax.fori_loop(0, queue.rounds, add, start)
 
 

@@ -123,7 +123,10 @@ def tile_ffn(
         return trix_kernels.block_ffn(x, up, down, block_tile, shape, act, **mode)
     if activations == "float":
         return ffn_xla.tile_ffn(x, up, down, block_tile, shape, act, used)
-    product = lambda x, w: _matmul(x, w[0][block_tile], w[1][block_tile], activations)  # noqa: E731
+
+    def product(x, w):
+        return _matmul(x, w[0][block_tile], w[1][block_tile], activations)
+
     return product(act(product(x, up)), down)
 
 

@@ -8,7 +8,6 @@ the train-validation gap compares losses on equally many tokens of both splits.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,10 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.quality import doing
+from experiments.quality import doing, results
 from trix_jax.lm.data import Split, Store, eval_batches
 from trix_jax.lm.evaluate import load_run, open_run_data, read_config
-from trix_jax.lm.metrics import write_atomically
 from trix_jax.nn.transformer import TransformerLM
 
 DOING = Path(__file__).parent / "results" / "doing.json"
@@ -55,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     hard = observe_run(args.reference, store.val).losses
     for run in args.runs:
         found = measure(run, store, hard)
-        add(args.out, found)
+        results.add(args.out, found)
         print(
             f"{found['arm']} seed {found['seed']}: gap {found['gap']:.4f}", flush=True
         )
@@ -134,16 +132,6 @@ def _step(model, variables, batch):
     tiles = [info.tiles[..., 0].reshape(-1) for info in infos if info is not None]
     size = losses.size
     return losses, jnp.stack(tiles) if tiles else jnp.zeros((0, size), jnp.int32)
-
-
-def add(path: Path, found: dict[str, Any]) -> None:
-    """Adds an entry, or replaces that of the same arm, rate and seed."""
-    key = lambda e: (e["arm"], e["learning_rate"], e["seed"])  # noqa: E731
-    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    kept = [entry for entry in old if key(entry) != key(found)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    entries = sorted([*kept, found], key=key)
-    write_atomically(path, json.dumps(entries, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -72,13 +72,12 @@ def run(arm: str, folder: Path, size: int, more: str) -> dict:
     flags += f" --data.val-fraction {val_fraction} {more}"
     args, reference = parse_preset(Args, [str(PRESET), *shlex.split(flags)], "train")
     workdir = folder / arm
-    quiet = lambda _: None  # noqa: E731
     summary = train(
         args.config,
         workdir,
         reference=reference,
         devices=jax.devices()[:1],
-        report=quiet,
+        report=lambda _: None,
     )
     store = open_store(workdir / "data")
     steps = (args.config.train.eval_every, summary["steps"])

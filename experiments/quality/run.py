@@ -47,7 +47,9 @@ class Task(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0 when the plan is done or the time is up, 75 when interrupted."""
+    """Returns 0 when the time is up or nothing is left that no other process is at, 75
+    when interrupted.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -180,7 +180,9 @@ def compile_case(case: Case, gpu: Gpu, sharding: Any) -> None:
         up, down = weights(case.d_in, case.hidden), weights(case.hidden, case.d_out)
 
         def fused(x, up, down, tile, used):
-            act = lambda h: jnp.square(jnp.maximum(h, 0))  # noqa: E731
+            def act(h):
+                return jnp.square(jnp.maximum(h, 0))
+
             return tile_ffn(x, up, down, tile, used, act, arch)
 
         jax.jit(fused).lower(x, up, down, *index).compile()

@@ -149,7 +149,10 @@ def blackwell_multiply(
     words = plgpu.load(w_smem, layout=plgpu.Layout.TCGEN05)
     plgpu.commit_smem()  # they are read before the next copy overwrites them
     width = words.shape[-1]
-    plane_of = lambda p: planes.at[:, p * width : (p + 1) * width]  # noqa: E731
+
+    def plane_of(p):
+        return planes.at[:, p * width : (p + 1) * width]
+
     for half in range(HALVES):
         of_half = range(half * PLANES // HALVES, (half + 1) * PLANES // HALVES)
         pl.when(follows)(lambda half=half: plgpu.barrier_wait(done.at[half]))

@@ -100,7 +100,10 @@ def test_packed_weights_pass_the_gradient_to_the_input():
     x, pairs = problem()
     tiles = jnp.asarray(TILES["each"], jnp.int32)
     packed = tuple(pack(*pair) for pair in pairs)
-    total = lambda x, w: jnp.sum(xla.tile_ffn(x, *w, tiles, (F, D), RELU))  # noqa: E731
+
+    def total(x, w):
+        return jnp.sum(xla.tile_ffn(x, *w, tiles, (F, D), RELU))
+
     got = jax.jit(jax.grad(total))(x, packed)
     np.testing.assert_array_equal(got, jax.grad(total)(x, pairs))
     assert np.any(got)

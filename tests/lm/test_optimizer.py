@@ -99,7 +99,10 @@ def test_unknown_optimizer_raises(no_type_hook):
 @pytest.mark.parametrize("ffn", ["dense", "lookup", "hierarchical", "sparse"])
 def test_muon_gets_the_ternary_kernels_of_a_model_and_nothing_else(ffn):
     model = TransformerLM(TransformerConfig(vocab_size=5, n_layers=1, ffn=ffn))
-    init = lambda: model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))  # noqa: E731
+
+    def init():
+        return model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+
     params = jax.eval_shape(init)["params"]
     optimizer = make_optimizer(TrainConfig(optimizer="muon"))
     states = jax.tree_util.tree_leaves_with_path(jax.eval_shape(optimizer.init, params))

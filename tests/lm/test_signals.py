@@ -174,7 +174,10 @@ def test_prepare_verb_stopped_exits_75_and_goes_on(tmp_path, monkeypatch, capsys
     text.write_text("to be or not to be " * 20)
     argv = ["prepare", "--workdir", str(tmp_path / "store"), "--data.path", str(text)]
     with monkeypatch.context() as patch:
-        stop = lambda *_, **__: send(signal.SIGTERM)  # noqa: E731
+
+        def stop(*_, **__):
+            return send(signal.SIGTERM)
+
         patch.setattr(store.SplitWriter, "append", stop)
         assert main(argv) == 75
     assert "The same command goes on" in capsys.readouterr().err

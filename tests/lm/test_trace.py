@@ -18,7 +18,10 @@ def test_a_trace_is_written_even_if_the_run_ends_before_it(
     config = dataclasses.replace(
         tiny_config, train=dataclasses.replace(tiny_config.train, steps=steps)
     )
-    quiet = lambda _: None  # noqa: E731
+
+    def quiet(_):
+        return None
+
     train(config, tmp_path, devices=one_device, trace_steps=trace_steps, report=quiet)
     written = list((tmp_path / "trace").rglob("*.xplane.pb"))
     assert len(written) == files

@@ -300,7 +300,10 @@ def _prune(directory: Path, saved: int, keep: int) -> None:
     """Removes what is older than the newest `keep` good steps, but for the best step
     and the one just saved.
     """
-    quiet: Report = lambda _: None  # noqa: E731
+
+    def quiet(_):
+        return None
+
     good = _good(directory, reversed(steps(directory)), quiet)
     newest = list(itertools.islice(good, keep))
     best = next(_good(directory, _by_loss(directory), quiet), None)

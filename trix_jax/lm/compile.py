@@ -165,9 +165,12 @@ def compile_step(
     lm, optimizer = TransformerLM(model), make_optimizer(config)
     make = partial(make_train_step, lm, optimizer, config)
     state = jax.eval_shape(lambda: init_state(lm, optimizer, 0))
-    place = lambda x, spec: jax.ShapeDtypeStruct(  # noqa: E731
-        x.shape, x.dtype, sharding=NamedSharding(mesh, spec)
-    )
+
+    def place(x, spec):
+        return jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(mesh, spec)
+        )
+
     state = jax.tree.map(place, state, parallel.state_specs(state, mesh, mapping))
     rows = (accumulate, batch_size // accumulate, model.context + 1)
     batch = place(jax.ShapeDtypeStruct(rows, jnp.int32), parallel.rows_over(mesh))

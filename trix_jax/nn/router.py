@@ -90,9 +90,10 @@ class Router(nn.Module):
                 jax.random.normal(self.make_rng("params"), signature.shape)
             )
         )
-        zeros = lambda name, *shape: self.variable(  # noqa: E731
-            "routing", name, jnp.zeros, shape
-        )
+
+        def zeros(name, *shape):
+            return self.variable("routing", name, jnp.zeros, shape)
+
         state = {
             "bias": zeros("bias", n),
             "margins": zeros("margins", n, balance.BINS),
@@ -100,7 +101,10 @@ class Router(nn.Module):
             "frozen": self.variable("routing", "frozen", jnp.zeros, (), bool),
         }
         if c := self.num_clusters:
-            tiles = lambda: jnp.arange(n, dtype=jnp.int32).reshape(c, n // c)  # noqa: E731
+
+            def tiles():
+                return jnp.arange(n, dtype=jnp.int32).reshape(c, n // c)
+
             state["members"] = self.variable("routing", "members", tiles)
             state["cluster_bias"] = zeros("cluster_bias", c)
             state["cluster_margins"] = zeros("cluster_margins", c, balance.BINS)

@@ -84,7 +84,10 @@ def backward(
 
         def block(carry):
             m, dx, grads = carry
-            value = lambda x, own: ffn(x, decoded(join(own, kept), shape), act)  # noqa: E731
+
+            def value(x, own):
+                return ffn(x, decoded(join(own, kept), shape), act)
+
             dx_m, more = jax.vjp(value, rows.x[m], own)[1](dy[m])
             return m + 1, _put(dx, dx_m, m), jax.tree.map(jnp.add, grads, more)
 
@@ -148,7 +151,10 @@ def decoded(weights: Any, shape: tuple[int, int]) -> Any:
 
 def split(tree: Any) -> tuple[Any, Any]:
     """The leaves that are real numbers, and those that are words; None elsewhere."""
-    is_number = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact)  # noqa: E731
+
+    def is_number(leaf):
+        return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
     return (
         jax.tree.map(lambda leaf: leaf if is_number(leaf) else None, tree),
         jax.tree.map(lambda leaf: None if is_number(leaf) else leaf, tree),
@@ -157,7 +163,10 @@ def split(tree: Any) -> tuple[Any, Any]:
 
 def join(numbers: Any, words: Any) -> Any:
     """The inverse of `split`."""
-    is_leaf = lambda leaf: leaf is None  # noqa: E731
+
+    def is_leaf(leaf):
+        return leaf is None
+
     return jax.tree.map(
         lambda a, b: b if a is None else a, numbers, words, is_leaf=is_leaf
     )

@@ -108,8 +108,11 @@ def tile_ffn(
                     out = hopper_product(w_smem, part)
                 elif groups == 1:  # the accumulator holds the running sum
                     blackwell_sum(w_smem, part, k > 0)
-                    sink_last = lambda: sink(j, scaled(blackwell_product(), j, k))  # noqa: E731
-                    pl.when(is_last)(sink_last)
+
+                    @pl.when(is_last)
+                    def _():
+                        sink(j, scaled(blackwell_product(), j, k))
+
                     return total
                 else:
                     blackwell_sum(w_smem, part, False)
@@ -154,9 +157,11 @@ def tile_ffn(
             sweep(wd_ref, sd_ref, scratch["hidden"], to_output)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    smem = lambda count, width: plgpu.SMEM(  # noqa: E731
-        (count, rows, features), jnp.bfloat16, transforms=tiled(width)
-    )
+    def smem(count, width):
+        return plgpu.SMEM(
+            (count, rows, features), jnp.bfloat16, transforms=tiled(width)
+        )
+
     scratch = {
         "x": smem(d_in // features, widths[0]),
         "hidden": smem(hidden // features, widths[1]),

@@ -66,7 +66,9 @@ def tile_matmul(
         outs = pl.ds(f * FEATURES, FEATURES)
 
         def multiply(k, w_smem, x_smem):
-            part = lambda p: x_smem.at[:, p * width : (p + 1) * width]  # noqa: E731
+            def part(p):
+                return x_smem.at[:, p * width : (p + 1) * width]
+
             follows = overlaps & (k > 0)
             more = (k % per_group > 0), follows, interpreted
             blackwell_multiply(acc, w_smem, part, planes, done, *more)

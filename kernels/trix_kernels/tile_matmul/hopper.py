@@ -80,7 +80,9 @@ def tile_matmul(
         outs = pl.ds(f * features, features)
 
         def multiply(acc, w_smem, x_smem):
-            part = lambda p: x_smem.at[:, p * chunk : (p + 1) * chunk]  # noqa: E731
+            def part(p):
+                return x_smem.at[:, p * chunk : (p + 1) * chunk]
+
             staging = plane_smem[0] if interpreted else None
             hopper_multiply(acc, w_smem, part, staging)
 
