@@ -20,7 +20,7 @@ PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
 ARMS = {"hierarchical", "sparse", "lookup", "dense", "hash", "random", "learned"}
 SCALE_ARMS = ARMS | {"dense-active", "dense-bits", "dense-4d"}
 SEED_PARAMETERS = {"tiny": 2.5e6, "small": 10e6, "medium": 40e6, "code": 40e6}
-# Arms that are trained: all of one preset, of the others what they add to it.
+# Arms that are trained: all of one preset, of the others their own, and a matched width.
 TRAINED = {"shakespeare_char": ARMS, "tiny": {"lookup", "hierarchical", "dense-active"}}
 SMALL = (
     "--model.n-layers 1 --model.d-model 16 --model.n-heads 2 --model.context 16 "
