@@ -8,10 +8,10 @@ import pytest
 from trix_jax.lm import allocator
 
 FAULTS = """
-import ctypes, resource, sys
-from trix_jax.lm.allocator import keep_freed_memory
-if sys.argv[1] == "keep":
-    assert keep_freed_memory()
+import ctypes, resource, runpy, sys
+how, path = sys.argv[1:]
+if how == "keep":  # without the package around it, which imports jax
+    assert runpy.run_path(path)["keep_freed_memory"]()
 libc = ctypes.CDLL(None)
 libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
 libc.free.argtypes = [ctypes.c_void_p]
@@ -28,7 +28,7 @@ print(sum(touch() for _ in range(4)))
 
 
 def faults(env, how):
-    command = [sys.executable, "-c", FAULTS, how]
+    command = [sys.executable, "-c", FAULTS, how, allocator.__file__]
     return subprocess.run(
         command, env=env, capture_output=True, text=True, check=True
     ).stdout
