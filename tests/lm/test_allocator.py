@@ -26,20 +26,53 @@ touch()
 print(sum(touch() for _ in range(4)))
 """
 
+ARENAS = """
+import ctypes, runpy, sys, threading
+how, path = sys.argv[1:]
+if how == "keep":
+    assert runpy.run_path(path)["keep_freed_memory"]()
+libc = ctypes.CDLL(None)
+libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+libc.fdopen.restype = ctypes.c_void_p
+together = threading.Barrier(16)
+def allocate():
+    together.wait()
+    libc.malloc(1000)
+    together.wait()
+threads = [threading.Thread(target=allocate) for _ in range(16)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+out = ctypes.c_void_p(libc.fdopen(1, b"w"))
+libc.malloc_info(0, out)
+libc.fflush(out)
+"""
 
-def faults(env, how):
-    command = [sys.executable, "-c", FAULTS, how, allocator.__file__]
+
+def said(script, env, how):
+    command = [sys.executable, "-c", script, how, allocator.__file__]
     return subprocess.run(
         command, env=env, capture_output=True, text=True, check=True
     ).stdout
 
 
+@pytest.fixture
+def untuned(user_env):
+    return {
+        k: v for k, v in user_env.items() if not k.startswith(("MALLOC_", "GLIBC_"))
+    }
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
-def test_memory_that_is_kept_is_not_mapped_again(user_env):
-    env = {k: v for k, v in user_env.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+def test_memory_that_is_kept_is_not_mapped_again(untuned):
     pages = 48 << 20 >> 12
-    assert int(faults(env, "default")) > 2 * pages
-    assert int(faults(env, "keep")) < pages / 10
+    assert int(said(FAULTS, untuned, "default")) > 2 * pages
+    assert int(said(FAULTS, untuned, "keep")) < pages / 10
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
+def test_threads_share_the_arenas(untuned):
+    assert said(ARENAS, untuned, "default").count("<heap nr=") > allocator.ARENAS
+    assert said(ARENAS, untuned, "keep").count("<heap nr=") == allocator.ARENAS
 
 
 def test_what_the_user_has_set_stays(monkeypatch):
