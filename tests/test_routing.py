@@ -59,7 +59,8 @@ def test_match_is_the_cosine_times_root_d_for_unit_signatures():
 @given(st.integers(0, 2**16), st.sampled_from(["sum", "sign"]))
 def test_scaling_signatures_and_tokens_changes_no_route(seed, kind):
     chance = np.random.default_rng(seed)
-    h, sums = (jnp.asarray(chance.normal(size=(n, 8)), jnp.float32) for n in (32, 6))
+    # At width 8 one pair of signs in 17 such sets is the same, and all its tokens are tied.
+    h, sums = (jnp.asarray(chance.normal(size=(n, 32)), jnp.float32) for n in (32, 6))
     up_h, up_sums = (
         x * jnp.asarray(2.0 ** chance.uniform(-4, 4, (len(x), 1)), jnp.float32)
         for x in (h, sums)
@@ -68,7 +69,7 @@ def test_scaling_signatures_and_tokens_changes_no_route(seed, kind):
     best = jax.lax.top_k(score, 3)[0]
     # The 1e-6 inside rms_unit moves a score of a row scaled by 2^-4 by about 1e-4.
     is_clear = (best[:, :2] - best[:, 1:] > 1e-3).all(axis=1)
-    assert is_clear.sum() > 16
+    assert is_clear.sum() > 24
     again = routing.match(up_h, routing.signatures(up_sums, kind))
     routes = [np.asarray(routing.select_tiles(s, 2))[is_clear] for s in (score, again)]
     np.testing.assert_array_equal(*routes)

@@ -13,6 +13,7 @@ from trix_kernels.weights import Packed, pack
 
 N, D, F = 3, 8, 4
 RELU = functools.partial(jnp.maximum, 0)
+GROUPS = [2, pytest.param(1, marks=pytest.mark.slow)]
 # Runs of equal tiles, with tiles that have no block; the last of five may be unused.
 TILES = {"each": [0, 1, 1, 2, 2], "one": [1] * 5, "first and last": [0, 0, 0, 2, 2]}
 
@@ -57,7 +58,7 @@ def test_lanes_are_a_power_of_two_wide_enough_and_no_more_than_cores(
 
 
 @pytest.mark.parametrize("lane", [64, 2])
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("used", [5, 4])
 @pytest.mark.parametrize("pattern", TILES)
 def test_blocks_in_turn_equal_all_at_once(pattern, used, groups, lane, monkeypatch):
@@ -76,7 +77,7 @@ def test_blocks_in_turn_equal_all_at_once(pattern, used, groups, lane, monkeypat
         assert not y[used:].any()
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("pattern", TILES)
 def test_gradients_equal_those_of_all_at_once(pattern, groups):
     x, pairs = problem(groups)

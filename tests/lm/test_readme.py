@@ -19,6 +19,7 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default::UserWarning")
 def test_readme_python_blocks_run_in_order(run_dir, tmp_path, monkeypatch):
     demo = tmp_path / "runs" / "demo" / "trix"

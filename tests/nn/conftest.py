@@ -93,10 +93,15 @@ def ffn(request):
     return CASES[request.param]
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(
+    params=[
+        k if k != "sparse_top2" else pytest.param(k, marks=pytest.mark.slow)
+        for k in KINDS
+    ]
+)
 def ffn_kind(request):
     """Without top-1, for what takes a compilation of its own and cannot differ between
-    top-1 and top-2.
+    top-1 and top-2; flat routing with the slow tests.
     """
     return CASES[request.param]
 

@@ -25,6 +25,8 @@ D, H, L, V = 16, 2, 10, 11
 FFNS = ["hierarchical", "sparse", "lookup", "dense"]
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, V, (2, L)))
 every_ffn = pytest.mark.parametrize("ffn", FFNS)
+slowly = pytest.param("sparse", marks=pytest.mark.slow)  # flat, as one cluster would be
+most_ffns = pytest.mark.parametrize("ffn", ["hierarchical", slowly, "lookup", "dense"])
 
 
 def config(ffn="sparse", **kwargs):
@@ -186,7 +188,7 @@ def test_logits_have_their_shape_and_every_layer_reports(ffn):
     assert aux["total_aux"].shape == ()
 
 
-@every_ffn
+@most_ffns
 def test_logits_have_no_gradient_from_later_positions(ffn):
     model, variables = TransformerLM(config(ffn)), initialized(ffn)
     time = 5
@@ -214,7 +216,7 @@ def test_changing_a_token_leaves_earlier_logits(ffn):
     assert (np.abs(after - before)[:, 6:].max(axis=-1) > bound).all()
 
 
-@every_ffn
+@most_ffns
 def test_cached_decoding_gives_the_logits_of_one_call(ffn):
     model, variables = TransformerLM(config(ffn)), initialized(ffn)
     step = jit(

@@ -41,7 +41,8 @@ def test_routing_adds_no_leaf_to_params(ffn):
 # Shapes and dtypes -----------------------------------------------------------------------------------------------------
 
 
-def test_rank_two_and_three_give_the_same(ffn):
+def test_rank_two_and_three_give_the_same(ffn_kind):
+    ffn = ffn_kind
     deep, info, aux = ffn.run()
     flat, flat_info, flat_aux = ffn.run(ffn.x.reshape(-1, D))
     assert deep.shape == ffn.x.shape
