@@ -59,7 +59,7 @@ def test_match_is_the_cosine_times_root_d_for_unit_signatures():
 @given(st.integers(0, 2**16), st.sampled_from(["sum", "sign"]))
 def test_scaling_signatures_and_tokens_changes_no_route(seed, kind):
     chance = np.random.default_rng(seed)
-    # At width 8 one pair of signs in 17 such sets is the same, and all its tokens are tied.
+    # At width 8 one set of six in 17 has two equal rows of signs, where tokens tie.
     h, sums = (jnp.asarray(chance.normal(size=(n, 32)), jnp.float32) for n in (32, 6))
     up_h, up_sums = (
         x * jnp.asarray(2.0 ** chance.uniform(-4, 4, (len(x), 1)), jnp.float32)
