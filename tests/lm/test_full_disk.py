@@ -14,7 +14,7 @@ import pytest
 
 from trix_jax.cli import main
 from trix_jax.cli import train as verb  # noqa: F401  as nobody, it could not be read
-from trix_jax.lm import checkpoint
+from trix_jax.lm import checkpoint, step_files
 from trix_jax.lm.data import DataConfig, prepare
 from trix_jax.lm.train import train
 
@@ -133,3 +133,21 @@ def test_train_verb_in_a_read_only_folder_exits_one_with_its_name(sealed, capsys
     assert f"{place}" in said
     assert "Permission denied" in said
     assert "Traceback" not in said
+
+
+def test_a_folder_that_is_still_written_to_is_cleared(tmp_path, monkeypatch):
+    folder = tmp_path / ".tmp-1"
+    folder.mkdir()
+    remove = shutil.rmtree
+    late = iter(["d/array", None])
+
+    def remove_and_write(path, **kwargs):
+        remove(path, **kwargs)
+        if name := next(late):  # a thread of TensorStore's
+            (path / name).parent.mkdir(parents=True)
+            (path / name).touch()
+
+    monkeypatch.setattr(step_files.shutil, "rmtree", remove_and_write)
+    step_files.clear(folder)
+    assert not folder.exists()
+    assert next(late, "done") == "done"

@@ -100,7 +100,7 @@ def save(
                 step_files.publish(temporary / "step", final)
         finally:
             if hosts.is_first():
-                shutil.rmtree(temporary, ignore_errors=True)
+                step_files.clear(temporary)
     except Exception as error:
         place = f"Step {step} could not be saved in {directory}"
         raise OSError(

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,18 @@ def discard(path: Path) -> None:
     doomed = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     path.rename(doomed)
     shutil.rmtree(doomed)
+
+
+def clear(folder: Path, looks: int = 20) -> None:
+    """Removes a folder that threads of a failed save may still be writing to, and looks
+    again for two seconds at most; what they write later goes with the next save
+    (`tidy`).
+    """
+    for _ in range(looks):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
 
 
 @contextlib.contextmanager
