@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.quality import curve, doing_table, plots, results
-from experiments.quality.design import BEST, MISSING, SEEDS, SETTINGS, Setting
+from experiments.quality.design import BEST, SEEDS, SETTINGS, Setting
 from experiments.quality.results import Result, Tuned, tuned
 from experiments.quality.tables import (
     arms_table,
@@ -157,7 +157,6 @@ def ablations(setting: Setting, runs: Sequence[Result]) -> list[str]:
         f"### Ablations of {BEST}\n",
         difference_table(rows, base, "ablation"),
         f"Planned and not run: {', '.join(not_run(setting, runs)) or 'none'}.\n",
-        f"No knob yet: {'; '.join(MISSING)}.\n",
     ]
 
 

@@ -20,7 +20,7 @@ from typing import IO, NamedTuple
 
 import jax
 
-from experiments.quality import results
+from experiments.quality import patches, results
 from experiments.quality.design import SEEDS, SETTINGS, Arm, Setting
 from trix_jax.cli.common import parse_preset
 from trix_jax.cli.main import INTERRUPTED
@@ -192,17 +192,20 @@ def run(setting: Setting, task: Task, data: str, runs: Path, more: str = "") -> 
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / "log.txt").open("a", encoding="utf-8") as log:
         try:
-            summary = train(
-                args.config,
-                workdir,
-                reference=reference,
-                devices=jax.devices()[:1],
-                report=lambda line: print(line, file=log, flush=True),
-            )
+            with patches.applied(task.arm.patch):
+                summary = train(
+                    args.config,
+                    workdir,
+                    reference=reference,
+                    devices=jax.devices()[:1],
+                    report=lambda line: print(line, file=log, flush=True),
+                )
         except Diverged as stop:
             print(stop, file=log)
     config = run_config.load(workdir / "config.yaml")
     command = f"trix-jax train {setting.preset} {flags} {more}".strip()
+    if task.arm.patch:
+        command += f"  # with experiments/quality/patches.py: {task.arm.patch}"
     return results.result_of(setting.name, task.arm.name, config, summary, command)
 
 

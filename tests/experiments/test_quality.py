@@ -3,10 +3,22 @@
 import json
 import re
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from experiments.quality import design, measure, protocol, report, results, run
+from experiments.quality import (
+    design,
+    measure,
+    patches,
+    protocol,
+    report,
+    results,
+    run,
+)
 from experiments.quality.design import SETTINGS, Step
+from trix_jax import SparseTriXFFN
 
 SMALL = (
     "--model.d-model 16 --model.n-layers 1 --model.n-heads 2 --model.context 16 --train.steps 3 "
@@ -127,6 +139,57 @@ def test_everything_shrunken_from_queue_to_report(text, tmp_path, monkeypatch):
         assert heading in page
     assert "nan" not in page
     assert (tmp_path / "results" / f"{small.name}-width.png").stat().st_size > 10_000
+
+
+def test_every_patch_is_an_ablation_and_what_it_replaces_comes_back():
+    arms = design.SHAKESPEARE.groups["ablations"]
+    assert {arm.patch for arm in arms if arm.patch} == set(patches.PATCHES)
+    for name, replaced in patches.PATCHES.items():
+        before = [getattr(owner, attribute) for owner, attribute, _ in replaced]
+        with patches.applied(name):
+            for (owner, attribute, new), old in zip(replaced, before, strict=True):
+                assert getattr(owner, attribute) is new is not old
+        assert [getattr(owner, attribute) for owner, attribute, _ in replaced] == before
+
+
+def two_steps(name):
+    """Gradients after one step of gradient descent, with a patch."""
+    with patches.applied(name):
+        layer = SparseTriXFFN(16, num_tiles=4, tiles_per_token=2)
+        x = jax.random.normal(jax.random.key(1), (24, 16)) + 0.5
+        ids = jnp.arange(24) % 7
+        state = dict(layer.init(jax.random.key(0), x, token_ids=ids))
+
+        def loss(params, routing):
+            (y, _, aux), new = layer.apply(
+                {"params": params, "routing": routing},
+                x,
+                train=True,
+                token_ids=ids,
+                mutable=["routing"],
+            )
+            return jnp.square(y - 1).mean() + aux["total_aux"], new["routing"]
+
+        step = jax.jit(jax.grad(loss, has_aux=True))
+        for _ in range(2):
+            grads, routing = step(state["params"], state["routing"])
+            params = jax.tree.map(lambda p, g: p - 0.3 * g, state["params"], grads)
+            state = {"params": params, "routing": routing}
+    return jax.tree.leaves(params)
+
+
+@pytest.mark.slow
+def test_every_patch_changes_what_is_trained():
+    seen = [two_steps(None)]
+    for name in patches.PATCHES:
+        found = two_steps(name)
+        assert all(np.isfinite(leaf).all() for leaf in found), name
+        for other in seen:
+            pairs = zip(found, other, strict=True)
+            assert not all(np.allclose(a, b) for a, b in pairs), name
+        seen.append(found)
+    again = two_steps(None)
+    assert all(np.array_equal(a, b) for a, b in zip(seen[0], again, strict=True))
 
 
 @pytest.mark.slow

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from trix_jax.lm import allocator
+from trix_jax.lm import allocator, train
+from trix_jax.lm.config import RunConfig
 
 FAULTS = """
 import ctypes, resource, runpy, sys
@@ -73,6 +74,18 @@ def test_memory_that_is_kept_is_not_mapped_again(untuned):
 def test_threads_share_the_arenas(untuned):
     assert said(ARENAS, untuned, "default").count("<heap nr=") > allocator.ARENAS
     assert said(ARENAS, untuned, "keep").count("<heap nr=") == allocator.ARENAS
+
+
+def test_training_sets_the_allocator_before_jax_starts_threads(monkeypatch, tmp_path):
+    def start_threads():
+        raise KeyboardInterrupt("threads")
+
+    called = []
+    monkeypatch.setattr(allocator, "keep_freed_memory", lambda: called.append("kept"))
+    monkeypatch.setattr(train.jax, "devices", start_threads)
+    with pytest.raises(KeyboardInterrupt, match="threads"):
+        train.train(RunConfig(), tmp_path / "run")
+    assert called == ["kept"]
 
 
 def test_what_the_user_has_set_stays(monkeypatch):

@@ -85,8 +85,8 @@ def train(
     workdir = Path(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"workdir must be a folder, or new. Got {workdir}, a file.")
+    allocator.keep_freed_memory()  # before JAX starts its threads
     parallel.check_spread(config.model, shard_tiles, devices or jax.devices())
-    allocator.keep_freed_memory()
     with Signals() as signals:
         with signals.at_once(f"before its first step; {workdir} is as it was"):
             step = _resume_step(workdir, resume, report)

@@ -1,0 +1,158 @@
+"""Ablations that no flag of the library has: what they replace in it while they train.
+
+An idea is tried from here first and gets an option only where it wins; most lose, and the
+library stays as small as it was. All act on the flat layer's training path; a patched
+run is evaluated under its patch and is not meant to be exported.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+
+from trix_jax import routing
+from trix_jax.nn import kernel, router, tiles
+
+EMA = 0.99  # share of the old signature that a step keeps
+POWER_STEPS = 8
+
+
+def unit(x):
+    return routing.rms_unit(x.astype(jnp.float32))
+
+
+def without_gradient(sums, kind: routing.Signature = "sum"):
+    """The task's gradient reaches the routing's scores, not the signatures."""
+    return jax.lax.stop_gradient(SIGNATURES(sums, kind))
+
+
+def raw_scores(h, signature, scale=1.0):
+    """A token's size matters: `h @ signature / sqrt(D)`, not `rms_unit(h)`."""
+    return h.astype(jnp.float32) @ signature.T * (scale / h.shape[-1] ** 0.5)
+
+
+def centred_scores(h, signature, scale=1.0):
+    """The mean token of the call is taken off first. The balance bias can hold what this
+    takes off a tile's scores, `signature . mean(h)`; the gate cannot.
+    """
+    h = h.astype(jnp.float32)
+    return MATCH(h - h.mean(axis=0, keepdims=True), signature, scale)
+
+
+class SlowRouter(router.Router):
+    """Signatures are moving averages of those of the weights."""
+
+    def __call__(self, h, signature, train=False, token_ids=None):
+        if self.has_variable("routing", "signature"):
+            old = jax.lax.stop_gradient(self.get_variable("routing", "signature"))
+            signature = EMA * old + (1 - EMA) * signature
+        return super().__call__(h, signature, train, token_ids)
+
+
+class HashedWithGates(router.Router):
+    """Tiles by token id, as the control "hash" has them, and the gates that routing by
+    signatures would give those tiles.
+    """
+
+    def _select(self, scores, used, h, signature, state):
+        del used, h, signature, state
+        chosen = router._hash_tiles(self.ids, self.num_tiles, self.tiles_per_token)
+        return chosen, routing.gates(scores, chosen, self.config.gate)
+
+    def __call__(self, h, signature, train=False, token_ids=None):
+        object.__setattr__(self, "ids", token_ids)
+        return super().__call__(h, signature, train, token_ids)
+
+
+def principal_direction(module, up, axis):
+    """The first left singular vector of a tile's up-projection, on the side of the sum."""
+    del module, axis
+    direction = up.q.sum(axis=-1)
+    for _ in range(POWER_STEPS):
+        hidden = jnp.einsum("ndf,nd->nf", up.q, unit(direction))
+        direction = jnp.einsum("ndf,nf->nd", up.q, hidden) / up.q.shape[-1]
+    return direction
+
+
+class RecordingKernel(kernel.TernaryKernel):
+    """Keeps what it gave last, by name, for `both_projections`."""
+
+    given = {}
+
+    def __call__(self, progress=1.0):
+        self.given[self.name] = super().__call__(progress)
+        return self.given[self.name]
+
+
+def both_projections(module, up, axis):
+    """What a tile reads and what it writes: the sums of both its projections."""
+    del module, axis
+    down = RecordingKernel.given["down"].q.sum(axis=-2)
+    return unit(up.q.sum(axis=-1)) + unit(down)
+
+
+def with_tile_0(scores, k=1):
+    """Tile 0 is every token's; the others are chosen among."""
+    return SELECT(scores.at[:, 0].set(jnp.inf), k)
+
+
+def open_gate_0(scores, chosen, kind, allowed=None):
+    return jnp.where(chosen == 0, 1.0, GATES(scores, chosen, kind, allowed))
+
+
+def gated(x):
+    """Computes `silu(a) * b` of a tile's two halves, given to the down-projection twice,
+    so that no parameter is idle.
+    """
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([jax.nn.silu(a) * b] * 2, axis=-1)
+
+
+def normalised(x):
+    """Squared ReLU at unit RMS, over a tile's hidden units."""
+    return routing.rms_unit(tiles.squared_relu(x)).astype(x.dtype)
+
+
+def scaled_init(size: float) -> Callable:
+    return lambda scale=1.0: TILE_INIT(scale * size**2)
+
+
+SIGNATURES, MATCH, GATES = routing.signatures, routing.match, routing.gates
+SELECT, TILE_INIT = routing.select_tiles, kernel.tile_init
+
+# name -> (owner, attribute, replacement), ...
+PATCHES: dict[str, tuple[tuple[object, str, object], ...]] = {
+    "ema": ((tiles, "Router", SlowRouter),),
+    "no-gradient": ((routing, "signatures", without_gradient),),
+    "raw": ((routing, "match", raw_scores),),
+    "centred": ((routing, "match", centred_scores),),
+    "principal": ((tiles.RoutedTiles, "_signature_sums", principal_direction),),
+    "both": (
+        (tiles, "TernaryKernel", RecordingKernel),
+        (tiles.RoutedTiles, "_signature_sums", both_projections),
+    ),
+    "shared": (
+        (routing, "select_tiles", with_tile_0),
+        (routing, "gates", open_gate_0),
+    ),
+    "gated": ((tiles, "activation", lambda _: gated),),
+    "norm": ((tiles, "activation", lambda _: normalised),),
+    "init-double": ((kernel, "tile_init", scaled_init(2.0)),),
+    "init-half": ((kernel, "tile_init", scaled_init(0.5)),),
+    "hash-gated": ((tiles, "Router", HashedWithGates),),
+}
+
+
+@contextlib.contextmanager
+def applied(name: str | None) -> Iterator[None]:
+    """The library with a patch in it; None changes nothing.
+
+    Raises:
+        KeyError: there is no such patch.
+    """
+    with contextlib.ExitStack() as stack:
+        for owner, attribute, replacement in PATCHES[name] if name else ():
+            stack.enter_context(mock.patch.object(owner, attribute, replacement))
+        yield
