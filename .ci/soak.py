@@ -1,9 +1,9 @@
 """Trains for a while and watches memory, threads, file descriptors and compilations:
-`python .ci/soak.py MINUTES FILE`, on Linux with glibc.
+`python .ci/soak.py MINUTES FILE [STEPS]`, on Linux with glibc.
 
-A run that evaluates and saves every 500 steps goes on for MINUTES; every 10 seconds the
-process is measured. FILE gets the samples and what they say; exit code 1 if anything
-grew. The rule, fixed before the run:
+A run that evaluates and saves every STEPS steps (5,000, about a minute) goes on for
+MINUTES; every second the process is measured. FILE gets what the samples say, and every
+tenth of them; exit code 1 if anything grew. The rule, fixed before the run:
 
 - The first fifth is warm-up.
 - Memory is the anonymous part of what is resident: pages of shared libraries come and go
@@ -17,8 +17,9 @@ grew. The rule, fixed before the run:
 stays and memory grows, it is glibc that keeps more.
 
 One leak is known, and not ours: TensorStore 0.1.86's `KvStore.Spec.to_json()`, which
-Orbax calls for every array of a save, leaves four Python objects each time (about 18 kB
-a save here). `python_blocks` shows it.
+Orbax calls for every array of a save, leaves four Python objects each time.
+`python_blocks` shows it. `per_save` says what each save leaves: with few STEPS, and so
+many saves, nearly all growth is that.
 """
 
 import ctypes
@@ -33,13 +34,15 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from trix_jax.lm import checkpoint, metrics, train
+from trix_jax.lm import allocator, checkpoint, metrics, train
 from trix_jax.lm.config import RunConfig, TrainConfig
 from trix_jax.lm.data import DataConfig
 from trix_jax.lm.signals import Interrupted
 from trix_jax.nn.transformer import TransformerConfig
 
-EVERY_SECONDS = 10.0
+EVERY_SECONDS = 1.0
+KEPT = 10  # every so many samples are written
+STEPS = 5000
 MAY_GROW = {"memory_share": 0.02, "threads": 1, "descriptors": 1, "compilations": 1}
 compilations = 0
 
@@ -115,8 +118,21 @@ def growth(samples: list[dict[str, float]]) -> dict[str, float]:
     return {name: round(float(value), 4) for name, value in gains.items()}
 
 
-def main(minutes: float, file: Path) -> int:
+def per_save(samples: list[dict[str, float]], steps: int) -> dict[str, float]:
+    """What a save adds, by a line fitted to the samples after the warm-up."""
+    steady = samples[len(samples) // 5 :]
+    saves = np.array([s["saved_step"] for s in steady]) / steps
+    if saves[0] == saves[-1]:
+        raise SystemExit("Too short to say anything: no save after the warm-up.")
+    return {
+        name: round(float(np.polyfit(saves, [s[name] for s in steady], 1)[0]), 1)
+        for name in ("anonymous_bytes", "allocated_bytes", "python_blocks")
+    }
+
+
+def main(minutes: float, file: Path, steps: int = STEPS) -> int:
     """Trains, watches and writes the result; 0 if nothing grew."""
+    allocator.keep_freed_memory()  # first of all, as `trix-jax train` does
     jax.monitoring.register_event_duration_secs_listener(count)
     config = RunConfig(
         arm="sparse",
@@ -124,7 +140,9 @@ def main(minutes: float, file: Path) -> int:
             d_model=64, n_layers=2, context=64, ffn="sparse", tiles_per_token=4
         ),
         data=DataConfig(max_bytes=300_000),
-        train=TrainConfig(steps=10**8, eval_every=500, rebuild_every=50, log_every=10),
+        train=TrainConfig(
+            steps=10**8, eval_every=steps, rebuild_every=50, log_every=10
+        ),
     )
     samples: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as place:
@@ -140,14 +158,17 @@ def main(minutes: float, file: Path) -> int:
         "minutes": minutes,
         "is_flat": is_flat,
         "growth": grown,
-        "saves": samples[-1]["saved_step"] // config.train.eval_every,
+        "saves": samples[-1]["saved_step"] // steps,
+        "steps_per_save": steps,
+        "per_save": per_save(samples, steps),
         "environment": metrics.environment(jax.devices()),
-        "samples": samples,
+        "samples": samples[::KEPT],
     }
     metrics.write_json(file, result)
-    print(json.dumps({k: result[k] for k in ("minutes", "is_flat", "growth")}))
+    said = ("minutes", "saves", "is_flat", "growth", "per_save")
+    print(json.dumps({k: result[k] for k in said}))
     return 0 if is_flat else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(float(sys.argv[1]), Path(sys.argv[2])))
+    sys.exit(main(float(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:4])))
