@@ -17,6 +17,7 @@ from trix_jax.nn import kernel, router, tiles
 
 EMA = 0.99  # share of the old signature that a step keeps
 POWER_STEPS = 8
+CODES = 1024  # token ids that have a vector of their own
 
 
 def unit(x):
@@ -51,7 +52,15 @@ class SlowRouter(router.Router):
         return super().__call__(h, signature, train, token_ids)
 
 
-class HashedWithGates(router.Router):
+class ByTokenRouter(router.Router):
+    """Keeps the token ids for what chooses tiles."""
+
+    def __call__(self, h, signature, train=False, token_ids=None):
+        object.__setattr__(self, "ids", token_ids)
+        return super().__call__(h, signature, train, token_ids)
+
+
+class HashedWithGates(ByTokenRouter):
     """Tiles by token id, as the control "hash" has them, and the gates that routing by
     signatures would give those tiles.
     """
@@ -61,9 +70,32 @@ class HashedWithGates(router.Router):
         chosen = router._hash_tiles(self.ids, self.num_tiles, self.tiles_per_token)
         return chosen, routing.gates(scores, chosen, self.config.gate)
 
+
+class HalfHashed(ByTokenRouter):
+    """Half of the tiles by token id, without a gate, the others by signature."""
+
+    def _select(self, scores, used, h, signature, state):
+        del used, h, signature
+        half = self.tiles_per_token // 2
+        hashed = router._hash_tiles(self.ids, self.num_tiles, half)
+        biased = jax.lax.stop_gradient(scores) + state["bias"].value[None]
+        is_taken = (hashed[..., None] == jnp.arange(self.num_tiles)[None, None]).any(1)
+        biased = jnp.where(is_taken, -jnp.inf, biased)
+        matched = routing.select_tiles(biased, self.tiles_per_token - half)
+        self._report(state, "margins", biased, matched)
+        gates = routing.gates(scores, matched, self.config.gate)
+        opened = jnp.concatenate([jnp.ones(hashed.shape, gates.dtype), gates], axis=1)
+        return jnp.concatenate([hashed, matched], axis=1), opened
+
+
+class TokenRouter(router.Router):
+    """Signatures meet a fixed random vector of the token id, not the hidden state."""
+
     def __call__(self, h, signature, train=False, token_ids=None):
-        object.__setattr__(self, "ids", token_ids)
-        return super().__call__(h, signature, train, token_ids)
+        codes = jax.random.normal(jax.random.key(0), (CODES, h.shape[-1]), h.dtype)
+        return super().__call__(
+            codes[jnp.asarray(token_ids) % CODES], signature, train, token_ids
+        )
 
 
 def principal_direction(module, up, axis):
@@ -142,6 +174,8 @@ PATCHES: dict[str, tuple[tuple[object, str, object], ...]] = {
     "init-double": ((kernel, "tile_init", scaled_init(2.0)),),
     "init-half": ((kernel, "tile_init", scaled_init(0.5)),),
     "hash-gated": ((tiles, "Router", HashedWithGates),),
+    "half-hashed": ((tiles, "Router", HalfHashed),),
+    "token": ((tiles, "Router", TokenRouter),),
 }
 
 
