@@ -108,6 +108,7 @@ ABLATIONS = (
     patched("hash-gated", tuned=True),
     patched("half-hashed", tuned=True),
     patched("token", tuned=True),
+    dataclasses.replace(patched("embedding", tuned=True), start=2e-3),
     patched("no-gradient"),
     variant("muon", "--train.optimizer muon", tuned=True),
     variant("no-decay", "--train.weight-decay 0", tuned=True),
@@ -162,7 +163,7 @@ SHAKESPEARE = Setting(
         "first-controls": CONTROLS[:2],
         "controls": (best, *CONTROLS),
         "seed-table": (hierarchical, sparse_4),
-        "first-ablations": ABLATIONS[:5],
+        "first-ablations": ABLATIONS[:6],
         "ablations": ABLATIONS,
     },
     also=(("dense-512", 1e-3, 3),),  # nanoGPT's own rate

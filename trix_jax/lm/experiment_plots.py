@@ -204,7 +204,8 @@ def _log_axis(ax: Axes) -> None:
     low, high = ax.get_xlim()
     wider = max(1.0, (2 * low / high) ** 0.5)
     ax.set_xlim(low / wider, high * wider)
-    is_short = high / low < 100
-    ax.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if is_short else (1,)))
+    spans = high / low
+    marks = (1, 2, 5) if spans < 15 else (1, 3) if spans < 100 else (1,)
+    ax.xaxis.set_major_locator(LogLocator(10, subs=marks))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.xaxis.set_minor_formatter(NullFormatter())
