@@ -76,74 +76,105 @@ def dense(width: int, start: float = 4e-3) -> Arm:
     return Arm(f"dense-{width}", f"--arm dense --model.ffn-width {width}", start)
 
 
-BEST = "sparse-16-top4"  # the best arm so far: what controls and ablations start from
 TOP4 = "--arm sparse --model.tiles-per-token 4"
-best = Arm(BEST, TOP4)
+BY_TOKEN = "--model.router-input embedding"
+HIDDEN = "sparse-16-top4"  # signatures meet the hidden state, as the seed has it
+BEST = (
+    f"{HIDDEN}-embedding"  # the best arm so far: controls and ablations start from it
+)
+
+
+def by_token(arm: Arm) -> Arm:
+    """The arm with signatures that meet the token's row of the embedding table."""
+    flags = f"{arm.flags} {BY_TOKEN}"
+    return Arm(f"{arm.name}-embedding", flags, 2e-3)
+
+
+hidden = Arm(HIDDEN, TOP4)
+best = by_token(hidden)
 hierarchical = Arm("hierarchical-16", "--arm hierarchical", 2e-3)
 sparse_4 = Arm("sparse-4", "--arm sparse --model.num-tiles 4", 1e-3)
 lookup = Arm("lookup-16", "--arm lookup", 1e-3)
+ARMS = (best, by_token(sparse_4), by_token(hierarchical), by_token(lookup))
+ARMS += (hidden, sparse_4, hierarchical, lookup)
 
 
-def variant(name: str, flags: str, tuned: bool = False) -> Arm:
-    """An ablation of the best arm: with a rate of its own, or the best arm's."""
-    return Arm(f"{BEST}-{name}", f"{TOP4} {flags}", rate_of=None if tuned else BEST)
+def variant(name: str, flags: str, tuned: bool = False, of: str = BEST) -> Arm:
+    """An ablation of an arm: with a rate of its own, or the arm's."""
+    base = f"{TOP4} {BY_TOKEN}" if of == BEST else TOP4
+    start = 2e-3 if of == BEST else 4e-3
+    return Arm(f"{of}-{name}", f"{base} {flags}", start, None if tuned else of)
 
 
-def patched(name: str, tuned: bool = False) -> Arm:
+def patched(name: str, tuned: bool = False, of: str = BEST) -> Arm:
     """An ablation that no flag of the library makes."""
-    return dataclasses.replace(variant(name, "", tuned), patch=name)
+    return dataclasses.replace(variant(name, "", tuned, of), patch=name)
 
 
-CONTROLS = (  # on the same tiles; `variant` of the best arm's four of sixteen
-    Arm(f"{BEST}-learned", "--arm learned --model.tiles-per-token 4"),
-    Arm(f"{BEST}-hash", "--arm hash --model.tiles-per-token 4"),
-    Arm(f"{BEST}-random", "--arm random --model.tiles-per-token 4"),
-    variant("float", "--model.ternary.mode none", tuned=True),
+# Who chooses the same tiles: each by what it looks at, the hidden state or the token.
+ROUTES = (
+    variant("learned", "--model.routing.source learned", tuned=True),
+    Arm(f"{HIDDEN}-learned", "--arm learned --model.tiles-per-token 4"),
+    Arm(f"{HIDDEN}-hash", "--arm hash --model.tiles-per-token 4"),
+    variant("random", "--model.routing.source random", tuned=True),
+    Arm(f"{HIDDEN}-random", "--arm random --model.tiles-per-token 4"),
+    hidden,
 )
+FLOATS = (variant("float", "--model.ternary.mode none", tuned=True),)
 
 # By expected gain. Those of optimizer, decay, quantizer or gate tune their rate.
 ABLATIONS = (
-    variant("gate-none", "--model.routing.gate none", tuned=True),
-    patched("ema"),
-    patched("hash-gated", tuned=True),
-    patched("half-hashed", tuned=True),
-    patched("token", tuned=True),
-    dataclasses.replace(patched("embedding", tuned=True), start=2e-3),
-    patched("no-gradient"),
     variant("muon", "--train.optimizer muon", tuned=True),
-    variant("no-decay", "--train.weight-decay 0", tuned=True),
-    variant("decay-half", "--train.decay-until 0.5", tuned=True),
+    variant("gate-none", "--model.routing.gate none", tuned=True),
+    patched("norm"),
     # The clusters are of no use to it, but flags must suit the default arm too.
     Arm(
-        "sparse-32-top8",
+        "sparse-32-top8-embedding",
         "--arm sparse --model.num-tiles 32 --model.tiles-per-token 8 "
-        "--model.tiles-per-cluster 8",
+        f"--model.tiles-per-cluster 8 {BY_TOKEN}",
+        2e-3,
     ),
+    patched("shared"),
     variant("no-aux", "--model.routing.balance-weight 0 --model.routing.diversity-weight 0"),
-    variant("late", "--model.ternary.full-precision-fraction 0.3", tuned=True),
-    variant("channel", "--model.ternary.granularity channel", tuned=True),
+    patched("ema"),
+    patched("no-gradient"),
     variant("sign", "--model.routing.signature sign"),
-    variant("scores-x2", "--model.routing.score-scale 2"),
-    variant("scores-half", "--model.routing.score-scale 0.5"),
+    variant("relu", "--model.activation relu"),
+    variant("gelu", "--model.activation gelu"),
+    patched("gated"),
+    variant("channel", "--model.ternary.granularity channel", tuned=True),
+    variant("late", "--model.ternary.full-precision-fraction 0.3", tuned=True),
+    variant("no-decay", "--train.weight-decay 0", tuned=True),
+    variant("decay-half", "--train.decay-until 0.5", tuned=True),
+    variant("gate-softmax", "--model.routing.gate softmax", tuned=True),
+    variant("gate-renormalized", "--model.routing.gate renormalized", tuned=True),
     variant("balance-slow", "--train.balance-rate 0.05"),
     variant("balance-loss-only", "--train.balance-rate 0"),
     variant("balance-bias-only", "--model.routing.balance-weight 0"),
-    variant("relu", "--model.activation relu"),
-    variant("gelu", "--model.activation gelu"),
-    variant("threshold", "--model.ternary.rule threshold", tuned=True),
-    variant("progressive", "--model.ternary.mode progressive", tuned=True),
-    variant("gate-softmax", "--model.routing.gate softmax", tuned=True),
-    variant("gate-renormalized", "--model.routing.gate renormalized", tuned=True),
-    patched("shared"),
-    patched("gated"),
-    patched("norm"),
+    variant("scores-x2", "--model.routing.score-scale 2"),
+    variant("scores-half", "--model.routing.score-scale 0.5"),
     patched("principal"),
     patched("both"),
     patched("raw"),
     patched("centred"),
     patched("init-double"),
     patched("init-half"),
+    variant("threshold", "--model.ternary.rule threshold", tuned=True),
+    variant("progressive", "--model.ternary.mode progressive", tuned=True),
 )  # fmt: skip
+
+# Steps on the way from the hidden state to the token.
+ON_THE_WAY = (
+    patched("token", tuned=True, of=HIDDEN),
+    patched("hash-gated", tuned=True, of=HIDDEN),
+    patched("half-hashed", tuned=True, of=HIDDEN),
+    patched("ema", of=HIDDEN),
+    variant("float", "--model.ternary.mode none", tuned=True, of=HIDDEN),
+    *(
+        variant(f"gate-{gate}", f"--model.routing.gate {gate}", tuned=True, of=HIDDEN)
+        for gate in ("none", "softmax", "renormalized")
+    ),
+)
 
 SHAKESPEARE = Setting(
     "shakespeare-char",
@@ -158,31 +189,32 @@ SHAKESPEARE = Setting(
             dense(32, 2e-3),
         ),
         "dense-wide": (dense(1024),),
-        "arms": (best, sparse_4, hierarchical, lookup),
+        "arms": ARMS,
         "best": (best,),
-        "first-controls": CONTROLS[:2],
-        "controls": (best, *CONTROLS),
+        "routes": (best, *ROUTES),
+        "floats": (best, *FLOATS),
         "seed-table": (hierarchical, sparse_4),
-        "first-ablations": ABLATIONS[:6],
         "ablations": ABLATIONS,
+        "on-the-way": (hidden, *ON_THE_WAY),
     },
     also=(("dense-512", 1e-3, 3),),  # nanoGPT's own rate
     plan=(
-        Step("arms", 3),
-        Step("dense-curve", 0),
-        Step("first-controls", 0),
-        Step("best", 4),
-        Step("controls", 0),
-        Step("dense-curve", 1),
-        Step("controls", 1),
-        Step("first-ablations", 1),
+        Step("best", 1),
+        Step("routes", 1),
+        Step("arms", 1),
+        Step("best", 3),
         Step("dense-curve", 3),
-        Step("controls", 3),
+        Step("routes", 3),
+        Step("floats", 3),
+        Step("arms", 3),
+        Step("ablations", 0),
+        Step("routes", 5),
         Step("ablations", 1),
-        Step("controls", 5),
         Step("dense-wide", 3),
+        Step("on-the-way", 1),
         Step("seed-table", 5),
         Step("ablations", 3),
+        Step("on-the-way", 3),
     ),
 )
 
@@ -194,8 +226,8 @@ ENGLISH = Setting(
             dense(w, 2e-3) for w in (512, 256, 128, 64, 1024, 32)
         ),
         "arms": (
-            dataclasses.replace(best, start=2e-3),
-            dataclasses.replace(hierarchical, start=2e-3),
+            best,
+            hierarchical,
             sparse_4,
             lookup,
         ),

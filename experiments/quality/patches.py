@@ -11,10 +11,9 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from trix_jax import routing
-from trix_jax.nn import kernel, router, tiles, transformer
+from trix_jax.nn import kernel, router, tiles
 
 EMA = 0.99  # share of the old signature that a step keeps
 POWER_STEPS = 8
@@ -99,24 +98,6 @@ class TokenRouter(router.Router):
         )
 
 
-class RecordingEmbed(nn.Embed):
-    """Keeps what it gave last, by name, for `EmbeddingRouter`."""
-
-    given = {}
-
-    def __call__(self, inputs):
-        self.given[self.name] = super().__call__(inputs)
-        return self.given[self.name]
-
-
-class EmbeddingRouter(router.Router):
-    """Signatures meet the token's row of the embedding table, in every layer."""
-
-    def __call__(self, h, signature, train=False, token_ids=None):
-        row = RecordingEmbed.given["embed"].reshape(h.shape)
-        return super().__call__(row, signature, train, token_ids)
-
-
 def principal_direction(module, up, axis):
     """The first left singular vector of a tile's up-projection, on the side of the sum."""
     del module, axis
@@ -195,10 +176,6 @@ PATCHES: dict[str, tuple[tuple[object, str, object], ...]] = {
     "hash-gated": ((tiles, "Router", HashedWithGates),),
     "half-hashed": ((tiles, "Router", HalfHashed),),
     "token": ((tiles, "Router", TokenRouter),),
-    "embedding": (
-        (transformer.nn, "Embed", RecordingEmbed),
-        (tiles, "Router", EmbeddingRouter),
-    ),
 }
 
 

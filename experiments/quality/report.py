@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.quality import curve, doing_table, plots, results
-from experiments.quality.design import BEST, SEEDS, SETTINGS, Setting
+from experiments.quality.design import BEST, HIDDEN, SEEDS, SETTINGS, Setting
 from experiments.quality.results import Result, Tuned, tuned
 from experiments.quality.tables import (
     arms_table,
@@ -25,7 +25,38 @@ from experiments.quality.targets import targets_table
 
 HERE = Path(__file__).parent
 NANOGPT = ("dense-512", 1e-3, (1.85, 1.93))  # its README says 1.88
-CONTROLS = ("learned", "hash", "random")
+# What the targets call a way to route, and its arm.
+CONTROLS = {
+    "a learned router by token": f"{BEST}-learned",
+    "a learned router by hidden state": f"{HIDDEN}-learned",
+    "token hash": f"{HIDDEN}-hash",
+    "frozen random by token": f"{BEST}-random",
+    "frozen random by hidden state": f"{HIDDEN}-random",
+}
+PAIRED = "Differences are paired by seed: positive is worse."
+COMPARED = (
+    (
+        "routes",
+        BEST,
+        f"Who chooses the tiles of {BEST}",
+        f"{PAIRED} Arms with `embedding` look at the token's row of the embedding table, the others at the "
+        "hidden state; the hash gives each token id a set of tiles and has no gate.",
+    ),
+    ("floats", BEST, "Ternary against float weights", PAIRED),
+    (
+        "ablations",
+        BEST,
+        f"Ablations of {BEST}",
+        f"{PAIRED} What has no flag is in `patches.py`.",
+    ),
+    (
+        "on-the-way",
+        HIDDEN,
+        f"From {HIDDEN} to {BEST}",
+        f"{PAIRED} `token` replaces the hidden state by a fixed random vector of the token id, `hash-gated` gives "
+        "hashed tiles the gates of their signatures, `half-hashed` takes two tiles by hash and two by signature.",
+    ),
+)
 NOTE = (
     "Loss: mean over seeds of the last evaluation, with its 95% t-interval. A star marks a rate "
     "whose neighbours, a factor of two away, have not both been run. Active width: multiply-"
@@ -65,9 +96,9 @@ def section(setting: Setting, runs: Sequence[Result], folder: Path) -> list[str]
     if len(dense) > 1 and arms:
         parts += on_the_curve(setting, arms, dense, folder)
         parts += targets(runs, arms, dense)
-    parts += controls(setting, runs)
+    for group, base, title, note in COMPARED:
+        parts += compared(setting, runs, group, base, title, note)
     parts += seed_table(setting, runs)
-    parts += ablations(setting, runs)
     return [*parts, *sweeps(setting, runs, folder), *nanogpt(runs)]
 
 
@@ -112,22 +143,34 @@ def targets(runs, arms, dense) -> list[str]:
     base = tuned(runs, BEST)
     if base is None:
         return []
-    found = {name: tuned(runs, f"{BEST}-{name}") for name in CONTROLS}
+    found = {name: tuned(runs, arm) for name, arm in CONTROLS.items()}
     present = {name: arm for name, arm in found.items() if arm is not None}
     return ["### Targets of the issue\n", targets_table(arms, present, base, dense)]
 
 
-def controls(setting: Setting, runs: Sequence[Result]) -> list[str]:
-    base = tuned(runs, BEST)
-    arms = [a for a in of_groups(setting, runs, "controls") if a.arm != BEST]
-    if base is None or not arms:
+def compared(
+    setting: Setting,
+    runs: Sequence[Result],
+    group: str,
+    base_name: str,
+    title: str,
+    note: str,
+) -> list[str]:
+    """Every arm of a group against one, paired by seed."""
+    base, rows = tuned(runs, base_name), []
+    if base is None or group not in setting.groups:
         return []
-    return [
-        f"### Controls on the tiles of {BEST}\n",
-        difference_table([("its own", arm) for arm in arms], base, "control"),
-        "Differences are paired by seed: positive means worse than routing by signatures, or than "
-        "ternary weights. The hash control gives each token id a set of tiles and has no gate.\n",
-    ]
+    for arm in setting.groups[group]:
+        found = tuned(runs, arm.name, arm.rate_of)
+        if found and arm.name != base_name:
+            rows.append(("inherited" if arm.rate_of else "its own", found))
+    if not rows:
+        return []
+    left = not_run(setting, runs, group)
+    if left:
+        note += f" Planned and not run: {', '.join(left)}."
+    parts = [f"### {title}\n", difference_table(rows, base, "arm")]
+    return [*parts, f"{note.strip()}\n"] if note else parts
 
 
 def seed_table(setting: Setting, runs: Sequence[Result]) -> list[str]:
@@ -142,27 +185,9 @@ def seed_table(setting: Setting, runs: Sequence[Result]) -> list[str]:
     ]
 
 
-def ablations(setting: Setting, runs: Sequence[Result]) -> list[str]:
-    base, rows = tuned(runs, BEST), []
-    if base is None or "ablations" not in setting.groups:
-        return []
-    for arm in setting.groups["ablations"]:
-        found = tuned(runs, arm.name, arm.rate_of)
-        if found:
-            note = "inherited" if arm.rate_of else "its own"
-            rows.append((note, found))
-    if not rows:
-        return []
-    return [
-        f"### Ablations of {BEST}\n",
-        difference_table(rows, base, "ablation"),
-        f"Planned and not run: {', '.join(not_run(setting, runs)) or 'none'}.\n",
-    ]
-
-
-def not_run(setting: Setting, runs: Sequence[Result]) -> list[str]:
+def not_run(setting: Setting, runs: Sequence[Result], group: str) -> list[str]:
     have = {run["arm"] for run in runs}
-    return [arm.name for arm in setting.groups["ablations"] if arm.name not in have]
+    return [arm.name for arm in setting.groups[group] if arm.name not in have]
 
 
 def sweeps(setting: Setting, runs: Sequence[Result], folder: Path) -> list[str]:
@@ -172,7 +197,7 @@ def sweeps(setting: Setting, runs: Sequence[Result], folder: Path) -> list[str]:
         [n for n in names if n in have and n.startswith("dense-")],
         [
             a.name
-            for g in ("arms", "controls")
+            for g in ("arms", "routes", "on-the-way")
             for a in setting.groups.get(g, ())
             if a.name in have
         ],

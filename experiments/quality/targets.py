@@ -29,7 +29,8 @@ def targets_table(
     """One row a target and arm or control.
 
     Args:
-        controls: what routes instead ("hash", "random", "learned") on `base`'s tiles.
+        controls: what routes instead on `base`'s tiles, by name; learned ones need not be
+            beaten.
     """
     rows = [alive(arms)]
     rows += [against(name, controls[name], base) for name in controls]
@@ -47,17 +48,18 @@ def alive(arms: Sequence[Tuned]) -> list[str]:
 
 def against(name: str, control: Tuned, base: Tuned) -> list[str]:
     """Signatures beat hash and random; a learned router does not beat them."""
-    target = f"{base.arm} beats {name} routing"
-    if name == "learned":
-        target = f"a learned router does not beat {base.arm}"
+    is_learned = "learned" in name
+    target = f"{base.arm} beats {name}"
+    if is_learned:
+        target = f"{name} does not beat {base.arm}"
     difference = paired(control.losses, base.losses)
     if difference is None:
         return [target, "no common seed", "undecided"]
-    found = f"{name} - signatures = {difference.mean:+.4f}, {difference.n} seeds"
+    found = f"{difference.mean:+.4f}, {difference.n} seeds"
     if difference.n < SEEDS:
         return [target, found, "undecided"]
     found += f", ± {difference.half:.4f}"
-    if name == "learned":
+    if is_learned:
         return [target, found, status(difference.mean >= -difference.half)]
     return [target, found, status(difference.mean > difference.half)]
 

@@ -39,6 +39,7 @@ class DenseFFN(nn.Module):
         *,
         progress: Scalar = 1.0,
         token_ids: Integer[Array, "*B"] | None = None,
+        router_input: Float[Array, "*B D"] | None = None,
     ) -> tuple[Float[Array, "*B D"], None, Aux]:
         check_input(x, self.d_model)
         common = {
@@ -103,6 +104,7 @@ class Block(nn.Module):
         *,
         progress: Scalar = 1.0,
         token_ids: Integer[Array, "B L"] | None = None,
+        router_input: Float[Array, "B L D"] | None = None,
     ) -> tuple[Float[Array, "B L D"], RoutingInfo | None, Aux]:
         norm = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
         attention = CausalSelfAttention(
@@ -128,6 +130,7 @@ class Block(nn.Module):
             train,
             progress=progress,
             token_ids=token_ids,
+            router_input=router_input,
         )
         return x + y, info, aux
 

@@ -80,6 +80,7 @@ class HierarchicalTriXFFN(nn.Module):
         *,
         progress: Scalar = 1.0,
         token_ids: Integer[Array, "*B"] | None = None,
+        router_input: Float[Array, "*B D"] | None = None,
     ) -> Output:
         """Applies the layer. Arguments and results are those of `SparseTriXFFN`."""
         check_input(x, self.d_model)
@@ -111,7 +112,7 @@ class HierarchicalTriXFFN(nn.Module):
         )
         norm = {"dtype": self.dtype or x.dtype, "param_dtype": self.param_dtype}
         h = nn.RMSNorm(name="norm", **norm)(x)
-        y, info, aux = tiles(h, train, progress, token_ids)
+        y, info, aux = tiles(h, train, progress, token_ids, router_input)
         scale = self.param("output_scale", nn.initializers.ones, (), self.param_dtype)
         y = nn.Dropout(self.dropout)(
             (y * scale).astype(x.dtype), deterministic=not train

@@ -46,7 +46,7 @@ class SparseTriXFFN(nn.Module):
 
     Raises:
         ValueError: sizes that do not divide, K outside 1..N, an input whose last axis
-            is not D.
+            is not D, a router input of another shape than the input's.
 
     References:
         The signature idea: TriX, https://github.com/anjaustin/trix.
@@ -76,6 +76,7 @@ class SparseTriXFFN(nn.Module):
         *,
         progress: Scalar = 1.0,
         token_ids: Integer[Array, "*B"] | None = None,
+        router_input: Float[Array, "*B D"] | None = None,
     ) -> Output:
         """Applies the layer.
 
@@ -84,6 +85,8 @@ class SparseTriXFFN(nn.Module):
             train: dropout on; batch statistics over `axis_name`.
             progress: share of training done, for `TernaryConfig` schedules.
             token_ids: only for the routing control "hash".
+            router_input: what the signatures are matched with; None takes `x`. With a
+                token's row of the embedding table its tiles depend on nothing else.
 
         Returns:
             the output, what the routing did, and the auxiliary losses, of which
@@ -112,6 +115,6 @@ class SparseTriXFFN(nn.Module):
             tile_axis=self.tile_axis,
             name="tiles",
         )
-        y, info, aux = tiles(x, train, progress, token_ids)
+        y, info, aux = tiles(x, train, progress, token_ids, router_input)
         y = nn.Dropout(self.dropout)(y, deterministic=not train)
         return (x + y if self.residual else y), info, aux

@@ -14,6 +14,7 @@ from trix_jax.nn.tiles import (
     check_clusters,
     check_input,
     in_shape_of,
+    router_tokens,
 )
 from trix_jax.routing import RoutingConfig
 from trix_jax.ternary import TernaryConfig
@@ -77,6 +78,7 @@ class SparseLookupFFN(nn.Module):
         *,
         progress: Scalar = 1.0,
         token_ids: Integer[Array, "*B"] | None = None,
+        router_input: Float[Array, "*B D"] | None = None,
     ) -> Output:
         """Applies the layer. Arguments and results are those of `SparseTriXFFN`."""
         check_input(x, self.d_model)
@@ -94,7 +96,10 @@ class SparseLookupFFN(nn.Module):
         )
         ids = None if token_ids is None else token_ids.reshape(-1)
         route, info, aux = router(
-            h, routing.signatures(directions, self.routing.signature), train, ids
+            router_tokens(h, router_input),
+            routing.signatures(directions, self.routing.signature),
+            train,
+            ids,
         )
         tile, gate = route.tiles[:, 0], route.gates[:, 0]
         magnitude = self._magnitude(self._compress(h, dtype), tile, progress)

@@ -127,6 +127,7 @@ class RoutedTiles(nn.Module):
         train: bool = False,
         progress: Scalar = 1.0,
         token_ids: Integer[Array, "*B"] | None = None,
+        router_input: Float[Array, "*B D"] | None = None,
     ) -> Output:
         n, d, f = self.num_tiles, x.shape[-1], self.tile_width
         axis = None if self.is_initializing() else self.tile_axis
@@ -152,7 +153,8 @@ class RoutedTiles(nn.Module):
         ids = None if token_ids is None else token_ids.reshape(-1)
         sums = self._signature_sums(up, axis)
         signature = routing.signatures(sums, self.routing.signature)
-        route, info, aux = router(tokens, signature, train, ids)
+        matched = router_tokens(tokens, router_input)
+        route, info, aux = router(matched, signature, train, ids)
         act = activation(self.activation)
         mode = self.ternary.activations
         y = tile_ffn(tokens, route, up, down, (n, f), act, axis, mode)
@@ -172,6 +174,25 @@ class RoutedTiles(nn.Module):
             return self.get_variable(PACKED, "signature_sums").astype(jnp.float32)
         sums = up.q.sum(axis=-1)
         return sums if axis is None else jax.lax.all_gather(sums, axis, tiled=True)
+
+
+def router_tokens(
+    tokens: Float[Array, "T D"], router_input: Float[Array, "*B D"] | None
+) -> Float[Array, "T D"]:
+    """What the signatures are matched with: the layer's own tokens, or the input given
+    for it.
+
+    Raises:
+        ValueError: there are not as many vectors of D as tokens.
+    """
+    if router_input is None:
+        return tokens
+    shape = list(router_input.shape)
+    if shape[-1] != tokens.shape[-1] or router_input.size != tokens.size:
+        raise ValueError(
+            f"router_input must be {list(tokens.shape)}, as the input is with its leading axes as one. Got {shape}."
+        )
+    return router_input.reshape(tokens.shape)
 
 
 def in_shape_of(info: RoutingInfo, x: Float[Array, "*B D"]) -> routing.RoutingInfo:

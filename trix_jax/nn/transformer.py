@@ -26,6 +26,7 @@ from trix_jax.ternary import TernaryConfig
 from trix_jax.typing import Array, AxisName, Float, Integer, Scalar
 
 FFNKind = Literal["hierarchical", "sparse", "lookup", "dense"]
+RouterInput = Literal["hidden", "embedding"]
 MatchedWidth = Literal["match-params", "match-active", "match-bits"]
 ComputeDtype = Literal["float32", "bfloat16"]
 
@@ -47,6 +48,9 @@ class TransformerConfig:
             multiply-accumulates or served FFN bits as its TriX arm.
         expansion: total hidden width of all tiles over D.
         num_tiles, tiles_per_cluster, top_k_clusters, tiles_per_token: see the FFNs.
+        router_input: what the signatures are matched with: "hidden" is the FFN's input,
+            "embedding" the token's row of the embedding table, so that its tiles depend
+            on the token alone. The dense FFN has no use for it.
         grid_size, compress_hidden, ternary_splines: of `SparseLookupFFN`.
         activation: None takes "gelu" for the dense FFN, "relu2" for the ternary ones.
         dropout: rate behind embeddings, attention and FFN.
@@ -66,6 +70,7 @@ class TransformerConfig:
     tiles_per_cluster: int = 4
     top_k_clusters: int = 1
     tiles_per_token: int = 1
+    router_input: RouterInput = "hidden"
     grid_size: int = 16
     compress_hidden: int | None = None
     ternary_splines: bool = True
@@ -90,7 +95,11 @@ class TransformerConfig:
                 raise ValueError(
                     f"{name} must be at least 1. Got {getattr(self, name)}."
                 )
-        for name, kind in (("ffn", FFNKind), ("dtype", ComputeDtype)):
+        for name, kind in (
+            ("ffn", FFNKind),
+            ("router_input", RouterInput),
+            ("dtype", ComputeDtype),
+        ):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(
                     f"{name} must be one of {', '.join(get_args(kind))}. Got {getattr(self, name)!r}."
@@ -211,14 +220,23 @@ class TransformerLM(nn.Module):
             start = self.variable("cache", "position", lambda: jnp.zeros((), jnp.int32))
             positions = positions + start.value
             start.value = start.value + length
-        x = embed(tokens) + nn.Embed(
+        rows = embed(tokens)
+        router_input = rows if c.router_input == "embedding" else None
+        x = rows + nn.Embed(
             c.context, c.d_model, embedding_init=init, dtype=dtype, name="positions"
         )(positions[None])
         x = nn.Dropout(c.dropout)(x, deterministic=not train)
         infos, losses = [], []
         for i in range(c.n_layers):
             block = make_block(c, self.axis_name, f"block_{i:02d}", self.tile_axis)
-            x, info, aux = block(x, train, decode, progress=progress, token_ids=tokens)
+            x, info, aux = block(
+                x,
+                train,
+                decode,
+                progress=progress,
+                token_ids=tokens,
+                router_input=router_input,
+            )
             infos.append(info)
             losses.append(aux)
         x = nn.LayerNorm(use_bias=False, dtype=dtype, name="norm")(x)
