@@ -75,20 +75,23 @@ def test_original_protocol_takes_its_windows():
 @pytest.mark.slow
 def test_everything_shrunken_from_queue_to_report(text, tmp_path, monkeypatch):
     base = design.SHAKESPEARE.arm(design.BEST)
-    hashed = design.SHAKESPEARE.arm(f"{design.BEST}-hash")
+    hashed = design.SHAKESPEARE.arm(f"{design.HIDDEN}-hash")
     ablation = design.variant("sign", "--model.routing.signature sign")
+    way = design.patched("half-hashed", tuned=True, of=design.HIDDEN)
     small = design.SHAKESPEARE._replace(
         groups={
             "dense-curve": (design.dense(8), design.dense(16)),
             "arms": (base,),
-            "controls": (base, hashed),
+            "routes": (base, hashed),
             "ablations": (ablation,),
+            "on-the-way": (design.hidden, way),
         },
         also=(),
         plan=(
             Step("dense-curve", 0),
-            Step("controls", 0),
+            Step("routes", 0),
             Step("ablations", 1),
+            Step("on-the-way", 0),
         ),
     )
     monkeypatch.setitem(SETTINGS, small.name, small)
@@ -99,6 +102,7 @@ def test_everything_shrunken_from_queue_to_report(text, tmp_path, monkeypatch):
     path = tmp_path / "results" / f"{small.name}.json"
     lines = results.read(path)
     names = ["dense-8", "dense-16", base.name, hashed.name, ablation.name]
+    names += [design.HIDDEN, way.name]
     assert sorted(line["arm"] for line in lines) == sorted(names)
     for line in lines:
         assert line.keys() >= KEYS
@@ -118,7 +122,10 @@ def test_everything_shrunken_from_queue_to_report(text, tmp_path, monkeypatch):
 
     runs = tmp_path / "runs" / small.name
     doing = tmp_path / "results" / "doing.json"
-    directories = [str(runs / f"{arm.name}-lr0.004-seed42") for arm in (base, hashed)]
+    directories = [
+        str(runs / f"{base.name}-lr0.002-seed42"),
+        str(runs / f"{hashed.name}-lr0.004-seed42"),
+    ]
     dense = str(runs / "dense-16-lr0.004-seed42")
     store = ["--data", str(runs / "data")]
     measure.main([*directories, "--reference", dense, *store, "--out", str(doing)])
@@ -131,7 +138,7 @@ def test_everything_shrunken_from_queue_to_report(text, tmp_path, monkeypatch):
     page = (tmp_path / "REPORT.md").read_text(encoding="utf-8")
     for heading in (
         "The instrument",
-        "Controls",
+        "Who chooses",
         "Ablations",
         "What routing does",
         "The sweeps",
@@ -142,7 +149,8 @@ def test_everything_shrunken_from_queue_to_report(text, tmp_path, monkeypatch):
 
 
 def test_every_patch_is_an_ablation_and_what_it_replaces_comes_back():
-    arms = design.SHAKESPEARE.groups["ablations"]
+    groups = design.SHAKESPEARE.groups
+    arms = [*groups["ablations"], *groups["on-the-way"]]
     assert {arm.patch for arm in arms if arm.patch} == set(patches.PATCHES)
     for name, replaced in patches.PATCHES.items():
         before = [getattr(owner, attribute) for owner, attribute, _ in replaced]

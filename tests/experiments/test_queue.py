@@ -175,5 +175,5 @@ def test_flags_of_every_arm_are_understood_and_no_two_arms_are_the_same(setting)
             argv = [str(ROOT / setting.preset), *shlex.split(arm.flags)]
             config = parse_preset(Args, argv, "train")[0].config
             config = dataclasses.replace(config, arm="")
-            assert seen.setdefault(config, arm.name) == arm.name
+            assert seen.setdefault((config, arm.patch), arm.name) == arm.name
     assert len(seen) == len(set(seen.values()))

@@ -315,6 +315,7 @@ def test_language_model_starts_near_the_uniform_guess():
     [
         ({"ffn": "moe"}, "ffn must be one of .* Got 'moe'"),
         ({"dtype": "float16"}, "dtype must be one of .* Got 'float16'"),
+        ({"router_input": "id"}, "router_input must be one of .* Got 'id'"),
         ({"n_heads": 3}, "n_heads=3 must divide d_model=16"),
         ({"n_layers": 0}, "n_layers must be at least 1. Got 0"),
         ({"dropout": 1.0}, "dropout must be .* below 1. Got 1.0"),
