@@ -176,6 +176,17 @@ ON_THE_WAY = (
     ),
 )
 
+# Where the lookup loses: its splines, what they read, its gate, its rank.
+LOOKUPS = tuple(
+    Arm(f"{lookup.name}-{name}", f"{lookup.flags} {flags}", rate_of=lookup.name)
+    for name, flags in (
+        ("float-splines", "--model.ternary-splines false"),
+        ("compress-128", "--model.compress-hidden 128"),
+        ("gate-none", "--model.routing.gate none"),
+        ("64-tiles", "--model.num-tiles 64"),
+    )
+)
+
 SHAKESPEARE = Setting(
     "shakespeare-char",
     "configs/shakespeare_char.yaml",
@@ -195,21 +206,24 @@ SHAKESPEARE = Setting(
         "floats": (best, *FLOATS),
         "seed-table": (hierarchical, sparse_4),
         "ablations": ABLATIONS,
+        "lookups": (lookup, *LOOKUPS),
         "on-the-way": (hidden, *ON_THE_WAY),
     },
     also=(("dense-512", 1e-3, 3),),  # nanoGPT's own rate
     plan=(
         Step("best", 1),
-        Step("routes", 1),
-        Step("arms", 1),
         Step("best", 3),
-        Step("dense-curve", 3),
+        Step("routes", 1),
+        Step("arms", 0),
         Step("routes", 3),
-        Step("floats", 3),
+        Step("dense-curve", 3),
+        Step("floats", 1),
         Step("arms", 3),
+        Step("floats", 3),
         Step("ablations", 0),
-        Step("routes", 5),
+        Step("lookups", 1),
         Step("ablations", 1),
+        Step("routes", 5),
         Step("dense-wide", 3),
         Step("on-the-way", 1),
         Step("seed-table", 5),
