@@ -180,7 +180,7 @@ ON_THE_WAY = (
 LOOKUPS = tuple(
     Arm(f"{lookup.name}-{name}", f"{lookup.flags} {flags}", rate_of=lookup.name)
     for name, flags in (
-        ("float-splines", "--model.ternary-splines false"),
+        ("float-splines", "--model.no-ternary-splines"),
         ("compress-128", "--model.compress-hidden 128"),
         ("gate-none", "--model.routing.gate none"),
         ("64-tiles", "--model.num-tiles 64"),
