@@ -1,5 +1,6 @@
 """The two plots of a setting: arms on the dense curve, and the sweeps."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from experiments.quality.results import Result, Tuned, sweep
 from experiments.quality.tables import Curve, twins
 
 COLOURS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9".split()
+STYLES = [(colour, line) for line in ("-", "--", ":") for colour in COLOURS]
 MARKERS = {"compute": "o", "bits": "D", "parameters": "s"}
 
 
@@ -20,8 +22,8 @@ def losses_over_width(arms: Sequence[Tuned], dense: Curve, path: Path) -> None:
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes = figure.subplots()
     draw_dense(axes, dense)
-    for arm, colour in zip(arms, COLOURS, strict=False):
-        draw_arm(axes, arm, twins(arm.one, next(iter(dense.values())).one), colour)
+    for arm, style in zip(arms, itertools.cycle(STYLES), strict=False):
+        draw_arm(axes, arm, twins(arm.one, next(iter(dense.values())).one), *style)
     for what, marker in MARKERS.items():
         face = "grey" if what == "compute" else "white"
         label = {"compute": "active width"}.get(what, f"width of equal {what}")
@@ -51,11 +53,11 @@ def draw_dense(axes, dense: Curve) -> None:
         axes.plot(*points, "o", color="black", label=label, **style)
 
 
-def draw_arm(axes, arm: Tuned, equal: dict[str, float], colour: str) -> None:
+def draw_arm(axes, arm: Tuned, equal: dict[str, float], colour: str, line: str) -> None:
     """A line at the mean loss, a symbol at each width in `equal`, seeds as ticks."""
     found = t_interval(list(arm.losses.values()))
     span = [min(equal.values()), max(equal.values())]
-    axes.plot(span, [found.mean] * 2, "-", color=colour, lw=1)
+    axes.plot(span, [found.mean] * 2, line, color=colour, lw=1)
     at = [equal["compute"]] * found.n
     axes.plot(at, list(arm.losses.values()), "_", color=colour, ms=12)
     for what, marker in MARKERS.items():
@@ -69,14 +71,15 @@ def losses_over_rate(
     results: Sequence[Result], panels: Sequence[Sequence[str]], seed: int, path: Path
 ) -> None:
     """One-seed losses against the learning rate, a panel a set of arms."""
-    figure = Figure(figsize=(10, 4.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(12, 4.6), dpi=150, layout="constrained")
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, arms in zip(grid, panels, strict=True):
-        colours = ["black", *COLOURS]
-        for arm, colour in zip(arms, colours, strict=False):
+        styles = itertools.cycle([("black", "-"), *STYLES])
+        for arm, (colour, line) in zip(arms, styles, strict=False):
             losses = sweep(results, arm, seed)
             rates = sorted(losses)
-            axes.plot(rates, [losses[r] for r in rates], "o-", color=colour, label=arm)
+            style = {"color": colour, "linestyle": line, "label": arm}
+            axes.plot(rates, [losses[r] for r in rates], marker="o", **style)
         axes.set_xscale("log", base=2)
         ticks = sorted({r for arm in arms for r in sweep(results, arm, seed)})
         axes.set_xticks(ticks, [f"{r:g}" for r in ticks])
@@ -91,6 +94,6 @@ def finish(axes, figure: Figure | None = None, path: Path | None = None) -> None
     axes.grid(color="#e6e6e6")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, fontsize=8)
     if figure and path:
         figure.savefig(path)

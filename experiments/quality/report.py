@@ -194,16 +194,12 @@ def not_run(setting: Setting, runs: Sequence[Result], group: str) -> list[str]:
 def sweeps(setting: Setting, runs: Sequence[Result], folder: Path) -> list[str]:
     have = {run["arm"] for run in runs if run["seed"] == SEEDS[0]}
     names = list(dict.fromkeys(arm.name for g in setting.groups.values() for arm in g))
+    groups = [setting.groups.get(group, ()) for group in ("arms", "routes")]
     panels = [
         [n for n in names if n in have and n.startswith("dense-")],
-        [
-            a.name
-            for g in ("arms", "routes", "on-the-way")
-            for a in setting.groups.get(g, ())
-            if a.name in have
-        ],
+        *([arm.name for arm in group if arm.name in have] for group in groups),
     ]
-    panels = [list(dict.fromkeys(p)) for p in panels if p]
+    panels = [panel for panel in panels if panel]
     plots.losses_over_rate(runs, panels, SEEDS[0], folder / f"{setting.name}-rates.png")
     return [
         f"### The sweeps, seed {SEEDS[0]}\n",

@@ -26,12 +26,14 @@ THIN = "undecided: too few seeds"
 def targets_table(
     arms: Sequence[Tuned], controls: Mapping[str, Tuned], base: Tuned, dense: Curve
 ) -> str:
-    """One row a target and arm or control.
+    """One row a target and arm or control. Widths of the curve with too few seeds are
+    left out: an arm beyond the last one that has enough is only known to be above it.
 
     Args:
         controls: what routes instead on `base`'s tiles, by name; learned ones need not be
             beaten.
     """
+    dense = {w: arm for w, arm in dense.items() if len(arm.runs) >= SEEDS} or dense
     rows = [alive(arms)]
     rows += [against(name, controls[name], base) for name in controls]
     for arm in arms:
