@@ -1,7 +1,7 @@
 """Trains for a while and watches memory, threads, file descriptors and compilations:
 `python .ci/soak.py MINUTES FILE [STEPS]`, on Linux with glibc.
 
-A run that evaluates and saves every STEPS steps (5,000, about a minute) goes on for
+A run that evaluates and saves every STEPS steps (5,000, a minute or two) goes on for
 MINUTES; every second the process is measured. FILE gets what the samples say, and every
 tenth of them; exit code 1 if anything grew. The rule, fixed before the run:
 
@@ -18,8 +18,8 @@ stays and memory grows, it is glibc that keeps more.
 
 One leak is known, and not ours: TensorStore 0.1.86's `KvStore.Spec.to_json()`, which
 Orbax calls for every array of a save, leaves four Python objects each time.
-`python_blocks` shows it. `per_save` says what each save leaves: with few STEPS, and so
-many saves, nearly all growth is that.
+`python_blocks` shows it. `per_save` says what each save leaves; with few STEPS there are
+many.
 """
 
 import ctypes

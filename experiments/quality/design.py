@@ -79,9 +79,7 @@ def dense(width: int, start: float = 4e-3) -> Arm:
 TOP4 = "--arm sparse --model.tiles-per-token 4"
 BY_TOKEN = "--model.router-input embedding"
 HIDDEN = "sparse-16-top4"  # signatures meet the hidden state, as the seed has it
-BEST = (
-    f"{HIDDEN}-embedding"  # the best arm so far: controls and ablations start from it
-)
+BEST = f"{HIDDEN}-embedding"  # so far: what controls and ablations start from
 
 
 def by_token(arm: Arm) -> Arm:
@@ -95,8 +93,8 @@ best = by_token(hidden)
 hierarchical = Arm("hierarchical-16", "--arm hierarchical", 2e-3)
 sparse_4 = Arm("sparse-4", "--arm sparse --model.num-tiles 4", 1e-3)
 lookup = Arm("lookup-16", "--arm lookup", 1e-3)
-ARMS = (best, by_token(sparse_4), by_token(hierarchical), by_token(lookup))
-ARMS += (hidden, sparse_4, hierarchical, lookup)
+AS_ASKED = (hidden, sparse_4, hierarchical, lookup)  # as the request has them
+ARMS = (*map(by_token, AS_ASKED), *AS_ASKED)
 
 
 def variant(name: str, flags: str, tuned: bool = False, of: str = BEST) -> Arm:

@@ -165,13 +165,10 @@ def compared(
         found = tuned(runs, arm.name, arm.rate_of)
         if found and arm.name != base_name:
             rows.append(("inherited" if arm.rate_of else "its own", found))
-    if not rows:
-        return []
-    left = not_run(setting, runs, group)
-    if left:
+    if left := not_run(setting, runs, group):
         note += f" Planned and not run: {', '.join(left)}."
-    parts = [f"### {title}\n", difference_table(rows, base, "arm")]
-    return [*parts, f"{note.strip()}\n"] if note else parts
+    table = [difference_table(rows, base, "arm")] if rows else []
+    return [f"### {title}\n", *table, f"{note}\n"]
 
 
 def seed_table(setting: Setting, runs: Sequence[Result]) -> list[str]:

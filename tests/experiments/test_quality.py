@@ -161,7 +161,7 @@ def test_every_patch_is_an_ablation_and_what_it_replaces_comes_back():
 
 
 def two_steps(name):
-    """Gradients after one step of gradient descent, with a patch."""
+    """Parameters after two steps of gradient descent, with a patch."""
     with patches.applied(name):
         layer = SparseTriXFFN(16, num_tiles=4, tiles_per_token=2)
         x = jax.random.normal(jax.random.key(1), (24, 16)) + 0.5

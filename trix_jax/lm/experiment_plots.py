@@ -205,7 +205,8 @@ def _log_axis(ax: Axes) -> None:
     wider = max(1.0, (2 * low / high) ** 0.5)
     ax.set_xlim(low / wider, high * wider)
     spans = high / low
-    marks = (1, 2, 5) if spans < 15 else (1, 3) if spans < 100 else (1,)
+    near = (1, 1.4, 2, 3, 5, 7)  # two at least, wherever a factor of two lies
+    marks = near if spans < 6 else (1, 3) if spans < 100 else (1,)
     ax.xaxis.set_major_locator(LogLocator(10, subs=marks))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.xaxis.set_minor_formatter(NullFormatter())
