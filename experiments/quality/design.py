@@ -109,11 +109,12 @@ def patched(name: str, tuned: bool = False, of: str = BEST) -> Arm:
     return dataclasses.replace(variant(name, "", tuned, of), patch=name)
 
 
+by_hash = Arm(f"{HIDDEN}-hash", "--arm hash --model.tiles-per-token 4", 2e-3)
 # Who chooses the same tiles: each by what it looks at, the hidden state or the token.
 ROUTES = (
     variant("learned", "--model.routing.source learned", tuned=True),
     Arm(f"{HIDDEN}-learned", "--arm learned --model.tiles-per-token 4"),
-    Arm(f"{HIDDEN}-hash", "--arm hash --model.tiles-per-token 4"),
+    by_hash,
     variant("random", "--model.routing.source random", tuned=True),
     Arm(f"{HIDDEN}-random", "--arm random --model.tiles-per-token 4"),
     hidden,
@@ -233,25 +234,27 @@ SHAKESPEARE = Setting(
 )
 
 ENGLISH = Setting(
-    "english-byte",
-    "experiments/quality/english_byte.yaml",
+    "english-bpe",
+    "experiments/quality/english_bpe.yaml",
     groups={
-        "dense-curve": tuple(
-            dense(w, 2e-3) for w in (512, 256, 128, 64, 1024, 32)
-        ),
-        "arms": (
-            best,
-            hierarchical,
-            sparse_4,
-            lookup,
-        ),
+        "dense-curve": (dense(512), dense(256), dense(128), dense(64)),
+        "dense-wide": (dense(1024),),
+        "finalists": (best, dense(512), by_hash, hidden),
+        "arms": (best, by_token(sparse_4), hidden),
+        "routes": (best, *ROUTES),
+        "top-1": (by_token(sparse_4),),
     },
     plan=(
+        Step("finalists", 1),
+        Step("finalists", 3),
+        Step("top-1", 1),
+        Step("routes", 1),
         Step("dense-curve", 1),
-        Step("arms", 1),
+        Step("routes", 3),
         Step("dense-curve", 3),
         Step("arms", 3),
+        Step("dense-wide", 3),
     ),
-)  # fmt: skip
+)
 
 SETTINGS = {setting.name: setting for setting in (SHAKESPEARE, ENGLISH)}
