@@ -121,9 +121,26 @@ ROUTES = (
 )
 FLOATS = (variant("float", "--model.ternary.mode none", tuned=True),)
 
+
+def with_muon(arm: Arm) -> Arm:
+    """The arm with Muon for its FFNs' projections, dense ones too."""
+    flags = f"{arm.flags} --train.optimizer muon"
+    return Arm(f"{arm.name}-muon", flags, arm.start)
+
+
+MUON = tuple(
+    map(with_muon, (best, dense(512), dense(1024), hidden, by_hash, by_token(sparse_4), *FLOATS))
+)  # fmt: skip
+
+# Where few tokens are common, biases that move fast never settle.
+SETTLED = tuple(
+    Arm(f"{arm.name}-balance-slow", f"{arm.flags} --train.balance-rate 0.05", rate_of=arm.name)
+    for arm in map(by_token, (hierarchical, lookup))
+)  # fmt: skip
+
 # By expected gain. Those of optimizer, decay, quantizer or gate tune their rate.
 ABLATIONS = (
-    variant("muon", "--train.optimizer muon", tuned=True),
+    MUON[0],
     variant("gate-none", "--model.routing.gate none", tuned=True),
     patched("norm"),
     # The clusters are of no use to it, but flags must suit the default arm too.
@@ -205,7 +222,10 @@ SHAKESPEARE = Setting(
         "routes": (best, *ROUTES),
         "floats": (best, *FLOATS),
         "seed-table": (hierarchical, sparse_4),
+        "muon": MUON,
+        "muon-twins": MUON[:2],
         "ablations": ABLATIONS,
+        "settled": SETTLED,
         "lookups": (lookup, *LOOKUPS),
         "on-the-way": (hidden, *ON_THE_WAY),
     },
@@ -220,8 +240,13 @@ SHAKESPEARE = Setting(
         Step("top-1", 3),
         Step("dense-wide", 1),
         Step("floats", 3),
+        Step("muon-twins", 1),
+        Step("muon-twins", 3),
         Step("ablations", 0),
+        Step("settled", 1),
         Step("lookups", 1),
+        Step("muon", 1),
+        Step("muon", 3),
         Step("dense-wide", 3),
         Step("arms", 3),
         Step("ablations", 1),

@@ -44,6 +44,12 @@ COMPARED = (
     ),
     ("floats", BEST, "Ternary against float weights", PAIRED),
     (
+        "muon",
+        f"{BEST}-muon",
+        "Muon in place of AdamW on the projections of FFNs",
+        f"{PAIRED} Attention, embeddings and norms keep AdamW; every arm has a rate of its own.",
+    ),
+    (
         "ablations",
         BEST,
         f"Ablations of {BEST}",

@@ -1,4 +1,4 @@
-"""Decay that ends, and Muon for the ternary kernels."""
+"""Decay that ends, and Muon for the FFN's projections."""
 
 import dataclasses
 import shutil
@@ -19,6 +19,7 @@ from trix_jax.nn.transformer import TransformerConfig, TransformerLM
 
 PARAMS = {
     "tiles": {"up": {"kernel": jax.random.normal(jax.random.key(0), (3, 8, 4))}},
+    "ffn": {"down": {"kernel": jax.random.normal(jax.random.key(2), (4, 6))}},
     "attention": {"kernel": jax.random.normal(jax.random.key(1), (2, 4, 8))},
     "norm": {"scale": jnp.ones(8)},
 }
@@ -62,11 +63,11 @@ def test_muon_orthogonalizes_every_tile_by_itself_at_the_size_of_adamw():
         optimizer="muon",
     )
     (after,), state = run(config, GRADS, 1)
-    update = (after["tiles"]["up"]["kernel"] - PARAMS["tiles"]["up"]["kernel"]) / -0.01
-    for tile in np.asarray(update):
-        singular = np.linalg.svd(tile, compute_uv=False)
+    updates = jax.tree.map(lambda a, b: np.asarray((a - b) / -0.01), after, PARAMS)
+    for matrix in (*updates["tiles"]["up"]["kernel"], updates["ffn"]["down"]["kernel"]):
+        singular = np.linalg.svd(matrix, compute_uv=False)
         # Five Newton-Schulz steps end near 1, not at 1: 0.7 to 1.2 (Jordan, 2024).
-        wanted = MUON_RMS * 8**0.5
+        wanted = MUON_RMS * max(matrix.shape) ** 0.5
         assert (0.6 * wanted < singular).all()
         assert (singular < 1.3 * wanted).all()
     assert int(updates_done(state)) == 1
@@ -97,7 +98,7 @@ def test_unknown_optimizer_raises(no_type_hook):
 
 
 @pytest.mark.parametrize("ffn", ["dense", "lookup", "hierarchical", "sparse"])
-def test_muon_gets_the_ternary_kernels_of_a_model_and_nothing_else(ffn):
+def test_muon_gets_the_projections_of_a_model_and_nothing_else(ffn):
     model = TransformerLM(TransformerConfig(vocab_size=5, n_layers=1, ffn=ffn))
 
     def init():
@@ -108,7 +109,8 @@ def test_muon_gets_the_ternary_kernels_of_a_model_and_nothing_else(ffn):
     states = jax.tree_util.tree_leaves_with_path(jax.eval_shape(optimizer.init, params))
     names = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in states]
     momenta = [name for name in names if "muon" in name and name.endswith("/kernel")]
-    wanted = {"tiles/up/kernel", "tiles/down/kernel"} if ffn in ("hierarchical", "sparse") else set()  # fmt: skip
+    where = {"dense": "ffn", "lookup": None}.get(ffn, "tiles")
+    wanted = {f"{where}/{name}/kernel" for name in ("up", "down")} if where else set()
     assert {"/".join(name.split("/")[-3:]) for name in momenta} == wanted
 
 

@@ -38,8 +38,8 @@ class TrainConfig:
         weight_decay: AdamW's, on matrices only: never on norms, scales, embeddings,
             splines or directions.
         decay_until: share of the run after which nothing is decayed.
-        optimizer: "muon" updates the ternary kernels by their orthogonalized momentum,
-            and everything else by AdamW.
+        optimizer: "muon" updates the projections of FFNs, ternary or dense, by their
+            orthogonalized momentum (a tile is a matrix), everything else by AdamW.
         beta1, beta2: AdamW's.
         clip: largest global gradient norm; 0 does not clip.
         balance_rate: share of the way that selection biases go towards even loads in a

@@ -1,4 +1,4 @@
-"""AdamW, or Muon for the ternary kernels, with warm-up and cosine decay, clipping, and
+"""AdamW, or Muon for the FFN's matrices, with warm-up and cosine decay, clipping, and
 a mask that says what is decayed.
 """
 
@@ -11,6 +11,7 @@ import optax
 from trix_jax.lm.config import TrainConfig
 
 MUON_RMS = 0.2  # of an update before the learning rate, as AdamW's are (Liu et al.)
+PROJECTIONS = (("up", "kernel"), ("down", "kernel"))
 
 
 def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
@@ -97,23 +98,25 @@ def _weight_decay(config: TrainConfig) -> float | optax.Schedule:
 
 
 def _optimizer_of_each(params):
-    """Muon gets the kernels of tiles, `[N, I, O]`, AdamW everything else."""
+    """Muon gets the projections of FFNs, tiles `[N, I, O]` and dense ones `[I, O]`, AdamW
+    everything else.
+    """
 
     def label(path, _):
-        names = [entry.key for entry in path]
-        return "muon" if "tiles" in names and names[-1] == "kernel" else "adamw"
+        names = tuple(entry.key for entry in path)[-2:]
+        return "muon" if names in PROJECTIONS else "adamw"
 
     return jax.tree_util.tree_map_with_path(label, params)
 
 
 def _each_matrix(params):
     """Every tile's matrix is orthogonalized by itself."""
-    matrix = optax.contrib.MuonDimensionNumbers(1, 2)
-    return jax.tree.map(lambda _: matrix, params)
+    numbers = optax.contrib.MuonDimensionNumbers
+    return jax.tree.map(lambda p: numbers(p.ndim - 2, p.ndim - 1), params)
 
 
 def _to_adamw_size(updates, _):
     """Orthogonal `[I, O]` matrices have the RMS `1 / sqrt(max(I, O))`; gives them
     `MUON_RMS`.
     """
-    return jax.tree.map(lambda u: u * (MUON_RMS * max(u.shape[1:]) ** 0.5), updates)
+    return jax.tree.map(lambda u: u * (MUON_RMS * max(u.shape[-2:]) ** 0.5), updates)
