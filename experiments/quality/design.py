@@ -49,6 +49,7 @@ class Setting(NamedTuple):
         preset: relative to the repository's root.
         groups: arms by group; an arm may be in several.
         plan: steps in order.
+        flags: of every run.
         also: what is run besides, last: `(arm, rate, seeds)`.
     """
 
@@ -56,6 +57,7 @@ class Setting(NamedTuple):
     preset: str
     groups: dict[str, tuple[Arm, ...]]
     plan: tuple[Step, ...]
+    flags: str = ""
     also: tuple[tuple[str, float, int], ...] = ()
 
     def arm(self, name: str) -> Arm:
@@ -121,17 +123,6 @@ ROUTES = (
 )
 FLOATS = (variant("float", "--model.ternary.mode none", tuned=True),)
 
-
-def with_muon(arm: Arm) -> Arm:
-    """The arm with Muon for its FFNs' projections, dense ones too."""
-    flags = f"{arm.flags} --train.optimizer muon"
-    return Arm(f"{arm.name}-muon", flags, arm.start)
-
-
-MUON = tuple(
-    map(with_muon, (best, dense(512), dense(1024), hidden, by_hash, by_token(sparse_4), *FLOATS))
-)  # fmt: skip
-
 # Where few tokens are common, biases that move fast never settle.
 SETTLED = tuple(
     Arm(f"{arm.name}-balance-slow", f"{arm.flags} --train.balance-rate 0.05", rate_of=arm.name)
@@ -140,7 +131,6 @@ SETTLED = tuple(
 
 # By expected gain. Those of optimizer, decay, quantizer or gate tune their rate.
 ABLATIONS = (
-    MUON[0],
     variant("gate-none", "--model.routing.gate none", tuned=True),
     patched("norm"),
     # The clusters are of no use to it, but flags must suit the default arm too.
@@ -222,8 +212,6 @@ SHAKESPEARE = Setting(
         "routes": (best, *ROUTES),
         "floats": (best, *FLOATS),
         "seed-table": (hierarchical, sparse_4),
-        "muon": MUON,
-        "muon-twins": MUON[:2],
         "ablations": ABLATIONS,
         "inheriting": tuple(arm for arm in ABLATIONS if arm.rate_of),
         "settled": SETTLED,
@@ -241,14 +229,10 @@ SHAKESPEARE = Setting(
         Step("top-1", 3),
         Step("dense-wide", 1),
         Step("floats", 3),
-        Step("muon-twins", 1),
-        Step("muon-twins", 3),
         Step("inheriting", 1),
         Step("ablations", 0),
         Step("settled", 1),
         Step("lookups", 1),
-        Step("muon", 1),
-        Step("muon", 3),
         Step("dense-wide", 3),
         Step("arms", 3),
         Step("ablations", 1),
@@ -257,6 +241,39 @@ SHAKESPEARE = Setting(
         Step("seed-table", 5),
         Step("ablations", 3),
         Step("on-the-way", 3),
+    ),
+)
+
+# The same with Muon for the projections of all FFNs, dense ones too; the rest keeps AdamW.
+MUON = "--train.optimizer muon"
+SHAKESPEARE_MUON = Setting(
+    "shakespeare-char-muon",
+    "configs/shakespeare_char.yaml",
+    flags=MUON,
+    groups={
+        "dense-curve": (dense(512), dense(256), dense(128), dense(64)),
+        "dense-wide": (dense(1024),),
+        "twins": (best, dense(512)),
+        "arms": (best, by_token(sparse_4), hidden),
+        "routes": (best, by_hash, hidden),
+        "floats": (best, *FLOATS),
+        "ablations": ABLATIONS,
+        "inheriting": tuple(arm for arm in ABLATIONS if arm.rate_of),
+    },
+    plan=(
+        Step("twins", 1),
+        Step("floats", 1),
+        Step("dense-curve", 1),
+        Step("routes", 1),
+        Step("twins", 3),
+        Step("inheriting", 1),
+        Step("ablations", 0),
+        Step("dense-curve", 3),
+        Step("arms", 3),
+        Step("floats", 3),
+        Step("routes", 3),
+        Step("dense-wide", 3),
+        Step("ablations", 1),
     ),
 )
 
@@ -283,5 +300,6 @@ ENGLISH = Setting(
         Step("dense-wide", 3),
     ),
 )
+ENGLISH_MUON = ENGLISH._replace(name="english-bpe-muon", flags=MUON)
 
-SETTINGS = {setting.name: setting for setting in (SHAKESPEARE, ENGLISH)}
+SETTINGS = {s.name: s for s in (SHAKESPEARE, SHAKESPEARE_MUON, ENGLISH, ENGLISH_MUON)}

@@ -44,12 +44,6 @@ COMPARED = (
     ),
     ("floats", BEST, "Ternary against float weights", PAIRED),
     (
-        "muon",
-        f"{BEST}-muon",
-        "Muon in place of AdamW on the projections of FFNs",
-        f"{PAIRED} Attention, embeddings and norms keep AdamW; every arm has a rate of its own.",
-    ),
-    (
         "ablations",
         BEST,
         f"Ablations of {BEST}",
@@ -99,7 +93,10 @@ def section(setting: Setting, runs: Sequence[Result], folder: Path) -> list[str]
         for arm in of_groups(setting, runs, "dense-curve", "dense-wide")
     }
     arms = of_groups(setting, runs, "arms")
-    parts = [f"## {setting.name}\n", f"{len(runs)} runs of `{setting.preset}`.\n"]
+    parts = [
+        f"## {setting.name}\n",
+        f"{len(runs)} runs of `{f'{setting.preset} {setting.flags}'.strip()}`.\n",
+    ]
     if len(dense) > 1 and arms:
         parts += on_the_curve(setting, arms, dense, folder)
         parts += targets(runs, arms, dense)

@@ -183,7 +183,7 @@ def run(setting: Setting, task: Task, data: str, runs: Path, more: str = "") -> 
     Raises:
         Interrupted: SIGTERM or SIGINT; the run is saved.
     """
-    flags = f"{task.arm.flags} --train.learning-rate {task.rate:g} --seed {task.seed}"
+    flags = f"{task.arm.flags} {setting.flags} --train.learning-rate {task.rate:g} --seed {task.seed}"
     store = token_store(setting, data, runs, more)
     # Later flags win, so `more` can shrink what an arm says.
     argv = [str(ROOT / setting.preset), *shlex.split(f"{flags} {more}")]
@@ -203,7 +203,7 @@ def run(setting: Setting, task: Task, data: str, runs: Path, more: str = "") -> 
         except Diverged as stop:
             print(stop, file=log)
     config = run_config.load(workdir / "config.yaml")
-    command = f"trix-jax train {setting.preset} {flags} {more}".strip()
+    command = " ".join(f"trix-jax train {setting.preset} {flags} {more}".split())
     if task.arm.patch:
         command += f"  # with experiments/quality/patches.py: {task.arm.patch}"
     return results.result_of(setting.name, task.arm.name, config, summary, command)
