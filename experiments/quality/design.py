@@ -169,6 +169,7 @@ ABLATIONS = (
     variant("threshold", "--model.ternary.rule threshold", tuned=True),
     variant("progressive", "--model.ternary.mode progressive", tuned=True),
 )  # fmt: skip
+INHERITING = tuple(arm for arm in ABLATIONS if arm.rate_of)
 
 # Steps on the way from the hidden state to the token.
 ON_THE_WAY = (
@@ -214,7 +215,7 @@ SHAKESPEARE = Setting(
         "floats": (best, *FLOATS),
         "seed-table": (hierarchical, sparse_4),
         "ablations": ABLATIONS,
-        "inheriting": tuple(arm for arm in ABLATIONS if arm.rate_of),
+        "inheriting": INHERITING,
         "settled": SETTLED,
         "lookups": (lookup, *LOOKUPS),
         "on-the-way": (hidden, *ON_THE_WAY),
@@ -258,8 +259,8 @@ SHAKESPEARE_MUON = Setting(
         "arms": (best, by_token(sparse_4), hidden),
         "routes": (best, by_hash, hidden),
         "floats": (best, *FLOATS),
-        "ablations": ABLATIONS,
-        "inheriting": tuple(arm for arm in ABLATIONS if arm.rate_of),
+        "ablations": (patched("whole"), *ABLATIONS),
+        "inheriting": (patched("whole"), *INHERITING),
     },
     plan=(
         Step("twins", 1),

@@ -11,8 +11,10 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from trix_jax import routing
+from trix_jax.lm import optimizer
 from trix_jax.nn import kernel, router, tiles
 
 EMA = 0.99  # share of the old signature that a step keeps
@@ -151,6 +153,26 @@ def scaled_init(size: float) -> Callable:
     return lambda scale=1.0: TILE_INIT(scale * size**2)
 
 
+def whole_layer(params):
+    """Muon takes the tiles of a layer, `[N, D, F]` and `[N, F, D]`, for one matrix
+    `[D, N F]` and `[N F, D]`, as a dense FFN has them.
+    """
+
+    def numbers(path, _):
+        is_up = path[-2].key == "up"
+        axes = ((1,), (0, 2)) if is_up else ((0, 1), (2,))
+        return optax.contrib.MuonDimensionNumbers(*axes)
+
+    return jax.tree_util.tree_map_with_path(numbers, params)
+
+
+def size_of_whole_layer(updates, _):
+    """As `optimizer._to_adamw_size`, whose long side is a tile's."""
+    return jax.tree.map(
+        lambda u: u * (optimizer.MUON_RMS * (u.size / min(u.shape[1:])) ** 0.5), updates
+    )
+
+
 SIGNATURES, MATCH, GATES = routing.signatures, routing.match, routing.gates
 SELECT, TILE_INIT = routing.select_tiles, kernel.tile_init
 
@@ -173,6 +195,10 @@ PATCHES: dict[str, tuple[tuple[object, str, object], ...]] = {
     "norm": ((tiles, "activation", lambda _: normalised),),
     "init-double": ((kernel, "tile_init", scaled_init(2.0)),),
     "init-half": ((kernel, "tile_init", scaled_init(0.5)),),
+    "whole": (
+        (optimizer, "_each_matrix", whole_layer),
+        (optimizer, "_to_adamw_size", size_of_whole_layer),
+    ),
     "hash-gated": ((tiles, "Router", HashedWithGates),),
     "half-hashed": ((tiles, "Router", HalfHashed),),
     "token": ((tiles, "Router", TokenRouter),),
