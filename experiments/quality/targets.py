@@ -33,7 +33,8 @@ def targets_table(
         controls: what routes instead on `base`'s tiles, by name; learned ones need not be
             beaten.
     """
-    dense = {w: arm for w, arm in dense.items() if len(arm.runs) >= SEEDS} or dense
+    enough = {w: arm for w, arm in dense.items() if len(arm.runs) >= SEEDS}
+    dense = enough if len(enough) > 1 else dense  # one width is no curve
     rows = [alive(arms)]
     rows += [against(name, controls[name], base) for name in controls]
     for arm in arms:
