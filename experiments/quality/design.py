@@ -113,11 +113,15 @@ def patched(name: str, tuned: bool = False, of: str = BEST) -> Arm:
 
 by_hash = Arm(f"{HIDDEN}-hash", "--arm hash --model.tiles-per-token 4", 2e-3)
 # Who chooses the same tiles: each by what it looks at, the hidden state or the token.
+BY_TOKEN_ROUTES = tuple(
+    variant(source, f"--model.routing.source {source}", tuned=True)
+    for source in ("learned", "random")
+)
 ROUTES = (
-    variant("learned", "--model.routing.source learned", tuned=True),
+    BY_TOKEN_ROUTES[0],
     Arm(f"{HIDDEN}-learned", "--arm learned --model.tiles-per-token 4"),
     by_hash,
-    variant("random", "--model.routing.source random", tuned=True),
+    BY_TOKEN_ROUTES[1],
     Arm(f"{HIDDEN}-random", "--arm random --model.tiles-per-token 4"),
     hidden,
 )
@@ -257,7 +261,9 @@ SHAKESPEARE_MUON = Setting(
         "dense-wide": (dense(1024),),
         "twins": (best, dense(512)),
         "arms": (best, by_token(sparse_4), hidden),
-        "routes": (best, by_hash, hidden),
+        "routes": (best, by_hash, *BY_TOKEN_ROUTES, hidden),
+        "by-token": (best, by_hash, *BY_TOKEN_ROUTES),
+        "top-1": (by_token(sparse_4),),
         "floats": (best, *FLOATS),
         "ablations": (patched("whole"), *ABLATIONS),
         "inheriting": (patched("whole"), *INHERITING),
@@ -268,8 +274,12 @@ SHAKESPEARE_MUON = Setting(
         Step("dense-curve", 1),
         Step("twins", 3),
         Step("dense-curve", 3),
-        Step("ablations", 0),
+        Step("by-token", 1),
+        Step("top-1", 1),
+        Step("by-token", 3),
+        Step("top-1", 3),
         Step("inheriting", 1),
+        Step("ablations", 0),
         Step("routes", 1),
         Step("arms", 3),
         Step("floats", 3),
