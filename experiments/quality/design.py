@@ -111,17 +111,16 @@ def patched(name: str, tuned: bool = False, of: str = BEST) -> Arm:
     return dataclasses.replace(variant(name, "", tuned, of), patch=name)
 
 
-by_hash = Arm(f"{HIDDEN}-hash", "--arm hash --model.tiles-per-token 4", 2e-3)
 # Who chooses the same tiles: each by what it looks at, the hidden state or the token.
+by_hash = Arm(f"{HIDDEN}-hash", "--arm hash --model.tiles-per-token 4", 2e-3)
 BY_TOKEN_ROUTES = tuple(
     variant(source, f"--model.routing.source {source}", tuned=True)
     for source in ("learned", "random")
 )
 ROUTES = (
-    BY_TOKEN_ROUTES[0],
-    Arm(f"{HIDDEN}-learned", "--arm learned --model.tiles-per-token 4"),
+    *BY_TOKEN_ROUTES,
     by_hash,
-    BY_TOKEN_ROUTES[1],
+    Arm(f"{HIDDEN}-learned", "--arm learned --model.tiles-per-token 4"),
     Arm(f"{HIDDEN}-random", "--arm random --model.tiles-per-token 4"),
     hidden,
 )
@@ -262,7 +261,7 @@ SHAKESPEARE_MUON = Setting(
         "twins": (best, dense(512)),
         "arms": (best, by_token(sparse_4), hidden),
         "routes": (best, by_hash, *BY_TOKEN_ROUTES, hidden),
-        "by-token": (best, by_hash, *BY_TOKEN_ROUTES),
+        "by-token": (by_hash, *BY_TOKEN_ROUTES),
         "top-1": (by_token(sparse_4),),
         "floats": (best, *FLOATS),
         "ablations": (patched("whole"), *ABLATIONS),
