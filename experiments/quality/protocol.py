@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,11 +25,13 @@ import optax
 
 from experiments.quality.run import RESULTS
 from trix_jax.cli.common import parse_preset
+from trix_jax.cli.main import INTERRUPTED
 from trix_jax.cli.train import Args
 from trix_jax.lm.data import Split, open_store
 from trix_jax.lm.evaluate import load_run
 from trix_jax.lm.metrics import write_atomically
 from trix_jax.lm.ngram import ngram_losses
+from trix_jax.lm.signals import Interrupted
 from trix_jax.lm.train import train
 
 PRESET = Path(__file__).parent / "original_protocol.yaml"
@@ -37,7 +40,8 @@ ARMS = {"sparse-4": 19.26, "hierarchical": 16.67}  # what the original and the s
 SEED = 42
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0 when all arms are done, 75 when interrupted."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -54,9 +58,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     (folder / "text.txt").write_text(text, encoding="utf-8")
     for arm in ARMS:
         if arm not in {run["arm"] for run in done}:
-            done.append(run(arm, folder, len(text), args.flags))
+            try:
+                done.append(run(arm, folder, len(text), args.flags))
+            except Interrupted as stop:
+                print(stop, flush=True)
+                return INTERRUPTED
             write_atomically(out, json.dumps(done, indent=1) + "\n")
             print(done[-1], flush=True)
+    return 0
 
 
 def characters(text: str) -> str:
@@ -121,4 +130,4 @@ def perplexity(workdir: Path, step: int, split: Split, batch_size: int = 64) -> 
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
