@@ -294,12 +294,7 @@ ENGLISH = Setting(
     groups={
         "dense-curve": (dense(512), dense(256), dense(128), dense(64)),
         "dense-wide": (dense(1024),),
-        "finalists": (
-            dataclasses.replace(hidden, start=2e-3),
-            best,
-            dense(512),
-            by_hash,
-        ),
+        "finalists": (best, dense(512), by_hash, hidden),
         "arms": (best, by_token(sparse_4), hidden),
         "routes": (best, *ROUTES),
         "top-1": (by_token(sparse_4),),
