@@ -157,20 +157,25 @@ def whole_layer(params):
     """Muon takes the tiles of a layer, `[N, D, F]` and `[N, F, D]`, for one matrix
     `[D, N F]` and `[N F, D]`, as a dense FFN has them.
     """
-
-    def numbers(path, _):
-        is_up = path[-2].key == "up"
-        axes = ((1,), (0, 2)) if is_up else ((0, 1), (2,))
-        return optax.contrib.MuonDimensionNumbers(*axes)
-
-    return jax.tree_util.tree_map_with_path(numbers, params)
+    numbers = optax.contrib.MuonDimensionNumbers
+    up, down = numbers((1,), (0, 2)), numbers((0, 1), (2,))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: up if is_up(path) else down, params
+    )
 
 
 def size_of_whole_layer(updates, _):
     """As `optimizer._to_adamw_size`, whose long side is a tile's."""
-    return jax.tree.map(
-        lambda u: u * (optimizer.MUON_RMS * (u.size / min(u.shape[1:])) ** 0.5), updates
-    )
+
+    def scaled(path, u):
+        width = u.shape[1] if is_up(path) else u.shape[2]
+        return u * (optimizer.MUON_RMS * max(width, u.size // width) ** 0.5)
+
+    return jax.tree_util.tree_map_with_path(scaled, updates)
+
+
+def is_up(path) -> bool:
+    return path[-2].key == "up"
 
 
 SIGNATURES, MATCH, GATES = routing.signatures, routing.match, routing.gates

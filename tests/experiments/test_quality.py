@@ -21,7 +21,7 @@ from experiments.quality import (
 from experiments.quality.design import SETTINGS, Step
 from trix_jax import SparseTriXFFN
 from trix_jax.lm.config import TrainConfig
-from trix_jax.lm.optimizer import make_optimizer
+from trix_jax.lm.optimizer import MUON_RMS, make_optimizer
 
 SMALL = (
     "--model.d-model 16 --model.n-layers 1 --model.n-heads 2 --model.context 16 --train.steps 3 "
@@ -193,6 +193,24 @@ def two_steps(name):
             updates, moments = update(grads, moments, params)
             params = optax.apply_updates(params, updates)
     return jax.tree.leaves(params)
+
+
+def test_muon_on_whole_layers_makes_updates_of_the_size_it_makes_on_tiles():
+    shapes = {"up": (16, 32, 8), "down": (16, 8, 32)}
+    params = {
+        "tiles": {
+            name: {"kernel": jax.random.normal(jax.random.key(0), shape)}
+            for name, shape in shapes.items()
+        }
+    }
+    config = TrainConfig(optimizer="muon", warmup_steps=0, weight_decay=0.0)
+    for patch in (None, "whole"):
+        with patches.applied(patch):
+            muon = make_optimizer(config)
+            updates, _ = muon.update(params, muon.init(params), params)
+        for update in jax.tree.leaves(updates):
+            size = jnp.sqrt(jnp.square(update).mean()) / config.learning_rate
+            assert 0.8 * MUON_RMS < size < 1.2 * MUON_RMS, (patch, update.shape)
 
 
 @pytest.mark.slow
