@@ -126,12 +126,6 @@ ROUTES = (
 )
 FLOATS = (variant("float", "--model.ternary.mode none", tuned=True),)
 
-# Where few tokens are common, biases that move fast never settle.
-SETTLED = tuple(
-    Arm(f"{arm.name}-balance-slow", f"{arm.flags} --train.balance-rate 0.05", rate_of=arm.name)
-    for arm in map(by_token, (hierarchical, lookup))
-)  # fmt: skip
-
 # By expected gain. Those of optimizer, decay, quantizer or gate tune their rate.
 ABLATIONS = (
     variant("gate-none", "--model.routing.gate none", tuned=True),
@@ -219,7 +213,6 @@ SHAKESPEARE = Setting(
         "seed-table": (hierarchical, sparse_4),
         "ablations": ABLATIONS,
         "inheriting": INHERITING,
-        "settled": SETTLED,
         "lookups": (lookup, *LOOKUPS),
         "on-the-way": (hidden, *ON_THE_WAY),
     },
@@ -236,7 +229,6 @@ SHAKESPEARE = Setting(
         Step("floats", 3),
         Step("inheriting", 1),
         Step("ablations", 0),
-        Step("settled", 1),
         Step("lookups", 1),
         Step("dense-wide", 3),
         Step("arms", 3),

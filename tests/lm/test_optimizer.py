@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from trix_jax.lm import metrics
-from trix_jax.lm.config import TrainConfig
+from trix_jax.lm.config import RunConfig, TrainConfig, resolve
 from trix_jax.lm.optimizer import MUON_RMS, make_optimizer, updates_done
 from trix_jax.lm.sharding import layout_of
 from trix_jax.lm.step import make_train_step
@@ -97,7 +97,14 @@ def test_unknown_optimizer_raises(no_type_hook):
         TrainConfig(optimizer="sgd")
 
 
-@pytest.mark.parametrize("ffn", ["dense", "lookup", "hierarchical", "sparse"])
+def test_muon_without_projections_raises():
+    model = TransformerConfig(ffn="lookup")
+    config = RunConfig(model=model, train=TrainConfig(optimizer="muon"))
+    with pytest.raises(ValueError, match="no projections for muon"):
+        resolve(config, model, 65)
+
+
+@pytest.mark.parametrize("ffn", ["dense", "hierarchical", "sparse"])
 def test_muon_gets_the_projections_of_a_model_and_nothing_else(ffn):
     model = TransformerLM(TransformerConfig(vocab_size=5, n_layers=1, ffn=ffn))
 
@@ -109,8 +116,8 @@ def test_muon_gets_the_projections_of_a_model_and_nothing_else(ffn):
     states = jax.tree_util.tree_leaves_with_path(jax.eval_shape(optimizer.init, params))
     names = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in states]
     momenta = [name for name in names if "muon" in name and name.endswith("/kernel")]
-    where = {"dense": "ffn", "lookup": None}.get(ffn, "tiles")
-    wanted = {f"{where}/{name}/kernel" for name in ("up", "down")} if where else set()
+    where = "ffn" if ffn == "dense" else "tiles"
+    wanted = {f"{where}/{name}/kernel" for name in ("up", "down")}
     assert {"/".join(name.split("/")[-3:]) for name in momenta} == wanted
 
 

@@ -240,9 +240,14 @@ def resolve(
         vocab_size: the tokenizer's.
 
     Raises:
-        ValueError: `model.vocab_size` is given and is not the tokenizer's.
+        ValueError: `model.vocab_size` is given and is not the tokenizer's; Muon is to
+            train a model that has nothing for it.
     """
     model = config.model
+    if config.train.optimizer == "muon" and model.ffn == "lookup":
+        raise ValueError(
+            "train.optimizer must be adamw with model.ffn='lookup', which has no projections for muon. Got 'muon'."
+        )
     if model.vocab_size not in (None, vocab_size):
         raise ValueError(
             f"model.vocab_size={model.vocab_size} must be the tokenizer's {vocab_size}, or left out."
