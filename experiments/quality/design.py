@@ -305,4 +305,29 @@ ENGLISH = Setting(
 )
 ENGLISH_MUON = ENGLISH._replace(name="english-bpe-muon", flags=MUON)
 
-SETTINGS = {s.name: s for s in (SHAKESPEARE, SHAKESPEARE_MUON, ENGLISH, ENGLISH_MUON)}
+# Larger, for a GPU: eight workers side by side fill one.
+ENGLISH_256 = Setting(
+    "english-256-muon",
+    "experiments/quality/english_256.yaml",
+    flags=MUON,
+    groups={
+        "dense-curve": (dense(1024), dense(512), dense(256), dense(128)),
+        "finalists": (best, dense(1024), by_hash, hidden),
+        "routes": (best, by_hash, *BY_TOKEN_ROUTES, hidden),
+        "arms": (best, by_token(sparse_4), hidden),
+    },
+    plan=(
+        Step("finalists", 1),
+        Step("dense-curve", 1),
+        Step("routes", 1),
+        Step("finalists", 3),
+        Step("dense-curve", 3),
+        Step("routes", 3),
+        Step("arms", 3),
+    ),
+)
+
+SETTINGS = {
+    s.name: s
+    for s in (SHAKESPEARE, SHAKESPEARE_MUON, ENGLISH, ENGLISH_MUON, ENGLISH_256)
+}
