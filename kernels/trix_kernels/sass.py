@@ -22,6 +22,7 @@ class Compiled(NamedTuple):
         registers: of a thread.
         spill_bytes: stored and loaded.
         smem_bytes: of a program.
+        serialized: whether ptxas makes wgmmas wait for each other, for want of registers.
         decode: `DECODE` instructions of a thread from loads of packed words to the last
             matrix instruction that they feed, by opcode.
         words_loaded: bytes of packed words that a thread loads there, four weights
@@ -31,6 +32,7 @@ class Compiled(NamedTuple):
     registers: int
     spill_bytes: int
     smem_bytes: int
+    serialized: bool
     decode: dict[str, int]
     words_loaded: int
 
@@ -67,6 +69,7 @@ def read(folder: Path, stem: str) -> Compiled:
         registers=_number(r"Used (\d+) registers", ptxas),
         spill_bytes=sum(map(int, spills)),
         smem_bytes=_number(r"smem_scratch_bytes=(\d+)", resources),
+        serialized="instructions are serialized" in ptxas,
         decode=decode,
         words_loaded=loaded,
     )
