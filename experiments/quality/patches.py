@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from trix_jax import routing
-from trix_jax.lm import optimizer
+from trix_jax.lm import evaluate, optimizer, step, train
 from trix_jax.nn import kernel, router, tiles
 
 EMA = 0.99  # share of the old signature that a step keeps
@@ -150,7 +150,15 @@ def normalised(x):
 
 
 def scaled_init(size: float) -> Callable:
-    return lambda scale=1.0: TILE_INIT(scale * size**2)
+    """Latent weights that start `size` times as large as the model has them start."""
+
+    def make(shape, kernel_init, **rest):
+        def init(*args):
+            return size * kernel_init(*args)
+
+        return kernel.TernaryKernel(shape, kernel_init=init, **rest)
+
+    return make
 
 
 def whole_layer(params):
@@ -179,7 +187,7 @@ def is_up(path) -> bool:
 
 
 SIGNATURES, MATCH, GATES = routing.signatures, routing.match, routing.gates
-SELECT, TILE_INIT = routing.select_tiles, kernel.tile_init
+SELECT = routing.select_tiles
 
 # name -> (owner, attribute, replacement), ...
 PATCHES: dict[str, tuple[tuple[object, str, object], ...]] = {
@@ -198,8 +206,8 @@ PATCHES: dict[str, tuple[tuple[object, str, object], ...]] = {
     ),
     "gated": ((tiles, "activation", lambda _: gated),),
     "norm": ((tiles, "activation", lambda _: normalised),),
-    "init-double": ((kernel, "tile_init", scaled_init(2.0)),),
-    "init-half": ((kernel, "tile_init", scaled_init(0.5)),),
+    "init-double": ((tiles, "TernaryKernel", scaled_init(2.0)),),
+    "init-half": ((tiles, "TernaryKernel", scaled_init(0.5)),),
     "whole": (
         (optimizer, "_each_matrix", whole_layer),
         (optimizer, "_to_adamw_size", size_of_whole_layer),
@@ -214,10 +222,24 @@ PATCHES: dict[str, tuple[tuple[object, str, object], ...]] = {
 def applied(name: str | None) -> Iterator[None]:
     """The library with a patch in it; None changes nothing.
 
+    What the library keeps compiled, with the optimizer in it, knows settings and no
+    patches, so it is forgotten before and after.
+
     Raises:
         KeyError: there is no such patch.
     """
-    with contextlib.ExitStack() as stack:
-        for owner, attribute, replacement in PATCHES[name] if name else ():
-            stack.enter_context(mock.patch.object(owner, attribute, replacement))
+    if name is None:
         yield
+        return
+    with contextlib.ExitStack() as stack:
+        for owner, attribute, replacement in PATCHES[name]:
+            stack.enter_context(mock.patch.object(owner, attribute, replacement))
+        _forget()
+        stack.callback(_forget)
+        yield
+
+
+def _forget() -> None:
+    for kept in (train._compiled_step, step._compiled_init, evaluate._compiled):
+        kept.cache_clear()
+    jax.clear_caches()

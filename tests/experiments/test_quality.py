@@ -6,7 +6,6 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from experiments.quality import (
@@ -19,9 +18,11 @@ from experiments.quality import (
     run,
 )
 from experiments.quality.design import SETTINGS, Step
-from trix_jax import SparseTriXFFN
-from trix_jax.lm.config import TrainConfig
+from trix_jax.lm import train
+from trix_jax.lm.config import TrainConfig, TransformerConfig
 from trix_jax.lm.optimizer import MUON_RMS, make_optimizer
+from trix_jax.lm.step import init_state
+from trix_jax.nn.transformer import TransformerLM
 
 SMALL = (
     "--model.d-model 16 --model.n-layers 1 --model.n-heads 2 --model.context 16 --train.steps 3 "
@@ -166,33 +167,18 @@ def test_every_patch_is_an_ablation_and_what_it_replaces_comes_back():
 
 
 def two_steps(name):
-    """Parameters after two steps of Muon, with a patch."""
+    """Parameters after two steps of Muon, with a patch, by what trains a run."""
+    model = TransformerConfig(
+        ffn="sparse", vocab_size=7, context=8, d_model=16, n_layers=1, n_heads=2,
+        num_tiles=4, tiles_per_token=2,
+    )  # fmt: skip
+    config = TrainConfig(optimizer="muon", warmup_steps=0, steps=9)
     with patches.applied(name):
-        layer = SparseTriXFFN(16, num_tiles=4, tiles_per_token=2)
-        x = jax.random.normal(jax.random.key(1), (24, 16)) + 0.5
-        ids = jnp.arange(24) % 7
-        state = dict(layer.init(jax.random.key(0), x, token_ids=ids))
-
-        def loss(params, routing):
-            (y, _, aux), new = layer.apply(
-                {"params": params, "routing": routing},
-                x,
-                train=True,
-                token_ids=ids,
-                mutable=["routing"],
-            )
-            return jnp.square(y - 1).mean() + aux["total_aux"], new["routing"]
-
-        optimizer = make_optimizer(TrainConfig(optimizer="muon", warmup_steps=0))
-        params, routing = state["params"], state["routing"]
-        moments = optimizer.init(params)
-        step = jax.jit(jax.grad(loss, has_aux=True))
-        update = jax.jit(optimizer.update)
-        for _ in range(2):
-            grads, routing = step(params, routing)
-            updates, moments = update(grads, moments, params)
-            params = optax.apply_updates(params, updates)
-    return jax.tree.leaves(params)
+        state = init_state(TransformerLM(model), make_optimizer(config), 0)
+        step = train._compiled_step(model, config, tuple(jax.devices()[:1]), "jit")
+        for key in jax.random.split(jax.random.key(1)):
+            state, _ = step(state, jax.random.randint(key, (1, 3, 9), 0, 7))
+    return jax.tree.leaves(state.params)
 
 
 def test_muon_on_whole_layers_makes_updates_of_the_size_it_makes_on_tiles():
@@ -214,7 +200,8 @@ def test_muon_on_whole_layers_makes_updates_of_the_size_it_makes_on_tiles():
 
 
 @pytest.mark.slow
-def test_every_patch_changes_what_is_trained():
+def test_every_patch_changes_what_is_trained_and_nothing_of_it_stays():
+    """One process, as in a queue: a model and settings that are the same for all."""
     seen = [two_steps(None)]
     for name in patches.PATCHES:
         found = two_steps(name)
