@@ -43,6 +43,7 @@ CONFIGS = {
         ffn="hierarchical",
         num_tiles=64,
         tiles_per_cluster=8,
+        router_input="hidden",
         dtype="bfloat16",
     ),
     "small, dense": TransformerConfig(
