@@ -129,6 +129,8 @@ FLOATS = (variant("float", "--model.ternary.mode none", tuned=True),)
 # By expected gain. Those of optimizer, decay, quantizer or gate tune their rate.
 ABLATIONS = (
     variant("gate-none", "--model.routing.gate none", tuned=True),
+    patched("pairs"),
+    patched("pairs-half"),
     patched("norm"),
     # The clusters are of no use to it, but flags must suit the default arm too.
     Arm(
@@ -272,7 +274,6 @@ SHAKESPEARE_MUON = Setting(
         Step("by-token", 3),
         Step("top-1", 3),
         Step("inheriting", 1),
-        Step("ablations", 0),
         Step("floats", 3),
         Step("by-token", 5),
         Step("routes", 1),

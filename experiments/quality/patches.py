@@ -100,6 +100,21 @@ class TokenRouter(router.Router):
         )
 
 
+def with_the_token_before(share: float) -> Callable:
+    """Signatures meet the token's row of the embedding table and, at `share` of its size,
+    the row of the token before: routes by pairs of tokens, as still as those by token.
+    """
+
+    def router_tokens(tokens, router_input):
+        if router_input is None:
+            return ROUTER_TOKENS(tokens, None)
+        zeros = jnp.zeros_like(router_input[..., :1, :])
+        before = jnp.concatenate([zeros, router_input[..., :-1, :]], axis=-2)
+        return ROUTER_TOKENS(tokens, unit(router_input) + share * unit(before))
+
+    return router_tokens
+
+
 def principal_direction(module, up, axis):
     """The first left singular vector of a tile's up-projection, on the side of the sum."""
     del module, axis
@@ -187,7 +202,7 @@ def is_up(path) -> bool:
 
 
 SIGNATURES, MATCH, GATES = routing.signatures, routing.match, routing.gates
-SELECT = routing.select_tiles
+SELECT, ROUTER_TOKENS = routing.select_tiles, tiles.router_tokens
 
 # name -> (owner, attribute, replacement), ...
 PATCHES: dict[str, tuple[tuple[object, str, object], ...]] = {
@@ -215,6 +230,8 @@ PATCHES: dict[str, tuple[tuple[object, str, object], ...]] = {
     "hash-gated": ((tiles, "Router", HashedWithGates),),
     "half-hashed": ((tiles, "Router", HalfHashed),),
     "token": ((tiles, "Router", TokenRouter),),
+    "pairs": ((tiles, "router_tokens", with_the_token_before(1.0)),),
+    "pairs-half": ((tiles, "router_tokens", with_the_token_before(0.5)),),
 }
 
 
