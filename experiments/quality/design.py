@@ -183,15 +183,19 @@ ON_THE_WAY = (
     ),
 )
 
-# Where the lookup loses: its splines, what they read, its gate, its rank.
-LOOKUPS = tuple(
-    Arm(f"{lookup.name}-{name}", f"{lookup.flags} {flags}", rate_of=lookup.name)
-    for name, flags in (
-        ("float-splines", "--model.no-ternary-splines"),
-        ("compress-128", "--model.compress-hidden 128"),
-        ("gate-none", "--model.routing.gate none"),
-        ("64-tiles", "--model.num-tiles 64"),
-    )
+# Where the lookup loses: its splines, what they read, its gate, its directions, its rank.
+four = dataclasses.replace(lookup, name=f"{lookup.name}-four", start=2e-3, patch="four")
+LOOKUPS = (
+    four,
+    *(
+        Arm(f"{lookup.name}-{name}", f"{lookup.flags} {flags}", rate_of=lookup.name)
+        for name, flags in (
+            ("float-splines", "--model.no-ternary-splines"),
+            ("compress-128", "--model.compress-hidden 128"),
+            ("gate-none", "--model.routing.gate none"),
+            ("64-tiles", "--model.num-tiles 64"),
+        )
+    ),
 )
 
 SHAKESPEARE = Setting(

@@ -1,21 +1,25 @@
 """Ablations that no flag of the library has: what they replace in it while they train.
 
 An idea is tried from here first and gets an option only where it wins; most lose, and the
-library stays as small as it was. All act on the flat layer's training path; a patched
+library stays as small as it was. All but `four` act on the flat layer's training path; a patched
 run is evaluated under its patch and is not meant to be exported.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 
 from trix_jax import routing
 from trix_jax.lm import evaluate, optimizer, step, train
 from trix_jax.nn import kernel, router, tiles
+from trix_jax.nn.block import SparseLookupBlock
+from trix_jax.nn.sparse_lookup_ffn import SparseLookupFFN, compress_width
 
 EMA = 0.99  # share of the old signature that a step keeps
 POWER_STEPS = 8
@@ -164,6 +168,32 @@ def normalised(x):
     return routing.rms_unit(tiles.squared_relu(x)).astype(x.dtype)
 
 
+class SideBySide(SparseLookupFFN):
+    """Four lookups in place of one, each with its own routes, splines, directions and a
+    quarter of the compressor: rank four at the same multiply-accumulates. The first
+    one's routes are reported.
+    """
+
+    @nn.compact
+    def __call__(self, x, train=False, **how):
+        own = ("compress_hidden", "parent", "name")
+        kept = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(SparseLookupFFN)
+            if field.name not in own
+        }
+        width = compress_width(self.d_model, self.compress_hidden) // 4
+        parts = [
+            SparseLookupFFN(**kept, compress_hidden=width, name=f"part_{i}")(
+                x, train, **how
+            )
+            for i in range(4)
+        ]
+        outputs, infos, losses = zip(*parts, strict=True)
+        mean = jax.tree.map(lambda *each: sum(each) / 4, *losses)
+        return sum(outputs), infos[0], mean
+
+
 def scaled_init(size: float) -> Callable:
     """Latent weights that start `size` times as large as the model has them start."""
 
@@ -230,6 +260,7 @@ PATCHES: dict[str, tuple[tuple[object, str, object], ...]] = {
     "hash-gated": ((tiles, "Router", HashedWithGates),),
     "half-hashed": ((tiles, "Router", HalfHashed),),
     "token": ((tiles, "Router", TokenRouter),),
+    "four": ((SparseLookupBlock, "FFN", SideBySide),),
     "pairs": ((tiles, "router_tokens", with_the_token_before(1.0)),),
     "pairs-half": ((tiles, "router_tokens", with_the_token_before(0.5)),),
 }

@@ -155,6 +155,7 @@ def test_everything_shrunken_from_queue_to_report(text, tmp_path, monkeypatch):
 def test_every_patch_is_an_ablation_and_what_it_replaces_comes_back():
     arms = [
         *design.SHAKESPEARE.groups["on-the-way"],
+        *design.SHAKESPEARE.groups["lookups"],
         *design.SHAKESPEARE_MUON.groups["ablations"],
     ]
     assert {arm.patch for arm in arms if arm.patch} == set(patches.PATCHES)
@@ -166,13 +167,14 @@ def test_every_patch_is_an_ablation_and_what_it_replaces_comes_back():
         assert [getattr(owner, attribute) for owner, attribute, _ in replaced] == before
 
 
-def two_steps(name):
-    """Parameters after two steps of Muon, with a patch, by what trains a run."""
+def two_steps(name, ffn="sparse"):
+    """Parameters after two steps with a patch, by what trains a run."""
     model = TransformerConfig(
-        ffn="sparse", vocab_size=7, context=8, d_model=16, n_layers=1, n_heads=2,
-        num_tiles=4, tiles_per_token=2,
+        ffn=ffn, vocab_size=7, context=8, d_model=16, n_layers=1, n_heads=2,
+        num_tiles=4, tiles_per_cluster=2, tiles_per_token=2 if ffn == "sparse" else 1,
     )  # fmt: skip
-    config = TrainConfig(optimizer="muon", warmup_steps=0, steps=9)
+    optimizer = "muon" if ffn == "sparse" else "adamw"
+    config = TrainConfig(optimizer=optimizer, warmup_steps=0, steps=9)
     with patches.applied(name):
         state = init_state(TransformerLM(model), make_optimizer(config), 0)
         step = train._compiled_step(model, config, tuple(jax.devices()[:1]), "jit")
@@ -204,6 +206,11 @@ def test_every_patch_changes_what_is_trained_and_nothing_of_it_stays():
     """One process, as in a queue: a model and settings that are the same for all."""
     seen = [two_steps(None)]
     for name in patches.PATCHES:
+        if name == "four":  # of the lookup, which has more leaves with it
+            one, four = (two_steps(patch, "lookup") for patch in (None, name))
+            assert all(np.isfinite(leaf).all() for leaf in four)
+            assert len(four) > 2 * len(one)
+            continue
         found = two_steps(name)
         assert all(np.isfinite(leaf).all() for leaf in found), name
         for other in seen:
