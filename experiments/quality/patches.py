@@ -16,7 +16,7 @@ import optax
 from flax import linen as nn
 
 from trix_jax import routing
-from trix_jax.lm import evaluate, optimizer, step, train
+from trix_jax.lm import accounting, evaluate, optimizer, step, train
 from trix_jax.nn import kernel, router, tiles
 from trix_jax.nn.block import SparseLookupBlock
 from trix_jax.nn.sparse_lookup_ffn import SparseLookupFFN, compress_width
@@ -194,6 +194,10 @@ class SideBySide(SparseLookupFFN):
         return sum(outputs), infos[0], mean
 
 
+def bits_side_by_side(layer, config):
+    return sum(BITS(part, config) for part in layer.values())
+
+
 def scaled_init(size: float) -> Callable:
     """Latent weights that start `size` times as large as the model has them start."""
 
@@ -232,6 +236,7 @@ def is_up(path) -> bool:
 
 
 SIGNATURES, MATCH, GATES = routing.signatures, routing.match, routing.gates
+BITS = accounting._bits
 SELECT, ROUTER_TOKENS = routing.select_tiles, tiles.router_tokens
 
 # name -> (owner, attribute, replacement), ...
@@ -260,7 +265,10 @@ PATCHES: dict[str, tuple[tuple[object, str, object], ...]] = {
     "hash-gated": ((tiles, "Router", HashedWithGates),),
     "half-hashed": ((tiles, "Router", HalfHashed),),
     "token": ((tiles, "Router", TokenRouter),),
-    "four": ((SparseLookupBlock, "FFN", SideBySide),),
+    "four": (
+        (SparseLookupBlock, "FFN", SideBySide),
+        (accounting, "_bits", bits_side_by_side),
+    ),
     "pairs": ((tiles, "router_tokens", with_the_token_before(1.0)),),
     "pairs-half": ((tiles, "router_tokens", with_the_token_before(0.5)),),
 }
