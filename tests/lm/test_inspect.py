@@ -114,14 +114,24 @@ def test_page_draws_itself_in_a_browser(found, tmp_path):
     assert "validation loss" in done.stdout
 
 
-@pytest.mark.slow
-def test_orders_move_exactly_the_tokens_named(model):
+@pytest.fixture(scope="module")
+def elsewhere(model):
+    """A tile that the letter e does not take, and where e is."""
     loaded, variables, tokenizer, ids = model
+    plain = route(loaded, variables, ids)
+    named = ids[: plain.tiles.shape[1]] == int(tokenizer.encode("e")[0])
+    free = set(range(loaded.config.num_tiles)) - set(plain.tiles[0, named].ravel())
+    return min(free), named
+
+
+@pytest.mark.slow
+def test_orders_move_exactly_the_tokens_named(model, elsewhere):
+    loaded, variables, tokenizer, ids = model
+    tile, named = elsewhere
     e = int(tokenizer.encode("e")[0])
     plain = route(loaded, variables, ids)
-    steered = route(loaded, variables, ids, (Order(0, 2, (e,), pin=True),))
-    named = ids[: plain.tiles.shape[1]] == e
-    assert (steered.tiles[0, named] == 2).any(axis=-1).all()
+    steered = route(loaded, variables, ids, (Order(0, tile, (e,), pin=True),))
+    assert (steered.tiles[0, named] == tile).any(axis=-1).all()
     np.testing.assert_array_equal(steered.tiles[0, ~named], plain.tiles[0, ~named])
     kept = diff(plain, steered)[0]
     assert kept["kept"] < 1
@@ -130,10 +140,17 @@ def test_orders_move_exactly_the_tokens_named(model):
 
 
 @pytest.mark.slow
-def test_verb_writes_the_page_and_answers(run_dir, tmp_path, capsys):
+def test_verb_writes_the_page_and_answers(run_dir, tmp_path, capsys, elsewhere):
     page, held = tmp_path / "page.html", tmp_path / "held"
     argv = ["inspect", "--checkpoint", str(run_dir), "--output", str(page)]
-    argv += ["--against", "step:5", "--signature", "0:1", "--pin", "0:2:e"]
+    argv += [
+        "--against",
+        "step:5",
+        "--signature",
+        "0:1",
+        "--pin",
+        f"0:{elsewhere[0]}:e",
+    ]
     argv += ["--freeze", str(held), "--json"]
     assert main(argv) == 0
     answers = json.loads(capsys.readouterr().out.splitlines()[-1])
