@@ -126,6 +126,8 @@ ROUTES = (
 )
 FLOATS = (variant("float", "--model.ternary.mode none", tuned=True),)
 
+late = variant("late", "--model.ternary.full-precision-fraction 0.3", tuned=True)
+
 # By expected gain. Those of optimizer, decay, quantizer or gate tune their rate.
 ABLATIONS = (
     variant("gate-none", "--model.routing.gate none", tuned=True),
@@ -148,7 +150,7 @@ ABLATIONS = (
     variant("gelu", "--model.activation gelu"),
     patched("gated"),
     variant("channel", "--model.ternary.granularity channel", tuned=True),
-    variant("late", "--model.ternary.full-precision-fraction 0.3", tuned=True),
+    late,
     variant("no-decay", "--train.weight-decay 0", tuned=True),
     variant("decay-half", "--train.decay-until 0.5", tuned=True),
     variant("final-0", "--train.final-learning-rate 0", tuned=True),
@@ -256,12 +258,10 @@ SHAKESPEARE_MUON = Setting(
         "dense-curve": (dense(512), dense(256), dense(128), dense(64)),
         "dense-wide": (dense(1024),),
         "twins": (best, dense(512)),
-        "arms": (best, by_token(sparse_4), hidden),
+        "arms": (best, late, by_token(sparse_4), hidden),
         "routes": (best, by_hash, *BY_TOKEN_ROUTES, hidden),
         "by-token": (best, by_hash, *BY_TOKEN_ROUTES),
-        "late": (
-            variant("late", "--model.ternary.full-precision-fraction 0.3", tuned=True),
-        ),
+        "late": (late,),
         "top-1": (by_token(sparse_4),),
         "floats": (best, *FLOATS),
         "ablations": (patched("whole"), *ABLATIONS),
@@ -281,7 +281,7 @@ SHAKESPEARE_MUON = Setting(
         Step("floats", 3),
         Step("by-token", 5),
         Step("routes", 1),
-        Step("late", 3),
+        Step("late", 5),
         Step("arms", 3),
         Step("inheriting", 3),
         Step("routes", 3),
