@@ -35,6 +35,8 @@ PRESET = RunConfig(
         ffn="sparse",
         num_tiles=16,
         tiles_per_token=4,
+        # Here the hidden state is ahead: 1.875 to 1.917 by token, one seed.
+        router_input="hidden",
     ),
     data=DataConfig(source="stdlib", tokenizer="byte", val_fraction=0.05),
     train=TrainConfig(steps=800, batch_size=12, learning_rate=2e-3, eval_every=200),
