@@ -315,7 +315,7 @@ ENGLISH = Setting(
 )
 ENGLISH_MUON = ENGLISH._replace(name="english-bpe-muon", flags=MUON)
 
-# Larger, for a GPU: eight workers side by side fill one.
+# Larger, for a GPU: four workers side by side fill an H100.
 ENGLISH_256 = Setting(
     "english-256-muon",
     "experiments/quality/english_256.yaml",

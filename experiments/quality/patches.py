@@ -1,8 +1,8 @@
 """Ablations that no flag of the library has: what they replace in it while they train.
 
 An idea is tried from here first and gets an option only where it wins; most lose, and the
-library stays as small as it was. All but `four` act on the flat layer's training path; a patched
-run is evaluated under its patch and is not meant to be exported.
+library stays as small as it was. All but `four` act on the flat layer's training path; a
+patched run is evaluated under its patch and is not meant to be exported.
 """
 
 import contextlib
@@ -170,8 +170,9 @@ def normalised(x):
 
 class SideBySide(SparseLookupFFN):
     """Four lookups in place of one, each with its own routes, splines, directions and a
-    quarter of the compressor: rank four at the same multiply-accumulates. The first
-    one's routes are reported.
+    quarter of the compressor: rank four. The compressors take as many
+    multiply-accumulates as one did, the routing four times as many. The first one's
+    routes are reported.
     """
 
     @nn.compact
@@ -192,6 +193,12 @@ class SideBySide(SparseLookupFFN):
         outputs, infos, losses = zip(*parts, strict=True)
         mean = jax.tree.map(lambda *each: sum(each) / 4, *losses)
         return sum(outputs), infos[0], mean
+
+
+def active_side_by_side(config, training=False):
+    width = compress_width(config.d_model, config.compress_hidden) // 4
+    part = dataclasses.replace(config, compress_hidden=width)
+    return 4 * ACTIVE(part, training)
 
 
 def bits_side_by_side(layer, config):
@@ -236,7 +243,7 @@ def is_up(path) -> bool:
 
 
 SIGNATURES, MATCH, GATES = routing.signatures, routing.match, routing.gates
-BITS = accounting._bits
+ACTIVE, BITS = accounting._active, accounting._bits
 SELECT, ROUTER_TOKENS = routing.select_tiles, tiles.router_tokens
 
 # name -> (owner, attribute, replacement), ...
@@ -267,6 +274,7 @@ PATCHES: dict[str, tuple[tuple[object, str, object], ...]] = {
     "token": ((tiles, "Router", TokenRouter),),
     "four": (
         (SparseLookupBlock, "FFN", SideBySide),
+        (accounting, "_active", active_side_by_side),
         (accounting, "_bits", bits_side_by_side),
     ),
     "pairs": ((tiles, "router_tokens", with_the_token_before(1.0)),),

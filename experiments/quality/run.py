@@ -190,23 +190,24 @@ def run(setting: Setting, task: Task, data: str, runs: Path, more: str = "") -> 
     args, reference = parse_preset(Args, [*argv, "--data.path", str(store)], "train")
     workdir, summary = runs / setting.name / str(task), None
     workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / "log.txt").open("a", encoding="utf-8") as log:
-        try:
-            with patches.applied(task.arm.patch):
-                summary = train(
-                    args.config,
-                    workdir,
-                    reference=reference,
-                    devices=jax.devices()[:1],
-                    report=lambda line: print(line, file=log, flush=True),
-                )
-        except Diverged as stop:
-            print(stop, file=log)
-    config = run_config.load(workdir / "config.yaml")
     command = " ".join(f"trix-jax train {setting.preset} {flags} {more}".split())
     if task.arm.patch:
         command += f"  # with experiments/quality/patches.py: {task.arm.patch}"
-    return results.result_of(setting.name, task.arm.name, config, summary, command)
+    log_file = (workdir / "log.txt").open("a", encoding="utf-8")
+    with log_file as log, patches.applied(task.arm.patch):
+        try:
+            summary = train(
+                args.config,
+                workdir,
+                reference=reference,
+                devices=jax.devices()[:1],
+                report=lambda line: print(line, file=log, flush=True),
+            )
+        except Diverged as stop:
+            print(stop, file=log)
+        # A patch may change what a model costs.
+        config = run_config.load(workdir / "config.yaml")
+        return results.result_of(setting.name, task.arm.name, config, summary, command)
 
 
 def token_store(setting: Setting, data: str, runs: Path, more: str) -> Path:
