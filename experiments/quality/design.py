@@ -322,18 +322,19 @@ ENGLISH_256 = Setting(
     flags=MUON,
     groups={
         "dense-curve": (dense(1024), dense(512), dense(256), dense(128)),
-        "finalists": (best, dense(1024), by_hash, hidden),
+        "tiles": (best, late),
         "routes": (best, by_hash, *BY_TOKEN_ROUTES, hidden),
-        "arms": (best, by_token(sparse_4), hidden),
+        "finalists": (best, late, by_hash, hidden),
+        "arms": (best, late, by_token(sparse_4), hidden),
     },
     plan=(
-        Step("finalists", 1),
         Step("dense-curve", 1),
-        Step("routes", 1),
-        Step("finalists", 3),
+        Step("tiles", 1),
         Step("dense-curve", 3),
-        Step("routes", 3),
+        Step("tiles", 3),
+        Step("finalists", 3),
         Step("arms", 3),
+        Step("routes", 3),
     ),
 )
 
