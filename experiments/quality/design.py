@@ -190,12 +190,18 @@ four = dataclasses.replace(lookup, name=f"{lookup.name}-four", start=2e-3, patch
 LOOKUPS = (
     four,
     *(
+        Arm(f"{lookup.name}-{patch}", lookup.flags, rate_of=lookup.name, patch=patch)
+        for patch in ("nothing", "continuous", "linear")
+    ),
+    *(
         Arm(f"{lookup.name}-{name}", f"{lookup.flags} {flags}", rate_of=lookup.name)
         for name, flags in (
             ("float-splines", "--model.no-ternary-splines"),
             ("compress-128", "--model.compress-hidden 128"),
             ("gate-none", "--model.routing.gate none"),
             ("64-tiles", "--model.num-tiles 64"),
+            ("grid-1", "--model.grid-size 1"),
+            ("grid-4", "--model.grid-size 4"),
         )
     ),
 )

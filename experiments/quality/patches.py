@@ -1,7 +1,7 @@
 """Ablations that no flag of the library has: what they replace in it while they train.
 
 An idea is tried from here first and gets an option only where it wins; most lose, and the
-library stays as small as it was. All but `four` act on the flat layer's training path; a
+library stays as small as it was. All but those of the lookup act on the flat layer's training path; a
 patched run is evaluated under its patch and is not meant to be exported.
 """
 
@@ -205,6 +205,40 @@ def bits_side_by_side(layer, config):
     return sum(BITS(part, config) for part in layer.values())
 
 
+def no_magnitude(self, ab, tile, progress):
+    """The lookup gives nothing: what attention alone is worth."""
+    return 0.0 * MAGNITUDE(self, ab, tile, progress)
+
+
+def continuous(self, ab, tile, progress):
+    """A spline without jumps: bilinear between the coefficients `c0` of a tile's cells,
+    which sit on the grid's corners.
+    """
+    grid = self.grid_size
+    position = (ab + 1) / 2 * (grid - 1)
+    cell = jax.lax.stop_gradient(jnp.clip(jnp.floor(position), 0, grid - 2))
+    (a, b), (i, j) = (position - cell).T, cell.astype(jnp.int32).T
+    c0 = self._splines(progress).reshape(self.num_tiles, grid, grid, 3)[..., 0]
+    low = (1 - a) * c0[tile, i, j] + a * c0[tile, i + 1, j]
+    high = (1 - a) * c0[tile, i, j + 1] + a * c0[tile, i + 1, j + 1]
+    scale = self.param("spline_scale", nn.initializers.ones, (self.num_tiles,))
+    return scale[tile] * ((1 - b) * low + b * high)
+
+
+def all_of_the_compressor(self, h, dtype):
+    """The compressor's hidden units, for `linear_magnitude`."""
+    width = compress_width(self.d_model, self.compress_hidden)
+    return jax.nn.gelu(nn.Dense(width, name="compress_in", dtype=dtype)(h))
+
+
+def linear_magnitude(self, hidden, tile, progress):
+    """Not a spline of two numbers but each tile's own product with all hidden units."""
+    del progress
+    shape = self.num_tiles, hidden.shape[-1]
+    init = nn.initializers.normal(shape[1] ** -0.5)
+    return (hidden * self.param("magnitudes", init, shape)[tile]).sum(axis=-1)
+
+
 def scaled_init(size: float) -> Callable:
     """Latent weights that start `size` times as large as the model has them start."""
 
@@ -244,6 +278,7 @@ def is_up(path) -> bool:
 
 SIGNATURES, MATCH, GATES = routing.signatures, routing.match, routing.gates
 ACTIVE, BITS = accounting._active, accounting._bits
+MAGNITUDE = SparseLookupFFN._magnitude
 SELECT, ROUTER_TOKENS = routing.select_tiles, tiles.router_tokens
 
 # name -> (owner, attribute, replacement), ...
@@ -276,6 +311,12 @@ PATCHES: dict[str, tuple[tuple[object, str, object], ...]] = {
         (SparseLookupBlock, "FFN", SideBySide),
         (accounting, "_active", active_side_by_side),
         (accounting, "_bits", bits_side_by_side),
+    ),
+    "nothing": ((SparseLookupFFN, "_magnitude", no_magnitude),),
+    "continuous": ((SparseLookupFFN, "_magnitude", continuous),),
+    "linear": (
+        (SparseLookupFFN, "_compress", all_of_the_compressor),
+        (SparseLookupFFN, "_magnitude", linear_magnitude),
     ),
     "pairs": ((tiles, "router_tokens", with_the_token_before(1.0)),),
     "pairs-half": ((tiles, "router_tokens", with_the_token_before(0.5)),),

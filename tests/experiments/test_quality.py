@@ -167,6 +167,9 @@ def test_every_patch_is_an_ablation_and_what_it_replaces_comes_back():
         assert [getattr(owner, attribute) for owner, attribute, _ in replaced] == before
 
 
+LOOKUPS = ("four", "nothing", "continuous", "linear")
+
+
 def two_steps(name, ffn="sparse"):
     """Parameters after two steps with a patch, by what trains a run."""
     model = TransformerConfig(
@@ -206,10 +209,7 @@ def test_every_patch_changes_what_is_trained_and_nothing_of_it_stays():
     """One process, as in a queue: a model and settings that are the same for all."""
     seen = [two_steps(None)]
     for name in patches.PATCHES:
-        if name == "four":  # of the lookup, which has more leaves with it
-            one, four = (two_steps(patch, "lookup") for patch in (None, name))
-            assert all(np.isfinite(leaf).all() for leaf in four)
-            assert len(four) > 2 * len(one)
+        if name in LOOKUPS:
             continue
         found = two_steps(name)
         assert all(np.isfinite(leaf).all() for leaf in found), name
@@ -219,6 +219,20 @@ def test_every_patch_changes_what_is_trained_and_nothing_of_it_stays():
         seen.append(found)
     again = two_steps(None)
     assert all(np.array_equal(a, b) for a, b in zip(seen[0], again, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LOOKUPS)
+def test_patches_of_the_lookup(name):
+    plain, found = (two_steps(patch, "lookup") for patch in (None, name))
+    assert all(np.isfinite(leaf).all() for leaf in found)
+    if name == "four":
+        assert len(found) > 2 * len(plain)
+    elif name == "linear":  # no splines, no second product of the compressor
+        assert len(found) < len(plain)
+    else:
+        pairs = zip(found, plain, strict=True)
+        assert not all(np.allclose(a, b, atol=1e-6) for a, b in pairs)
 
 
 @pytest.mark.slow
