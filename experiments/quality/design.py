@@ -126,7 +126,8 @@ ROUTES = (
 )
 FLOATS = (variant("float", "--model.ternary.mode none", tuned=True),)
 
-late = variant("late", "--model.ternary.full-precision-fraction 0.3", tuned=True)
+LATE = "--model.ternary.full-precision-fraction"
+late = variant("late", f"{LATE} 0.3", tuned=True)
 
 # By expected gain. Those of optimizer, decay, quantizer or gate tune their rate.
 ABLATIONS = (
@@ -170,6 +171,19 @@ ABLATIONS = (
     variant("threshold", "--model.ternary.rule threshold", tuned=True),
     variant("progressive", "--model.ternary.mode progressive", tuned=True),
 )  # fmt: skip
+
+
+def together(name: str, flags: str) -> Arm:
+    """Late quantization with something else that looks like a gain."""
+    return Arm(f"{BEST}-late-{name}", f"{best.flags} {flags}")
+
+
+TOGETHER = (
+    together("renormalized", f"{LATE} 0.3 --model.routing.gate renormalized"),
+    together("gelu", f"{LATE} 0.3 --model.activation gelu"),
+    together("half", f"{LATE} 0.5"),
+)
+late_top_1 = Arm("sparse-4-embedding-late", f"{by_token(sparse_4).flags} {LATE} 0.3")
 INHERITING = tuple(arm for arm in ABLATIONS if arm.rate_of)
 
 # Steps on the way from the hidden state to the token.
@@ -264,7 +278,7 @@ SHAKESPEARE_MUON = Setting(
         "dense-curve": (dense(512), dense(256), dense(128), dense(64)),
         "dense-wide": (dense(1024),),
         "twins": (best, dense(512)),
-        "arms": (best, late, by_token(sparse_4), hidden),
+        "arms": (best, late, by_token(sparse_4), late_top_1, hidden),
         "routes": (best, by_hash, *BY_TOKEN_ROUTES, hidden),
         "by-token": (best, by_hash, *BY_TOKEN_ROUTES),
         "late": (late,),
@@ -272,6 +286,7 @@ SHAKESPEARE_MUON = Setting(
         "floats": (best, *FLOATS),
         "ablations": (patched("whole"), *ABLATIONS),
         "inheriting": (patched("whole"), *INHERITING),
+        "together": TOGETHER,
     },
     plan=(
         Step("twins", 1),
@@ -288,10 +303,11 @@ SHAKESPEARE_MUON = Setting(
         Step("by-token", 5),
         Step("routes", 1),
         Step("late", 5),
-        Step("arms", 3),
         Step("inheriting", 3),
         Step("routes", 3),
         Step("ablations", 3),
+        Step("together", 3),
+        Step("arms", 3),
         Step("dense-wide", 3),
     ),
 )
@@ -321,7 +337,7 @@ ENGLISH = Setting(
 )
 ENGLISH_MUON = ENGLISH._replace(name="english-bpe-muon", flags=MUON)
 
-# Larger, for a GPU: four workers side by side fill an H100.
+# Larger, for a GPU: seven workers side by side, under CUDA MPS, fill an H100.
 ENGLISH_256 = Setting(
     "english-256-muon",
     "experiments/quality/english_256.yaml",
@@ -344,7 +360,34 @@ ENGLISH_256 = Setting(
     ),
 )
 
+# The demo's corpus, bytes of code, in the shapes of TinyShakespeare: what should the
+# signatures meet?
+STDLIB = Setting(
+    "stdlib-bytes",
+    "configs/shakespeare_char.yaml",
+    flags="--data.source stdlib --data.tokenizer byte --data.val-fraction 0.05",
+    groups={
+        "dense-curve": (dense(512), dense(256), dense(128)),
+        "twins": (dense(512),),
+        "routes": (best, hidden),
+        "arms": (best, hidden),
+    },
+    plan=(
+        Step("arms", 1),
+        Step("arms", 3),
+        Step("twins", 3),
+        Step("dense-curve", 3),
+    ),
+)
+
 SETTINGS = {
     s.name: s
-    for s in (SHAKESPEARE, SHAKESPEARE_MUON, ENGLISH, ENGLISH_MUON, ENGLISH_256)
+    for s in (
+        SHAKESPEARE,
+        SHAKESPEARE_MUON,
+        ENGLISH,
+        ENGLISH_MUON,
+        ENGLISH_256,
+        STDLIB,
+    )
 }

@@ -49,6 +49,7 @@ COMPARED = (
         f"Ablations of {BEST}",
         f"{PAIRED} What has no flag is in `patches.py`.",
     ),
+    ("together", f"{BEST}-late", "With late quantization", PAIRED),
     ("lookups", "lookup-16", "Where the lookup loses", PAIRED),
     (
         "on-the-way",
