@@ -205,7 +205,13 @@ LOOKUPS = (
     four,
     *(
         Arm(f"{lookup.name}-{patch}", lookup.flags, rate_of=lookup.name, patch=patch)
-        for patch in ("nothing", "continuous", "linear")
+        for patch in (
+            "nothing",
+            "continuous",
+            "linear",
+            "four-continuous",
+            "four-linear",
+        )
     ),
     *(
         Arm(f"{lookup.name}-{name}", f"{lookup.flags} {flags}", rate_of=lookup.name)

@@ -239,6 +239,14 @@ def linear_magnitude(self, hidden, tile, progress):
     return (hidden * self.param("magnitudes", init, shape)[tile]).sum(axis=-1)
 
 
+def bits_without_splines(layer, config):
+    return BITS(layer, dataclasses.replace(config, ternary_splines=False))
+
+
+def bits_of_four_without_splines(layer, config):
+    return sum(bits_without_splines(part, config) for part in layer.values())
+
+
 def scaled_init(size: float) -> Callable:
     """Latent weights that start `size` times as large as the model has them start."""
 
@@ -281,6 +289,16 @@ ACTIVE, BITS = accounting._active, accounting._bits
 MAGNITUDE = SparseLookupFFN._magnitude
 SELECT, ROUTER_TOKENS = routing.select_tiles, tiles.router_tokens
 
+CONTINUOUS = (SparseLookupFFN, "_magnitude", continuous)
+LINEAR = (
+    (SparseLookupFFN, "_compress", all_of_the_compressor),
+    (SparseLookupFFN, "_magnitude", linear_magnitude),
+)
+FOUR = (
+    (SparseLookupBlock, "FFN", SideBySide),
+    (accounting, "_active", active_side_by_side),
+)
+
 # name -> (owner, attribute, replacement), ...
 PATCHES: dict[str, tuple[tuple[object, str, object], ...]] = {
     "ema": ((tiles, "Router", SlowRouter),),
@@ -307,16 +325,15 @@ PATCHES: dict[str, tuple[tuple[object, str, object], ...]] = {
     "hash-gated": ((tiles, "Router", HashedWithGates),),
     "half-hashed": ((tiles, "Router", HalfHashed),),
     "token": ((tiles, "Router", TokenRouter),),
-    "four": (
-        (SparseLookupBlock, "FFN", SideBySide),
-        (accounting, "_active", active_side_by_side),
-        (accounting, "_bits", bits_side_by_side),
-    ),
     "nothing": ((SparseLookupFFN, "_magnitude", no_magnitude),),
-    "continuous": ((SparseLookupFFN, "_magnitude", continuous),),
-    "linear": (
-        (SparseLookupFFN, "_compress", all_of_the_compressor),
-        (SparseLookupFFN, "_magnitude", linear_magnitude),
+    "continuous": (CONTINUOUS,),
+    "linear": (*LINEAR, (accounting, "_bits", bits_without_splines)),
+    "four": (*FOUR, (accounting, "_bits", bits_side_by_side)),
+    "four-continuous": (*FOUR, CONTINUOUS, (accounting, "_bits", bits_side_by_side)),
+    "four-linear": (
+        *FOUR,
+        *LINEAR,
+        (accounting, "_bits", bits_of_four_without_splines),
     ),
     "pairs": ((tiles, "router_tokens", with_the_token_before(1.0)),),
     "pairs-half": ((tiles, "router_tokens", with_the_token_before(0.5)),),
