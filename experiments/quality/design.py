@@ -203,6 +203,7 @@ ON_THE_WAY = (
 four = dataclasses.replace(lookup, name=f"{lookup.name}-four", start=2e-3, patch="four")
 LOOKUPS = (
     four,
+    *(dataclasses.replace(dense(width), rate_of=lookup.name) for width in (4, 16)),
     *(
         Arm(f"{lookup.name}-{patch}", lookup.flags, rate_of=lookup.name, patch=patch)
         for patch in (
