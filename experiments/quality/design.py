@@ -199,32 +199,31 @@ ON_THE_WAY = (
     ),
 )
 
+
 # Where the lookup loses: its splines, what they read, its gate, its directions, its rank.
-four = dataclasses.replace(lookup, name=f"{lookup.name}-four", start=2e-3, patch="four")
+def of_lookup(
+    name: str, flags: str = "", patch: str | None = None, tuned: bool = False
+) -> Arm:
+    """A lookup with something else, at a rate of its own or the lookup's."""
+    source = None if tuned else lookup.name
+    flags = f"{lookup.flags} {flags}".strip()
+    return Arm(f"{lookup.name}-{name}", flags, 2e-3, source, patch)
+
+
 LOOKUPS = (
-    four,
+    of_lookup("nothing", patch="nothing", tuned=True),
+    of_lookup("grid-1", "--model.grid-size 1", tuned=True),
+    of_lookup("grid-4", "--model.grid-size 4"),
+    of_lookup("continuous", patch="continuous"),
+    of_lookup("linear", patch="linear"),
+    of_lookup("float-splines", "--model.no-ternary-splines"),
+    of_lookup("compress-128", "--model.compress-hidden 128"),
+    of_lookup("gate-none", "--model.routing.gate none"),
+    of_lookup("64-tiles", "--model.num-tiles 64"),
+    of_lookup("four", patch="four", tuned=True),
+    of_lookup("four-continuous", patch="four-continuous"),
+    of_lookup("four-linear", patch="four-linear"),
     *(dataclasses.replace(dense(width), rate_of=lookup.name) for width in (4, 16)),
-    *(
-        Arm(f"{lookup.name}-{patch}", lookup.flags, rate_of=lookup.name, patch=patch)
-        for patch in (
-            "nothing",
-            "continuous",
-            "linear",
-            "four-continuous",
-            "four-linear",
-        )
-    ),
-    *(
-        Arm(f"{lookup.name}-{name}", f"{lookup.flags} {flags}", rate_of=lookup.name)
-        for name, flags in (
-            ("float-splines", "--model.no-ternary-splines"),
-            ("compress-128", "--model.compress-hidden 128"),
-            ("gate-none", "--model.routing.gate none"),
-            ("64-tiles", "--model.num-tiles 64"),
-            ("grid-1", "--model.grid-size 1"),
-            ("grid-4", "--model.grid-size 4"),
-        )
-    ),
 )
 
 SHAKESPEARE = Setting(
