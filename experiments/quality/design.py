@@ -213,6 +213,7 @@ def of_lookup(
 LOOKUPS = (
     of_lookup("nothing", patch="nothing", tuned=True),
     of_lookup("grid-1", "--model.grid-size 1", tuned=True),
+    of_lookup("grid-1-embedding", f"--model.grid-size 1 {BY_TOKEN}", tuned=True),
     of_lookup("grid-4", "--model.grid-size 4"),
     of_lookup("continuous", patch="continuous"),
     of_lookup("linear", patch="linear"),
@@ -222,7 +223,6 @@ LOOKUPS = (
     of_lookup("64-tiles", "--model.num-tiles 64"),
     of_lookup("four", patch="four", tuned=True),
     of_lookup("four-grid-1", "--model.grid-size 1", patch="four"),
-    of_lookup("grid-1-embedding", f"--model.grid-size 1 {BY_TOKEN}"),
     of_lookup("four-continuous", patch="four-continuous"),
     of_lookup("four-linear", patch="four-linear"),
     *(dataclasses.replace(dense(width), rate_of=lookup.name) for width in (4, 16)),
