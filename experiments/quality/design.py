@@ -215,6 +215,8 @@ LOOKUPS = (
     of_lookup("grid-1", "--model.grid-size 1", tuned=True),
     of_lookup("grid-1-embedding", f"--model.grid-size 1 {BY_TOKEN}", tuned=True),
     of_lookup("grid-4", "--model.grid-size 4"),
+    of_lookup("flat", patch="flat"),
+    of_lookup("flat-embedding", BY_TOKEN, patch="flat"),
     of_lookup("continuous", patch="continuous"),
     of_lookup("linear", patch="linear"),
     of_lookup("float-splines", "--model.no-ternary-splines"),

@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from trix_jax import routing
 from trix_jax.lm import accounting, evaluate, optimizer, step, train
-from trix_jax.nn import kernel, router, tiles
+from trix_jax.nn import kernel, router, sparse_lookup_ffn, tiles
 from trix_jax.nn.block import SparseLookupBlock
 from trix_jax.nn.sparse_lookup_ffn import SparseLookupFFN, compress_width
 
@@ -225,6 +225,13 @@ def continuous(self, ab, tile, progress):
     return scale[tile] * ((1 - b) * low + b * high)
 
 
+def flat_start(shape, rule, init, **rest):
+    """Splines that start at zero everywhere: their latent coefficients are a tenth as
+    large, below the threshold.
+    """
+    return kernel.TernaryKernel(shape, rule, lambda *args: 0.1 * init(*args), **rest)
+
+
 def all_of_the_compressor(self, h, dtype):
     """The compressor's hidden units, for `linear_magnitude`."""
     width = compress_width(self.d_model, self.compress_hidden)
@@ -326,6 +333,7 @@ PATCHES: dict[str, tuple[tuple[object, str, object], ...]] = {
     "half-hashed": ((tiles, "Router", HalfHashed),),
     "token": ((tiles, "Router", TokenRouter),),
     "nothing": ((SparseLookupFFN, "_magnitude", no_magnitude),),
+    "flat": ((sparse_lookup_ffn, "TernaryKernel", flat_start),),
     "continuous": (CONTINUOUS,),
     "linear": (*LINEAR, (accounting, "_bits", bits_without_splines)),
     "four": (*FOUR, (accounting, "_bits", bits_side_by_side)),

@@ -171,6 +171,7 @@ def test_every_patch_is_an_ablation_and_what_it_replaces_comes_back():
 LOOKUPS = (
     "four",
     "nothing",
+    "flat",
     "continuous",
     "linear",
     "four-continuous",
