@@ -225,6 +225,11 @@ LOOKUPS = (
     of_lookup("64-tiles", "--model.num-tiles 64"),
     of_lookup("four", patch="four", tuned=True),
     of_lookup("four-grid-1", "--model.grid-size 1", patch="four"),
+    of_lookup("four-grid-1-embedding", f"--model.grid-size 1 {BY_TOKEN}", patch="four"),
+    of_lookup(
+        "64-tiles-grid-1-embedding",
+        f"--model.num-tiles 64 --model.grid-size 1 {BY_TOKEN}",
+    ),
     of_lookup("four-continuous", patch="four-continuous"),
     of_lookup("four-linear", patch="four-linear"),
     *(dataclasses.replace(dense(width), rate_of=lookup.name) for width in (4, 16)),
