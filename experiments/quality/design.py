@@ -180,11 +180,17 @@ def together(name: str, flags: str) -> Arm:
 
 TOGETHER = (
     together("renormalized", f"{LATE} 0.3 --model.routing.gate renormalized"),
-    together("gelu", f"{LATE} 0.3 --model.activation gelu"),
     together("half", f"{LATE} 0.5"),
 )
 late_top_1 = Arm("sparse-4-embedding-late", f"{by_token(sparse_4).flags} {LATE} 0.3")
 INHERITING = tuple(arm for arm in ABLATIONS if arm.rate_of)
+
+# By token some of its tiles are dead: is it the balance?
+slow_hierarchical = Arm(
+    "hierarchical-16-embedding-slow",
+    f"{hierarchical.flags} --train.balance-rate 0.05 {BY_TOKEN}",
+    rate_of="hierarchical-16-embedding",
+)
 
 # Steps on the way from the hidden state to the token.
 ON_THE_WAY = (
@@ -230,6 +236,10 @@ LOOKUPS = (
         "64-tiles-grid-1-embedding",
         f"--model.num-tiles 64 --model.grid-size 1 {BY_TOKEN}",
     ),
+    of_lookup(
+        "grid-1-embedding-slow",
+        f"--model.grid-size 1 --train.balance-rate 0.05 {BY_TOKEN}",
+    ),
     of_lookup("four-continuous", patch="four-continuous"),
     of_lookup("four-linear", patch="four-linear"),
     *(dataclasses.replace(dense(width), rate_of=lookup.name) for width in (4, 16)),
@@ -254,6 +264,7 @@ SHAKESPEARE = Setting(
         "routes": (best, *ROUTES),
         "floats": (best, *FLOATS),
         "seed-table": (hierarchical, sparse_4),
+        "dead-tiles": (by_token(hierarchical), slow_hierarchical),
         "ablations": ABLATIONS,
         "inheriting": INHERITING,
         "lookups": (lookup, *LOOKUPS),
@@ -273,6 +284,7 @@ SHAKESPEARE = Setting(
         Step("lookups", 1),
         Step("arms", 3),
         Step("seed-table", 5),
+        Step("dead-tiles", 1),
         Step("dense-wide", 3),
         Step("routes", 5),
         Step("on-the-way", 1),
