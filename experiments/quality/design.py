@@ -216,10 +216,13 @@ def of_lookup(
     return Arm(f"{lookup.name}-{name}", flags, 2e-3, source, patch)
 
 
+plane_by_token = of_lookup(
+    "grid-1-embedding", f"--model.grid-size 1 {BY_TOKEN}", tuned=True
+)
 LOOKUPS = (
     of_lookup("nothing", patch="nothing", tuned=True),
     of_lookup("grid-1", "--model.grid-size 1", tuned=True),
-    of_lookup("grid-1-embedding", f"--model.grid-size 1 {BY_TOKEN}", tuned=True),
+    plane_by_token,
     of_lookup("grid-4", "--model.grid-size 4"),
     of_lookup("flat", patch="flat"),
     of_lookup("flat-embedding", BY_TOKEN, patch="flat"),
@@ -258,7 +261,7 @@ SHAKESPEARE = Setting(
             dense(32, 2e-3),
         ),
         "dense-wide": (dense(1024),),
-        "arms": ARMS,
+        "arms": (*ARMS, plane_by_token),
         "best": (best,),
         "top-1": (by_token(sparse_4),),
         "routes": (best, *ROUTES),
