@@ -206,7 +206,6 @@ ON_THE_WAY = (
 )
 
 
-# Where the lookup loses: its splines, what they read, its gate, its directions, its rank.
 def of_lookup(
     name: str, flags: str = "", patch: str | None = None, tuned: bool = False
 ) -> Arm:
@@ -216,6 +215,7 @@ def of_lookup(
     return Arm(f"{lookup.name}-{name}", flags, 2e-3, source, patch)
 
 
+# Where the lookup loses: its splines, what they read, its gate, its directions, its rank.
 plane_by_token = of_lookup(
     "grid-1-embedding", f"--model.grid-size 1 {BY_TOKEN}", tuned=True
 )
