@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.quality import curve, doing_table, plots, results
-from experiments.quality.design import BEST, HIDDEN, SEEDS, SETTINGS, Setting
+from experiments.quality.arms import BEST, HIDDEN
+from experiments.quality.design import SEEDS, SETTINGS, Setting
 from experiments.quality.results import Result, Tuned, tuned
 from experiments.quality.tables import (
     arms_table,

@@ -21,7 +21,8 @@ from typing import IO, NamedTuple
 import jax
 
 from experiments.quality import patches, results
-from experiments.quality.design import SEEDS, SETTINGS, Arm, Setting
+from experiments.quality.arms import Arm
+from experiments.quality.design import SEEDS, SETTINGS, Setting
 from trix_jax.cli.common import parse_preset
 from trix_jax.cli.main import INTERRUPTED
 from trix_jax.cli.train import Args

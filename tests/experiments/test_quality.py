@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.quality import (
+    arms,
     design,
     measure,
     patches,
@@ -79,17 +80,17 @@ def test_original_protocol_takes_its_windows():
 
 @pytest.mark.slow
 def test_everything_shrunken_from_queue_to_report(text, tmp_path, monkeypatch):
-    base = design.SHAKESPEARE.arm(design.BEST)
-    hashed = design.SHAKESPEARE.arm(f"{design.HIDDEN}-hash")
-    ablation = design.variant("sign", "--model.routing.signature sign")
-    way = design.patched("half-hashed", tuned=True, of=design.HIDDEN)
+    base = design.SHAKESPEARE.arm(arms.BEST)
+    hashed = design.SHAKESPEARE.arm(f"{arms.HIDDEN}-hash")
+    ablation = arms.variant("sign", "--model.routing.signature sign")
+    way = arms.patched("half-hashed", tuned=True, of=arms.HIDDEN)
     small = design.SHAKESPEARE._replace(
         groups={
-            "dense-curve": (design.dense(8), design.dense(16)),
+            "dense-curve": (arms.dense(8), arms.dense(16)),
             "arms": (base,),
             "routes": (base, hashed),
             "ablations": (ablation,),
-            "on-the-way": (design.hidden, way),
+            "on-the-way": (arms.hidden, way),
         },
         also=(),
         plan=(
@@ -107,7 +108,7 @@ def test_everything_shrunken_from_queue_to_report(text, tmp_path, monkeypatch):
     path = tmp_path / "results" / f"{small.name}.json"
     lines = results.read(path)
     names = ["dense-8", "dense-16", base.name, hashed.name, ablation.name]
-    names += [design.HIDDEN, way.name]
+    names += [arms.HIDDEN, way.name]
     assert sorted(line["arm"] for line in lines) == sorted(names)
     for line in lines:
         assert line.keys() >= KEYS
@@ -154,12 +155,12 @@ def test_everything_shrunken_from_queue_to_report(text, tmp_path, monkeypatch):
 
 
 def test_every_patch_is_an_ablation_and_what_it_replaces_comes_back():
-    arms = [
+    planned = [
         *design.SHAKESPEARE.groups["on-the-way"],
         *design.SHAKESPEARE.groups["lookups"],
         *design.SHAKESPEARE_MUON.groups["ablations"],
     ]
-    assert {arm.patch for arm in arms if arm.patch} == set(patches.PATCHES)
+    assert {arm.patch for arm in planned if arm.patch} == set(patches.PATCHES)
     for name, replaced in patches.PATCHES.items():
         before = [getattr(owner, attribute) for owner, attribute, _ in replaced]
         with patches.applied(name):

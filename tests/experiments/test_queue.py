@@ -7,7 +7,8 @@ import shlex
 import pytest
 
 from experiments.quality import results
-from experiments.quality.design import SEEDS, SETTINGS, Arm, Setting, Step
+from experiments.quality.arms import Arm
+from experiments.quality.design import SEEDS, SETTINGS, Setting, Step
 from experiments.quality.run import (
     ROOT,
     best_rate,
