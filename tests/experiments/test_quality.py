@@ -169,15 +169,7 @@ def test_every_patch_is_an_ablation_and_what_it_replaces_comes_back():
         assert [getattr(owner, attribute) for owner, attribute, _ in replaced] == before
 
 
-LOOKUPS = (
-    "four",
-    "nothing",
-    "flat",
-    "continuous",
-    "linear",
-    "four-continuous",
-    "four-linear",
-)
+LOOKUPS = sorted({arm.patch for arm in arms.LOOKUPS if arm.patch})
 
 
 def two_steps(name, ffn="sparse"):

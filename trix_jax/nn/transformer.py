@@ -51,8 +51,8 @@ class TransformerConfig:
         router_input: what the signatures are matched with: "embedding" is the token's
             row of the embedding table, so that its tiles depend on the token alone,
             "hidden" the FFN's input, as the original has it. The first is ahead on
-            TinyShakespeare and English (experiments/quality), the second on the demo's
-            bytes of Python. The dense FFN has no use for it.
+            TinyShakespeare and English, level on bytes of Python (experiments/quality).
+            The dense FFN has no use for it.
         grid_size, compress_hidden, ternary_splines: of `SparseLookupFFN`.
         activation: None takes "gelu" for the dense FFN, "relu2" for the ternary ones.
         dropout: rate behind embeddings, attention and FFN.
