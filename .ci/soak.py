@@ -34,10 +34,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from trix_jax.lm import allocator, checkpoint, metrics, train
+from trix_jax.files import write_json
+from trix_jax.lm import allocator
+from trix_jax.lm.checkpoint import checkpoint
 from trix_jax.lm.config import RunConfig, TrainConfig
 from trix_jax.lm.data import DataConfig
 from trix_jax.lm.signals import Interrupted
+from trix_jax.lm.train import loop, metrics
 from trix_jax.nn.transformer import TransformerConfig
 
 EVERY_SECONDS = 1.0
@@ -149,7 +152,7 @@ def main(minutes: float, file: Path, steps: int = STEPS) -> int:
         workdir = Path(place) / "run"
         threading.Thread(target=watch, args=(minutes, workdir, samples)).start()
         try:
-            train.train(config, workdir)
+            loop.train(config, workdir)
         except Interrupted as stop:
             print(stop)
     grown = growth(samples)
@@ -164,7 +167,7 @@ def main(minutes: float, file: Path, steps: int = STEPS) -> int:
         "environment": metrics.environment(jax.devices()),
         "samples": samples[::KEPT],
     }
-    metrics.write_json(file, result)
+    write_json(file, result)
     said = ("minutes", "saves", "is_flat", "growth", "per_save")
     print(json.dumps({k: result[k] for k in said}))
     return 0 if is_flat else 1

@@ -10,6 +10,7 @@ What a user's process would see is another matter: a test that starts one passes
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -71,3 +72,62 @@ def user_env() -> dict[str, str]:
     device, JAX's own defaults.
     """
     return {**_USER_ENV, "JAX_PLATFORMS": "cpu", "MPLBACKEND": "agg"}
+
+
+# A small corpus, and a small run on it. Whatever imports the library does it inside:
+# the kernels' tests do without.
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    words = "the tile that matches a token best is the tile that computes it".split()
+    rows = (f"{words[i % 13]} {words[i * 7 % 13]} {i * i % 97}" for i in range(700))
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_text("\n".join(rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_config(corpus):
+    from trix_jax.lm.config import RunConfig, TrainConfig
+    from trix_jax.lm.data import DataConfig
+    from trix_jax.nn.transformer import TransformerConfig
+
+    return RunConfig(
+        arm="sparse",
+        model=TransformerConfig(
+            context=16,
+            d_model=16,
+            n_layers=1,
+            n_heads=2,
+            ffn="sparse",
+            num_tiles=4,
+            tiles_per_token=2,
+        ),
+        data=DataConfig(source="text", path=str(corpus), tokenizer="char"),
+        train=TrainConfig(
+            steps=10,
+            batch_size=8,
+            learning_rate=1e-2,
+            warmup_steps=2,
+            eval_every=5,
+            rebuild_every=3,
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
+def one_device():
+    import jax
+
+    return jax.devices()[:1]
+
+
+@pytest.fixture(scope="session")
+def run_dir(tiny_config, one_device, tmp_path_factory) -> Path:
+    """A finished run of `tiny_config`; tests only read it."""
+    from trix_jax.lm.train.loop import train
+
+    directory = tmp_path_factory.mktemp("run") / "run"
+    train(tiny_config, directory, devices=one_device, report=lambda _: None)
+    return directory

@@ -32,7 +32,7 @@ MAY_IMPORT_KERNELS = {
     "trix_kernels",
     "trix_jax.ops",
     "trix_jax.interop",
-    "trix_jax.lm.compile",
+    "trix_jax.lm.aot",
     "trix_jax.lm.bench",
     "trix_jax.cli",
 }

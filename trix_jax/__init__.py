@@ -28,8 +28,8 @@ __version__ = "0.1.0"
 
 def load_run(*args, **kwargs):
     """Restores a trained run: `(model, variables, tokenizer)`. See
-    `trix_jax.lm.evaluate.load_run`; needs the `lm` extra.
+    `trix_jax.lm.train.evaluate.load_run`; needs the `lm` extra.
     """
-    from trix_jax.lm.evaluate import load_run as load
+    from trix_jax.lm.serve.load import load_run as load
 
     return load(*args, **kwargs)

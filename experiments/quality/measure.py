@@ -20,7 +20,7 @@ import optax
 
 from experiments.quality import doing, results
 from trix_jax.lm.data import Split, Store, eval_batches
-from trix_jax.lm.evaluate import load_run, open_run_data, read_config
+from trix_jax.lm.serve.load import load_run, open_run_data, read_config
 from trix_jax.nn.transformer import TransformerLM
 
 DOING = Path(__file__).parent / "results" / "doing.json"

@@ -16,7 +16,8 @@ import optax
 from flax import linen as nn
 
 from trix_jax import routing
-from trix_jax.lm import accounting, evaluate, optimizer, step, train
+from trix_jax.lm import accounting
+from trix_jax.lm.train import evaluate, loop, optimizer, step
 from trix_jax.nn import kernel, router, sparse_lookup_ffn, tiles
 from trix_jax.nn.block import SparseLookupBlock
 from trix_jax.nn.sparse_lookup_ffn import SparseLookupFFN, compress_width
@@ -370,6 +371,6 @@ def applied(name: str | None) -> Iterator[None]:
 
 
 def _forget() -> None:
-    for kept in (train._compiled_step, step._compiled_init, evaluate._compiled):
+    for kept in (loop._compiled_step, step._compiled_init, evaluate._compiled):
         kept.cache_clear()
     jax.clear_caches()

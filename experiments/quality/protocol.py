@@ -27,12 +27,12 @@ from experiments.quality.run import RESULTS
 from trix_jax.cli.common import parse_preset
 from trix_jax.cli.main import INTERRUPTED
 from trix_jax.cli.train import Args
+from trix_jax.files import write_whole
 from trix_jax.lm.data import Split, open_store
-from trix_jax.lm.evaluate import load_run
-from trix_jax.lm.metrics import write_atomically
 from trix_jax.lm.ngram import ngram_losses
+from trix_jax.lm.serve.load import load_run
 from trix_jax.lm.signals import Interrupted
-from trix_jax.lm.train import train
+from trix_jax.lm.train.loop import train
 
 PRESET = Path(__file__).parent / "original_protocol.yaml"
 TRAIN_WINDOWS, VAL_WINDOWS, CONTEXT = 50_000, 3_200, 128
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             except Interrupted as stop:
                 print(stop, flush=True)
                 return INTERRUPTED
-            write_atomically(out, json.dumps(done, indent=1) + "\n")
+            write_whole(out, json.dumps(done, indent=1) + "\n")
             print(done[-1], flush=True)
     return 0
 

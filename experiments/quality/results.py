@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from trix_jax.files import write_whole
 from trix_jax.lm.accounting import active_width, costs
 from trix_jax.lm.config import RunConfig
-from trix_jax.lm.metrics import write_atomically
 
 Result = dict[str, Any]
 
@@ -27,7 +27,7 @@ def add(path: Path, result: Result) -> None:
     kept = [r for r in read(path) if key(r) != key(result)]
     path.parent.mkdir(parents=True, exist_ok=True)
     ordered = sorted([*kept, result], key=key)
-    write_atomically(path, json.dumps(ordered, indent=1) + "\n")
+    write_whole(path, json.dumps(ordered, indent=1) + "\n")
 
 
 def key(result: Result) -> tuple[str, float, int]:

@@ -29,8 +29,8 @@ from trix_jax.cli.train import Args
 from trix_jax.lm import config as run_config
 from trix_jax.lm.data import is_store, prepare
 from trix_jax.lm.signals import Interrupted
-from trix_jax.lm.step_log import Diverged
-from trix_jax.lm.train import train
+from trix_jax.lm.train.loop import train
+from trix_jax.lm.train.step_log import Diverged
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"

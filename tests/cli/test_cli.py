@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from trix_jax.cli import main
-from trix_jax.lm import checkpoint, metrics
+from trix_jax.lm.checkpoint import checkpoint
+from trix_jax.lm.train import metrics
 
 ROOT = Path(__file__).parents[2]
 TINY = (

@@ -19,11 +19,11 @@ from experiments.quality import (
     run,
 )
 from experiments.quality.design import SETTINGS, Step
-from trix_jax.lm import train
 from trix_jax.lm.accounting import costs
 from trix_jax.lm.config import TrainConfig, TransformerConfig
-from trix_jax.lm.optimizer import MUON_RMS, make_optimizer
-from trix_jax.lm.step import init_state
+from trix_jax.lm.train import loop
+from trix_jax.lm.train.optimizer import MUON_RMS, make_optimizer
+from trix_jax.lm.train.step import init_state
 from trix_jax.nn.transformer import TransformerLM
 
 SMALL = (
@@ -182,7 +182,7 @@ def two_steps(name, ffn="sparse"):
     config = TrainConfig(optimizer=optimizer, warmup_steps=0, steps=9)
     with patches.applied(name):
         state = init_state(TransformerLM(model), make_optimizer(config), 0)
-        step = train._compiled_step(model, config, tuple(jax.devices()[:1]), "jit")
+        step = loop._compiled_step(model, config, tuple(jax.devices()[:1]), "jit")
         for key in jax.random.split(jax.random.key(1)):
             state, _ = step(state, jax.random.randint(key, (1, 3, 9), 0, 7))
         assert costs(model).ffn_bits > 0

@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from trix_jax.lm import allocator, train
+from trix_jax.lm import allocator
 from trix_jax.lm.config import RunConfig
+from trix_jax.lm.train import loop
 
 FAULTS = """
 import ctypes, resource, runpy, sys
@@ -82,9 +83,9 @@ def test_training_sets_the_allocator_before_jax_starts_threads(monkeypatch, tmp_
 
     called = []
     monkeypatch.setattr(allocator, "keep_freed_memory", lambda: called.append("kept"))
-    monkeypatch.setattr(train.jax, "devices", start_threads)
+    monkeypatch.setattr(loop.jax, "devices", start_threads)
     with pytest.raises(KeyboardInterrupt, match="threads"):
-        train.train(RunConfig(), tmp_path / "run")
+        loop.train(RunConfig(), tmp_path / "run")
     assert called == ["kept"]
 
 

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from trix_jax.lm.config import RunConfig, TrainConfig, resolve
-from trix_jax.lm.optimizer import make_optimizer
-from trix_jax.lm.step import init_state, make_train_step
+from trix_jax.lm.train.optimizer import make_optimizer
+from trix_jax.lm.train.step import init_state, make_train_step
 from trix_jax.nn.transformer import TransformerConfig, TransformerLM
 from trix_jax.routing import RoutingConfig
 

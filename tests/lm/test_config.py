@@ -8,7 +8,7 @@ import pytest
 
 from trix_jax.lm import config as cfg
 from trix_jax.lm.accounting import active_width, costs, match_params
-from trix_jax.lm.optimizer import decay_mask, learning_rate_schedule
+from trix_jax.lm.train.optimizer import decay_mask, learning_rate_schedule
 from trix_jax.nn.transformer import TransformerConfig, TransformerLM
 from trix_jax.routing import RoutingConfig
 from trix_jax.ternary import TernaryConfig

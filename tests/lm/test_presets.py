@@ -13,7 +13,7 @@ from trix_jax.cli.common import parse_preset
 from trix_jax.cli.train import Args
 from trix_jax.lm.accounting import costs
 from trix_jax.lm.config import resolve
-from trix_jax.lm.train import train
+from trix_jax.lm.train.loop import train
 
 ROOT = Path(__file__).parents[2]
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     report(f"{result['gpu']}, kernels compiled, times modelled:")
     report(kernel_table(result["kernels"]))
     if args.configs:
-        from trix_jax.lm import compile as train_steps
+        from trix_jax.lm import aot as train_steps
 
         result["configs"] = train_steps.report(args.target)
         report(config_table(result["configs"]))

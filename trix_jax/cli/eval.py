@@ -24,7 +24,8 @@ class Args:
 
 def main(argv: list[str]) -> None:
     """Evaluates a run or an export."""
-    from trix_jax.lm.evaluate import evaluate, load_run, open_run_data, resolve_step
+    from trix_jax.lm.serve.load import load_run, open_run_data, resolve_step
+    from trix_jax.lm.train.evaluate import evaluate
     from trix_jax.ops import implementation
 
     args = parse(Args, argv, "eval")

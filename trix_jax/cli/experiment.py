@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from trix_jax.cli.common import parse, parse_preset, print_json, say
-from trix_jax.cli.experiment_table import Table
 from trix_jax.cli.train import Args as TrainArgs
+from trix_jax.files import write_json
 from trix_jax.lm.config import RunConfig, read_yaml, to_flags
 from trix_jax.lm.data import DataConfig, is_store, prepare
-from trix_jax.lm.experiment import PLAN, Run, is_done, make_slots, run_all
-from trix_jax.lm.job_files import render
-from trix_jax.lm.metrics import write_json
+from trix_jax.lm.experiment.job_files import render
+from trix_jax.lm.experiment.live import Table
+from trix_jax.lm.experiment.runner import PLAN, Run, is_done, make_slots, run_all
 from trix_jax.lm.signals import Signals
 from trix_jax.nn.transformer import TransformerConfig
 
@@ -109,7 +109,7 @@ def main(argv: list[str]) -> int:
 
 def _plan(experiment: Experiment, runs: list[Planned], path: str, args: Args) -> int:
     """Markdown on standard output, or JSON; what goes on, on standard error."""
-    from trix_jax.lm.plan import plan
+    from trix_jax.lm.experiment.budget import plan
 
     text, rows = plan(
         {(p.run.size, p.run.arm): (p.config, p.reference) for p in runs},
@@ -141,7 +141,7 @@ def _run(experiment: Experiment, runs: list[Planned], workdir: Path, args: Args)
     with Table(sys.stderr if args.json else sys.stdout) as table:
         rows = run_all([p.run for p in runs], workdir, slots, args.retries, table.show)
     if any(row["state"] == "done" for row in rows):
-        from trix_jax.lm.experiment_report import write_experiment_report
+        from trix_jax.lm.experiment.report import write_experiment_report
 
         report(f"read {write_experiment_report(workdir, report)}")
     if args.json:

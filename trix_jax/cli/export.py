@@ -25,8 +25,8 @@ class Args:
 
 def main(argv: list[str]) -> None:
     """Exports a run."""
-    from trix_jax.lm.evaluate import load_run
-    from trix_jax.lm.export import export
+    from trix_jax.lm.serve.export import export
+    from trix_jax.lm.serve.load import load_run
 
     args = parse(Args, argv, "export")
     report = say(args.json)
@@ -39,16 +39,16 @@ def main(argv: list[str]) -> None:
     )
     more = {}
     if args.card:
-        from trix_jax.lm.card import write_card
-        from trix_jax.lm.evaluate import open_run_data
-        from trix_jax.lm.report import read_run
+        from trix_jax.lm.report.record import read_run
+        from trix_jax.lm.serve.card import write_card
+        from trix_jax.lm.serve.load import open_run_data
 
         store = open_run_data(args.checkpoint)
         card = write_card(args.output, store, read_run(args.checkpoint).summary)
         more["card"] = str(card)
         report(f"read {card}")
     if args.stablehlo:
-        from trix_jax.lm.stablehlo import write_program
+        from trix_jax.lm.serve.stablehlo import write_program
 
         packed, packed_variables, _ = load_run(args.output)
         program = write_program(packed, packed_variables, args.output)

@@ -7,8 +7,8 @@ from typing import Annotated
 import tyro
 
 from trix_jax.cli.common import parse, print_json
-from trix_jax.lm.evaluate import load_run
-from trix_jax.lm.generate import SamplingConfig, generate
+from trix_jax.lm.serve.generate import SamplingConfig, generate
+from trix_jax.lm.serve.load import load_run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from trix_jax import routing
 from trix_jax.cli.common import parse, print_json, say
-from trix_jax.lm.export import export
+from trix_jax.lm.serve.export import export
 from trix_jax.nn.steering import layer_states
 
 
@@ -52,8 +52,8 @@ def main(argv: list[str]) -> None:
     """Writes the page and answers the questions."""
     args = parse(Args, argv, "inspect")
     asked = _read(args)
-    from trix_jax.lm.evaluate import open_run_data
     from trix_jax.lm.inspect import look, write_page
+    from trix_jax.lm.serve.load import open_run_data
 
     report = say(args.json)
     store = open_run_data(args.checkpoint, args.data)
@@ -92,9 +92,9 @@ def _question(text: str, flag: str, form: str) -> Question:
 
 def _answer(args: Args, asked, store, report) -> dict[str, Any]:
     """What was asked beside the page."""
-    from trix_jax.lm.evaluate import load_run
     from trix_jax.lm.inspect import route
     from trix_jax.lm.inspect.look import SEEN_TOKENS
+    from trix_jax.lm.serve.load import load_run
 
     model, variables, tokenizer = load_run(args.checkpoint, args.step)
     ids = store.val.window(0, min(SEEN_TOKENS + 1, len(store.val)))
@@ -135,8 +135,8 @@ def _diff(args: Args, seen, tokenizer, ids, report) -> list[dict[str, Any]]:
     """This routing of the text beside that of another checkpoint, which read the same
     tokens.
     """
-    from trix_jax.lm.evaluate import load_run
     from trix_jax.lm.inspect import diff, route
+    from trix_jax.lm.serve.load import load_run
 
     other, step = str(args.against), "latest"
     if other.startswith("step:"):

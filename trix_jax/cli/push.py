@@ -24,7 +24,7 @@ class Args:
 def main(argv: list[str]) -> None:
     """Pushes an export."""
     args = parse(Args, argv, "push")
-    from trix_jax.lm.hub import push
+    from trix_jax.lm.serve.hub import push
 
     url = push(args.export, args.repo, private=not args.public, endpoint=args.endpoint)
     say(args.json)(f"{args.repo}: {url}")

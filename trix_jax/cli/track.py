@@ -23,7 +23,7 @@ class Args:
 def main(argv: list[str]) -> None:
     """Sends what there is, and with --follow what comes."""
     args = parse(Args, argv, "track")
-    from trix_jax.lm.trackers import track
+    from trix_jax.lm.report.trackers import track
 
     try:
         count = track(args.workdir, args.to, follow=args.follow)

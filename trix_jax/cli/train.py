@@ -8,8 +8,8 @@ import tyro
 from trix_jax.cli.common import be_deterministic, parse_preset, print_json, say
 from trix_jax.lm import hosts
 from trix_jax.lm.config import RunConfig
-from trix_jax.lm.report import write_run_report
-from trix_jax.lm.train import train
+from trix_jax.lm.report.run import write_run_report
+from trix_jax.lm.train.loop import train
 
 
 @dataclasses.dataclass(frozen=True)

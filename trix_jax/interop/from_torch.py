@@ -16,8 +16,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
+from trix_jax.files import write_json, write_whole
 from trix_jax.interop import original
-from trix_jax.interop.safetensors import write_whole
 from trix_jax.typing import Array
 from trix_kernels import packing
 
@@ -140,7 +140,7 @@ def save(imported: Imported, directory: str | Path) -> dict[str, int]:
         "ffn": imported.ffn,
         "settings": imported.settings,
     }
-    write_whole(directory / CONFIG, json.dumps(tree, indent=2).encode())
+    write_json(directory / CONFIG, tree)
     packed = sum(t.nbytes for name, t in tensors.items() if name.endswith(".bits"))
     return {"float32": sum(arrays[name].nbytes for name in columns), "packed": packed}
 

@@ -8,7 +8,6 @@ the unpacked row length of every kernel.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from trix_jax import ops
+from trix_jax.files import write_whole
 from trix_jax.frozen import freeze
 from trix_jax.nn.transformer import TransformerLM
 from trix_jax.ops import PACKED
@@ -57,16 +57,6 @@ def read(path: Path, model: TransformerLM) -> dict[str, Any]:
         return from_tensors(model, tensors)
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be used: {error}") from error
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all."""
-    building = path.with_name(f".{path.name}.tmp")
-    with building.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(building, path)
 
 
 def to_tensors(

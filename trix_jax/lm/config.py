@@ -7,8 +7,6 @@ its mistakes get the same messages.
 """
 
 import dataclasses
-import hashlib
-import json
 import types
 import typing
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
+from trix_jax.files import json_sha256
 from trix_jax.lm.accounting import MATCHES
 from trix_jax.lm.data import DataConfig
 from trix_jax.nn.transformer import TransformerConfig
@@ -301,9 +300,7 @@ def load(path: str | Path) -> RunConfig:
 
 def fingerprint(config: RunConfig) -> str:
     """sha256 of the config."""
-    return hashlib.sha256(
-        json.dumps(to_tree(config), sort_keys=True).encode()
-    ).hexdigest()
+    return json_sha256(to_tree(config))
 
 
 def _build(kind, tree, prefix):

@@ -11,12 +11,14 @@ from typing import Any
 from trix_jax.lm.accounting import costs
 from trix_jax.lm.config import RunConfig, TrainConfig
 from trix_jax.lm.data import DataConfig, prepare
-from trix_jax.lm.evaluate import Evaluation, evaluate, load_run
-from trix_jax.lm.export import export
-from trix_jax.lm.generate import SamplingConfig, generate
 from trix_jax.lm.ngram import ngram_losses
-from trix_jax.lm.report import write_demo_report, write_run_report
-from trix_jax.lm.train import train
+from trix_jax.lm.report.demo import write_demo_report
+from trix_jax.lm.report.run import write_run_report
+from trix_jax.lm.serve.export import export
+from trix_jax.lm.serve.generate import SamplingConfig, generate
+from trix_jax.lm.serve.load import load_run
+from trix_jax.lm.train.evaluate import Evaluation, evaluate
+from trix_jax.lm.train.loop import train
 from trix_jax.nn.transformer import TransformerConfig
 
 PROMPT = "def "

@@ -17,7 +17,7 @@ from trix_jax.lm.data import DataConfig, iter_documents, prepare
 from trix_jax.lm.data.code import license_of, stack_documents
 from trix_jax.lm.data.datasets import Dataset
 from trix_jax.lm.data.download import fetch
-from trix_jax.lm.data.near import NearDuplicates
+from trix_jax.lm.data.near_duplicates import NearDuplicates
 
 MIT = "MIT License\n\nPermission is hereby granted, free of charge, to any person\nobtaining a copy of this software ..."
 GPL = "GNU General Public License version 3 ..."

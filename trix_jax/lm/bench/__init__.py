@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 
-from trix_jax.lm.bench.around import measure_around
 from trix_jax.lm.bench.growth import measure_growth
 from trix_jax.lm.bench.layers import measure_layers, packed_ratios
 from trix_jax.lm.bench.report import write as write
+from trix_jax.lm.bench.surroundings import measure_around
 from trix_jax.lm.bench.timing import Sizes as Sizes
 
 SIZES = Sizes()

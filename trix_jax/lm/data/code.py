@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from trix_jax.files import write_whole
 from trix_jax.lm.data.datasets import Dataset
 from trix_jax.lm.data.download import folder_of
-from trix_jax.lm.data.store import write_atomically
 
 LANGUAGES = {
     "python": ".py .pyi",
@@ -210,7 +210,7 @@ def _content(row: dict[str, Any], folder: Path) -> str | None:
         raise RuntimeError(f"content {name} must have that sha1. Got {got}.")
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, data)
+        write_whole(path, data)
     try:
         return text.decode(row["src_encoding"] or "utf-8")
     except (UnicodeDecodeError, LookupError):

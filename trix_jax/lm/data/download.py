@@ -7,7 +7,6 @@ download (2.4) throws it away, so this calls the `http_get` below it. Next to th
 `hub.json` notes the hashes, so that files that are there need no network.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from trix_jax.files import file_sha256, write_whole
 from trix_jax.lm.data.datasets import Dataset
-from trix_jax.lm.data.store import write_atomically
 
 JOBS = 4  # files at a time
 SECONDS_BETWEEN_LINES = 10.0
@@ -76,7 +75,7 @@ def _wanted(dataset: Dataset, folder: Path, known: dict) -> dict[str, dict[str, 
     if key not in known:
         known[key] = _ask(dataset)
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / NOTES, json.dumps(known, indent=1).encode())
+        write_whole(folder / NOTES, json.dumps(known, indent=1))
     return known[key]
 
 
@@ -188,8 +187,7 @@ def _check_room(folder: Path, needed: int, dataset: Dataset, report: Report) -> 
 def _verify(dataset: Dataset, path: Path, name: str, sha256: str) -> None:
     if (path, sha256) in _checked:
         return
-    with path.open("rb") as file:
-        got = hashlib.file_digest(file, "sha256").hexdigest()
+    got = file_sha256(path)
     if got != sha256:
         path.unlink()
         raise RuntimeError(

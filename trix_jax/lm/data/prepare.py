@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from trix_jax.lm.data.datasets import filled_in
-from trix_jax.lm.data.near import NearDuplicates
+from trix_jax.lm.data.near_duplicates import NearDuplicates
 from trix_jax.lm.data.sources import Source, describe, infer_source, iter_documents
 from trix_jax.lm.data.store import (
     TOKENIZER,

@@ -25,10 +25,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
+from trix_jax.files import write_whole
 from trix_jax.lm.data.code import code_files, stack_documents
 from trix_jax.lm.data.datasets import DATASETS, Dataset
 from trix_jax.lm.data.download import fetch
-from trix_jax.lm.data.store import write_atomically
 
 Source = Literal[
     "stdlib",
@@ -286,7 +286,7 @@ def _shakespeare(path: str | Path | None) -> str:
         ) from error
     _check_shakespeare(data, SHAKESPEARE_URL)
     cached.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(cached, data)
+    write_whole(cached, data)
     return data.decode()
 
 

@@ -15,7 +15,6 @@ written beside it, flushed to disk, and renamed.
 
 import contextlib
 import glob
-import hashlib
 import json
 import os
 import re
@@ -28,10 +27,18 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from jaxtyping import Int32, Integer
 
+from trix_jax.files import (
+    file_sha256,
+    is_another_process,
+    json_sha256,
+    sync,
+    write_whole,
+    writing,
+)
 from trix_jax.lm.data.tokenizer import Tokenizer, load_tokenizer
-from trix_jax.lm.step_files import is_another_process, writing
 
 FORMAT = "trix_jax tokens 1"
+COMPACT = (",", ":")  # how the format writes the JSON that it hashes
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 SHARD_TOKENS = 64 * 2**20
@@ -161,7 +168,8 @@ class SplitWriter:
     def _finish(self, file: BinaryIO) -> None:
         with writing(file.name), contextlib.closing(file):
             self._write_header(file)
-            _flush(file)
+            file.flush()
+            os.fsync(file.fileno())
         self._file, self._in_shard, self._shards = None, 0, self._shards + 1
 
 
@@ -185,11 +193,11 @@ def new_store(directory: Path) -> Iterator[Path]:
         building.mkdir()
     try:
         yield building
-        _flush_folder(building)
+        sync(building)
         os.rename(
             building, directory
         )  # over nothing or an empty folder; anything else is an OSError
-        _flush_folder(directory.parent)
+        sync(directory.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
@@ -211,7 +219,7 @@ def write_manifest(
     for path in sorted(directory.iterdir()):
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        files[path.name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
+        files[path.name] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
         if path.suffix == ".npy":
             files[path.name]["tokens"] = len(
                 np.load(path, mmap_mode="r", allow_pickle=False)
@@ -226,12 +234,12 @@ def write_manifest(
         },
         "near_duplicates_removed": removed,
         "files": files,
-        "fingerprint": _digest({name: file["sha256"] for name, file in files.items()}),
+        "fingerprint": json_sha256(
+            {name: file["sha256"] for name, file in files.items()}, COMPACT
+        ),
     }
-    manifest["checksum"] = _digest(manifest)
-    write_atomically(
-        directory / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode()
-    )
+    manifest["checksum"] = json_sha256(manifest, COMPACT)
+    write_whole(directory / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
 
 
 def open_store(directory: str | Path, verify: bool = True) -> Store:
@@ -257,7 +265,7 @@ def open_store(directory: str | Path, verify: bool = True) -> Store:
             raise ValueError(
                 f"{path} must have {entry['bytes']} bytes. Got {size}; prepare the store again."
             )
-        if verify and _sha256(path) != entry["sha256"]:
+        if verify and file_sha256(path) != entry["sha256"]:
             raise ValueError(
                 f"{path} was altered: its sha256 is not the manifest's; prepare the store again."
             )
@@ -289,7 +297,7 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
         if manifest["format"] != FORMAT:
             raise ValueError(f"format must be {FORMAT!r}, got {manifest['format']!r}")
         rest = {key: value for key, value in manifest.items() if key != "checksum"}
-        if manifest["checksum"] != _digest(rest):
+        if manifest["checksum"] != json_sha256(rest, COMPACT):
             raise ValueError("its checksum does not match its contents")
         if odd := [
             name for name in manifest["files"] if not _FILE_NAME.fullmatch(name)
@@ -307,19 +315,6 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
             f"{path} is not a readable store manifest ({error})."
         ) from error
     return manifest
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file beside `path`, flushes it to disk and renames it into place."""
-    building = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with building.open("wb") as file:
-            file.write(data)
-            _flush(file)
-        os.replace(building, path)
-        _flush_folder(path.parent)
-    finally:
-        building.unlink(missing_ok=True)
 
 
 def _open_split(
@@ -347,27 +342,3 @@ def _open_shard(path: Path, limit: int | None) -> np.ndarray:
             f"{path} must hold tokens of its tokenizer, below {limit}. Got {most}."
         )
     return tokens
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(
-        json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-    ).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _flush_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from trix_jax import ops
-from trix_jax.lm import checkpoint, export
 from trix_jax.lm.accounting import costs
+from trix_jax.lm.checkpoint import checkpoint
 from trix_jax.lm.data import Store
-from trix_jax.lm.evaluate import load_run, resolve_step
 from trix_jax.lm.inspect.routes import layer_states, route
+from trix_jax.lm.serve import export
+from trix_jax.lm.serve.load import load_run, resolve_step
 from trix_jax.ops import PACKED
 from trix_jax.ternary import TernaryConfig, hard_ternary
 from trix_jax.typing import Variables

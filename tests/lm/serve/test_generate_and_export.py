@@ -1,0 +1,279 @@
+"""Restore, evaluate, sample, export and load back, on one small run."""
+
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+import trix_jax
+from trix_jax import TransformerConfig, TransformerLM, freeze
+from trix_jax.interop import safetensors
+from trix_jax.lm.data import open_store
+from trix_jax.lm.serve.export import export
+from trix_jax.lm.serve.generate import SamplingConfig, generate, sample
+from trix_jax.lm.serve.load import load_run, open_run_data, resolve_step
+from trix_jax.lm.train.evaluate import evaluate
+from trix_kernels import device
+
+
+@pytest.fixture(scope="module")
+def loaded(run_dir):
+    return trix_jax.load_run(run_dir)
+
+
+@pytest.fixture(scope="module")
+def exported(loaded, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("export") / "model"
+    model, variables, tokenizer = loaded
+    return directory, export(model, variables, tokenizer, directory)
+
+
+def last_eval(run_dir):
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if line["event"] == "eval"][-1]
+
+
+def test_load_run_evaluates_as_training_did(run_dir, loaded):
+    model, variables, _ = loaded
+    store = open_store(run_dir / "data")
+    assert evaluate(model, variables, store).val_loss == last_eval(run_dir)["val_loss"]
+
+
+@pytest.mark.slow
+def test_load_run_in_a_process_that_did_not_train(run_dir, user_env):
+    code = (
+        "import sys, trix_jax; model, variables, tokenizer = trix_jax.load_run(sys.argv[1]);"
+        "print(tokenizer.vocab_size, sorted(variables))"
+    )
+    command = [sys.executable, "-c", code, str(run_dir)]
+    done = subprocess.run(command, env=user_env, capture_output=True, text=True)
+    assert done.stdout.split("\n")[0].endswith("['params', 'routing']"), done.stderr
+
+
+def test_load_run_step_best_and_number_resolve(run_dir):
+    assert resolve_step(run_dir, "latest") == 10
+    assert resolve_step(run_dir, 5) == 5
+    assert resolve_step(run_dir, "best") in (5, 10)
+
+
+def test_load_run_without_a_run_says_what_is_missing(tmp_path):
+    with pytest.raises(ValueError, match="must be a run directory"):
+        load_run(tmp_path)
+
+
+def test_load_run_of_another_architecture_names_the_first_difference(run_dir, tmp_path):
+    import shutil
+
+    import yaml
+
+    shutil.copytree(run_dir, tmp_path / "run")
+    path = tmp_path / "run" / "config.yaml"
+    tree = yaml.safe_load(path.read_text())
+    tree["model"]["num_tiles"] = 8
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(ValueError, match=r"does not fit its config: params.*should be"):
+        load_run(tmp_path / "run")
+
+
+def test_evaluate_counts_every_validation_token_once_but_the_first(run_dir, loaded):
+    model, variables, _ = loaded
+    store = open_store(run_dir / "data")
+    result = evaluate(model, variables, store, batch_size=3)
+    other = evaluate(model, variables, store, batch_size=64)
+    assert result.tokens == other.tokens == store.val_tokens - 1
+    assert result.val_loss == pytest.approx(other.val_loss, rel=1e-6)
+    assert result.routes.shape == (1, store.val_tokens - 1, 2)
+    np.testing.assert_array_equal(result.routes, other.routes)
+    assert np.sum(result.tile_usage) == pytest.approx(1)
+
+
+@pytest.mark.slow
+def test_generate_cached_equals_uncached_and_greedy_repeats(loaded):
+    model, variables, tokenizer = loaded
+    prompt = tokenizer.encode("the tile")
+    greedy = SamplingConfig(temperature=0.0)
+    new = list(generate(model, variables, prompt, 8, greedy))
+    text = list(map(int, prompt))
+    for token in new:
+        logits, _, _ = model.apply(variables, jnp.asarray([text]))
+        assert token == int(jnp.argmax(logits[0, -1]))
+        text.append(token)
+
+
+@pytest.mark.slow
+def test_generate_goes_on_beyond_the_context(loaded):
+    model, variables, tokenizer = loaded
+    prompt = tokenizer.encode("the token " * 3)  # longer than the context
+    new = list(generate(model, variables, prompt, 3 * model.config.context))
+    assert len(new) == 3 * model.config.context
+    assert all(0 <= token < tokenizer.vocab_size for token in new)
+
+
+@pytest.mark.slow
+def test_generate_same_seed_same_text_other_seed_other_text(loaded):
+    model, variables, tokenizer = loaded
+    prompt = tokenizer.encode("the")
+
+    def text(seed):
+        return list(generate(model, variables, prompt, 30, SamplingConfig(seed=seed)))
+
+    assert text(1) == text(1)
+    assert text(1) != text(2)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"), [([], "at least one token"), ([0, 9999], "prompt ids must")]
+)
+def test_generate_bad_prompt_raises(loaded, prompt, message):
+    model, variables, _ = loaded
+    with pytest.raises(ValueError, match=message):
+        generate(model, variables, np.asarray(prompt, np.int32), 5)
+
+
+def draws(config, logits, n=400):
+    keys = jax.random.split(jax.random.key(0), n)
+    many = jax.vmap(lambda key: sample(logits[None], key, config)[0])
+    return np.bincount(many(keys), minlength=logits.size) / n
+
+
+def test_sample_temperature_top_k_and_top_p_cut_what_they_say():
+    logits = jnp.log(jnp.asarray([0.5, 0.3, 0.15, 0.05]))
+    free = draws(SamplingConfig(temperature=1.0), logits)
+    np.testing.assert_allclose(free, [0.5, 0.3, 0.15, 0.05], atol=0.09)
+    top_k = draws(SamplingConfig(temperature=1.0, top_k=2), logits)
+    assert top_k[2:].sum() == 0
+    assert (top_k[:2] > 0).all()
+    top_p = draws(SamplingConfig(temperature=1.0, top_p=0.7), logits)
+    assert top_p[2:].sum() == 0
+    assert (top_p[:2] > 0).all()
+    sharp = draws(SamplingConfig(temperature=0.05), logits)
+    assert sharp[0] > 0.99
+    assert draws(SamplingConfig(temperature=0.0), logits)[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("temperature", -1.0), ("top_k", -1), ("top_p", 0.0)]
+)
+def test_sampling_config_impossible_value_raises(no_type_hook, name, value):
+    with pytest.raises(ValueError, match=name):
+        SamplingConfig(**{name: value})
+
+
+def test_export_loads_back_and_evaluates_the_same(run_dir, exported, loaded):
+    directory, _ = exported
+    model, variables, tokenizer = load_run(directory)
+    assert "packed" in variables
+    store = open_store(run_dir / "data")
+    assert evaluate(model, variables, store).val_loss == last_eval(run_dir)["val_loss"]
+    assert tokenizer.decode(tokenizer.encode("the tile")) == "the tile"
+
+
+def test_export_bytes_are_two_bits_a_weight_and_scales(exported, loaded):
+    directory, sizes = exported
+    model = loaded[0]
+    weights = 2 * model.config.d_model * 4 * model.config.d_model
+    assert sizes["ffn_float32"] == 4 * weights
+    assert sizes["ffn_packed"] == weights // 4 + 2 * 2 * model.config.num_tiles
+    with safe_open(directory / "model.safetensors", "numpy") as file:
+        names = set(file.keys())
+        metadata = file.metadata()
+    assert metadata["format"] == "trix-ternary-2bit"
+    assert not any(name.endswith("tiles.up.kernel") for name in names)
+
+
+@pytest.mark.slow
+def test_export_all_ffn_kinds_load_back_bit_for_bit(tmp_path, loaded):
+    tokenizer = loaded[2]
+    for kind, number in itertools.product(("hierarchical", "lookup", "dense"), (4,)):
+        config = dataclasses.replace(
+            loaded[0].config,
+            ffn=kind,
+            num_tiles=number,
+            tiles_per_cluster=2,
+            tiles_per_token=1,
+        )
+        model = trix_jax.TransformerLM(config)
+        tokens = jnp.arange(12, dtype=jnp.int32)[None]
+        variables = model.init(jax.random.key(1), tokens)
+        export(model, variables, tokenizer, tmp_path / kind)
+        again, packed, _ = load_run(tmp_path / kind)
+        expected = jax.jit(model.apply)(variables, tokens)[0]
+        np.testing.assert_array_equal(jax.jit(again.apply)(packed, tokens)[0], expected)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
+def test_load_run_damaged_export_file_raises_naming_it(
+    exported, tmp_path, name, damage
+):
+    import shutil
+
+    shutil.copytree(exported[0], tmp_path / "model")
+    path = tmp_path / "model" / name
+    data = {"truncated": path.read_bytes()[:-9], "empty": b"", "text": b"hello"}
+    path.write_bytes(data[damage])
+    with pytest.raises(ValueError, match=name):
+        load_run(tmp_path / "model")
+
+
+def test_load_run_export_with_the_unused_code_is_refused(exported, tmp_path):
+    import shutil
+
+    shutil.copytree(exported[0], tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file_bf16(path)
+    name = next(name for name in tensors if name.endswith("up.bits"))
+    tensors[name] = tensors[name] | np.uint8(3)
+    with safe_open(path, "numpy") as file:
+        metadata = file.metadata()
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(ValueError, match="code 11"):
+        load_run(tmp_path / "model")
+
+
+def load_file_bf16(path):
+    with safe_open(path, "numpy") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def test_open_run_data_of_another_tokenizer_is_refused(run_dir, tmp_path):
+    from trix_jax.lm.data import DataConfig, prepare
+
+    (tmp_path / "a.txt").write_text("some other text, written with other letters " * 9)
+    config = DataConfig(source="text", path=str(tmp_path / "a.txt"), tokenizer="byte")
+    prepare(config, tmp_path / "store", lambda _: None)
+    with pytest.raises(ValueError, match="another tokenizer"):
+        open_run_data(run_dir, tmp_path / "store")
+
+
+@pytest.mark.slow
+def test_an_export_does_not_depend_on_the_layout_that_kernels_want(monkeypatch):
+    model = TransformerLM(
+        TransformerConfig(vocab_size=8, context=4, d_model=128, n_layers=1, num_tiles=4)
+    )
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    variables = jax.jit(model.init)(jax.random.key(0), tokens)
+    rows, columns = safetensors.to_tensors(model, freeze(model, variables, tokens))
+    monkeypatch.setattr(device, "arch", lambda: "sm_90a")
+    frozen = freeze(model, variables, tokens)
+    kinds = {leaf.dtype for leaf in jax.tree.leaves(frozen["packed"])}
+    assert np.dtype("uint16") in kinds
+    assert np.dtype("uint8") not in kinds
+    planar, same_columns = safetensors.to_tensors(model, frozen)
+    assert planar.keys() == rows.keys()
+    assert same_columns == columns
+    for name, value in rows.items():
+        np.testing.assert_array_equal(planar[name], value)
+    back = safetensors.from_tensors(model, planar)
+    for a, b in zip(
+        jax.tree.leaves(back["packed"]), jax.tree.leaves(frozen["packed"]), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)

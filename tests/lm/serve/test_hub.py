@@ -1,0 +1,147 @@
+"""Out: the model card, a push to a hub (a server on this machine), and StableHLO."""
+
+import base64
+import json
+import re
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trix_jax.lm.report.record import read_run
+from trix_jax.lm.serve.card import write_card
+from trix_jax.lm.serve.export import export, load
+from trix_jax.lm.serve.hub import push
+from trix_jax.lm.serve.load import load_run, open_run_data
+from trix_jax.lm.train.evaluate import evaluate
+
+
+@pytest.fixture(scope="module")
+def exported(run_dir, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("export") / "model"
+    export(*load_run(run_dir), directory)
+    return directory
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Enough of a hub to take a repository and one commit; remembers what it was given."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        self.server.calls.append((self.path, self.headers["Authorization"]))
+        if self.path == "/api/repos/create":
+            self.server.created = json.loads(body)
+            return self.answer({"url": f"{self.server.address}/someone/tiny"})
+        if self.path.endswith("/preupload/main"):
+            files = json.loads(body)["files"]
+            kinds = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for f in files
+            ]
+            return self.answer({"files": kinds})
+        if self.path.endswith("/commit/main"):
+            self.server.lines = [json.loads(line) for line in body.splitlines()]
+            return self.answer(
+                {
+                    "commitUrl": f"{self.server.address}/someone/tiny/commit/{'0' * 40}",
+                    "commitOid": "0" * 40,
+                }
+            )
+        return self.answer({})
+
+    def do_GET(self):
+        self.server.calls.append((self.path, None))
+        self.answer({"sha": "0" * 40, "siblings": []})
+
+    def answer(self, tree):
+        data = json.dumps(tree).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    server.calls, server.created, server.lines = [], None, []
+    server.address = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setenv("HF_TOKEN", "hf_local")
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_push_uploads_the_export_and_nothing_else(exported, hub):
+    (exported / "notes.txt").write_text("mine")
+    url = push(exported, "someone/tiny", endpoint=hub.address)
+    assert url.endswith("/commit/" + "0" * 40)
+    assert hub.created["name"] == "tiny"
+    assert hub.created["visibility"] == "private"
+    sent = {
+        line["value"]["path"]: base64.b64decode(line["value"]["content"])
+        for line in hub.lines
+        if line["key"] == "file"
+    }
+    names = {"model.safetensors", "config.json", "tokenizer.json"}
+    assert names <= set(sent) <= {*names, "README.md"}
+    for name, content in sent.items():
+        assert content == (exported / name).read_bytes()
+    assert ("/api/models/someone/tiny/commit/main", "Bearer hf_local") in hub.calls
+
+
+def test_push_refuses_what_is_no_export(run_dir, hub):
+    with pytest.raises(ValueError, match="must be an export"):
+        push(run_dir, "someone/tiny", endpoint=hub.address)
+    assert not hub.calls
+
+
+def test_card_states_what_was_measured(exported, run_dir):
+    store = open_run_data(run_dir)
+    card = write_card(exported, store, read_run(run_dir).summary).read_text()
+    assert card.startswith("---\nlibrary_name: trix-jax\n")
+    loss = evaluate(*load(exported)[:2], store).val_loss
+    assert f"| this model, packed | {loss:.4f} |" in card
+    floors = {
+        int(n): float(v)
+        for n, v in re.findall(r"\| (\d)-gram counts \| ([\d.]+) \|", card)
+    }
+    better = re.search(r"Counting alone does better: (.*)\.", card)
+    named = {int(n) for n in re.findall(r"(\d)-grams", better[1])} if better else set()
+    assert named == {n for n, floor in floors.items() if floor <= loss}
+    assert set(floors) == {1, 2, 3, 4, 5}
+
+
+@pytest.mark.slow
+def test_program_runs_without_this_package(exported, tmp_path, user_env):
+    pytest.importorskip("flatbuffers")
+    from trix_jax.lm.serve.stablehlo import write_program
+
+    model, variables, _ = load(exported)
+    tokens = jnp.arange(16, dtype=jnp.int32)[None] % 20
+    logits = model.apply(variables, tokens)[0]
+    path = write_program(model, variables, tmp_path)
+    code = (
+        "import sys; sys.modules['trix_jax'] = sys.modules['trix_kernels'] = None\n"
+        "import jax, numpy as np; from pathlib import Path\n"
+        "program = jax.export.deserialize(bytearray(Path('model.stablehlo').read_bytes()))\n"
+        "np.save('logits.npy', program.call(np.arange(16, dtype=np.int32)[None] % 20))\n"
+    )
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, cwd=tmp_path, env=user_env, check=True)
+    bound = 1e-5 * np.abs(logits).max()
+    np.testing.assert_allclose(
+        np.load(tmp_path / "logits.npy"), logits, rtol=0, atol=bound
+    )
+    assert path.stat().st_size < 200_000

@@ -1,0 +1,183 @@
+"""Every file of a run damaged, one at a time: the same numbers come out, or a sentence
+that names the file.
+"""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from trix_jax.lm.checkpoint import checkpoint
+from trix_jax.lm.serve.load import load_run, open_run_data
+from trix_jax.lm.train.evaluate import evaluate
+from trix_jax.lm.train.loop import train
+
+
+def flip_middle(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def flip_high_bit_near_the_end(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-len(data) // 10] ^= 0x40
+    path.write_bytes(data)
+
+
+def halve(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+HARMS = [flip_middle, flip_high_bit_near_the_end, halve, empty, Path.unlink]
+LOGS = {
+    "metrics.jsonl",
+    "env.json",
+    "summary.json",
+}  # no checksum; nothing computes from them
+
+
+def quiet(_):
+    pass
+
+
+def files_of(run: Path, *parts: str) -> list[Path]:
+    found = (p.relative_to(run) for part in parts for p in (run / part).rglob("*"))
+    return sorted(name for name in found if (run / name).is_file())
+
+
+def assert_same_step(a: Path, b: Path, step: int) -> None:
+    trees = [checkpoint.restore_arrays(run / "checkpoints", step) for run in (a, b)]
+    for x, y in zip(*map(jax.tree.leaves, trees), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def loss_of(run: Path) -> tuple[int, float]:
+    step = checkpoint.resolve(run / "checkpoints", "latest", report=quiet)
+    model, variables, _ = load_run(run)
+    return step, evaluate(model, variables, open_run_data(run)).val_loss
+
+
+@pytest.fixture(scope="module")
+def losses(run_dir):
+    """The validation loss of every step of the sound run."""
+    found = {}
+    for step in checkpoint.steps(run_dir / "checkpoints"):
+        model, variables, _ = load_run(run_dir, step)
+        found[step] = evaluate(model, variables, open_run_data(run_dir)).val_loss
+    return found
+
+
+def attempt(action: Callable, *args: Any, **kwargs: Any) -> tuple[str, Any]:
+    """The message of the ValueError that an action ends in, or "" and its result."""
+    try:
+        return "", action(*args, **kwargs)
+    except ValueError as error:
+        return str(error), None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["checkpoints/00000010", "data", "."])
+def test_any_damage_to_a_file_gives_the_same_numbers_or_names_it(
+    tiny_config, one_device, run_dir, losses, tmp_path, part
+):
+    inside = files_of(run_dir, part)
+    if part == ".":
+        inside = [Path(name.name) for name in inside if len(name.parts) == 1]
+    outcomes = {"recovered": 0, "refused": 0, "harmless": 0}
+    for victim in inside:
+        for harm in HARMS:
+            if victim.name in LOGS and harm in HARMS[:2]:
+                continue
+            if not (run_dir / victim).stat().st_size and harm is not Path.unlink:
+                continue
+            hurt = tmp_path / "hurt"
+            shutil.copytree(run_dir, hurt)
+            harm(hurt / victim)
+            case = f"{victim}, {harm.__name__}"
+            error, found = attempt(loss_of, hurt)
+            assert victim.name in error or found in losses.items(), (case, error)
+            messages = []
+            devices, report = one_device, messages.append
+            error, _ = attempt(train, tiny_config, hurt, devices=devices, report=report)
+            if error:
+                assert victim.name in error, (case, error)
+                outcomes["refused"] += 1
+            else:
+                assert_same_step(hurt, run_dir, 10)
+                said = any(victim.name in message for message in messages)
+                outcomes["recovered" if said else "harmless"] += 1
+            shutil.rmtree(hurt)
+    print(f"{part}: {len(inside)} files, {sum(outcomes.values())} faults, {outcomes}")
+    assert outcomes["recovered" if "checkpoints" in part else "refused"] > 0
+
+
+def test_config_beside_a_checkpoint_is_not_believed_when_it_was_changed(
+    run_dir, tmp_path
+):
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(
+        text.replace("score_scale: 1.0", "score_scale: 3.0")
+    )
+    with pytest.raises(ValueError, match=r"score_scale was 1.0 and is 3.0"):
+        load_run(run)
+
+
+def test_other_tokenizer_beside_a_checkpoint_is_refused(run_dir, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    path = run / "tokenizer.json"
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(ValueError, match=r"tokenizer\.json must be the tokenizer"):
+        load_run(run)
+
+
+def test_run_whose_checkpoints_were_all_set_aside_is_not_restarted(
+    tiny_config, one_device, run_dir, tmp_path
+):
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    for step in checkpoint.steps(run / "checkpoints"):
+        checkpoint.set_aside(run / "checkpoints", step)
+    with pytest.raises(ValueError, match="no checkpoint but one that was set aside"):
+        train(tiny_config, run, devices=one_device, report=quiet)
+
+
+def test_run_without_a_checkpoint_yet_starts_at_0_and_says_so(
+    tiny_config, one_device, run_dir, tmp_path
+):
+    run, messages = tmp_path / "run", []
+    shutil.copytree(run_dir, run)
+    shutil.rmtree(run / "checkpoints")
+    train(tiny_config, run, devices=one_device, report=messages.append)
+    assert any("it starts at step 0" in message for message in messages)
+    assert_same_step(run, run_dir, 10)
+
+
+def test_other_data_is_refused_unless_asked_for(
+    tiny_config, one_device, run_dir, tmp_path
+):
+    run, corpus = tmp_path / "run", tmp_path / "other.txt"
+    shutil.copytree(run_dir, run)
+    shutil.rmtree(run / "checkpoints" / "00000010")
+    shutil.rmtree(run / "data")
+    text = Path(tiny_config.data.path).read_text()
+    corpus.write_text(text[1000:] + text[:1000])
+    data = dataclasses.replace(tiny_config.data, path=str(corpus))
+    config = dataclasses.replace(tiny_config, data=data)
+    with pytest.raises(ValueError, match="was trained on other data: its fingerprint"):
+        train(config, run, devices=one_device, report=quiet)
+    done = train(config, run, devices=one_device, other_data=True, report=quiet)
+    assert done["steps"] == 10

@@ -1,0 +1,89 @@
+"""Files written whole or not at all, waited for, hashed. Knows nothing of what is in
+them.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def write_whole(path: Path, data: bytes | str) -> None:
+    """Writes a file whole or not at all: beside `path`, waited for, then renamed. Text
+    is UTF-8.
+
+    Raises:
+        OSError: says which file could not be written, and why.
+    """
+    data = data.encode() if isinstance(data, str) else data
+    building = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with writing(path):
+        try:
+            with building.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(building, path)
+            sync(path.parent)
+        finally:
+            building.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes an indented JSON file whole or not at all."""
+    write_whole(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file."""
+    return json.loads(path.read_bytes())
+
+
+@contextlib.contextmanager
+def writing(what: object) -> Iterator[None]:
+    """Inside, an error of the disk says what could not be written: a full disk's own
+    names no file.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"{what} could not be written: {reason}.") from error
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_sha256(value: Any, separators: tuple[str, str] | None = None) -> str:
+    """sha256 of a value as JSON with sorted keys, in hexadecimal.
+
+    Args:
+        separators: as `json.dumps` takes them; part of what a format hashes.
+    """
+    text = json.dumps(value, sort_keys=True, separators=separators)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def is_another_process(pid: int) -> bool:
+    """Whether a process of this number lives and is not this one."""
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return pid != os.getpid()

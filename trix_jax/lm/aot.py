@@ -1,0 +1,209 @@
+"""Train steps compiled for GPUs that are not here: memory and collectives.
+
+    python -m trix_jax.lm.aot h100
+    python -m trix_jax.lm.aot h100 < cases.json     # what `report_cases` sends
+
+Run in a process with the environment of `trix_kernels.aot.environment`.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections import Counter
+from functools import partial
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+
+from trix_jax.lm.config import TrainConfig, model_from_tree
+from trix_jax.lm.train import parallel
+from trix_jax.lm.train.optimizer import make_optimizer
+from trix_jax.lm.train.step import init_state, make_train_step
+from trix_jax.nn.transformer import TransformerConfig, TransformerLM
+from trix_kernels import aot
+from trix_kernels.gpu_specs import GPUS, target_config
+
+CONFIGS = {
+    "small, hierarchical 64 tiles": TransformerConfig(
+        vocab_size=8192,
+        context=512,
+        d_model=256,
+        n_layers=4,
+        n_heads=4,
+        ffn="hierarchical",
+        num_tiles=64,
+        tiles_per_cluster=8,
+        router_input="hidden",
+        dtype="bfloat16",
+    ),
+    "small, dense": TransformerConfig(
+        vocab_size=8192,
+        context=512,
+        d_model=256,
+        n_layers=4,
+        n_heads=4,
+        ffn="dense",
+        dtype="bfloat16",
+    ),
+}
+HIERARCHICAL, DENSE = CONFIGS
+STEPS: list[tuple[str, str, int, parallel.Mapping]] = [
+    (HIERARCHICAL, "", 1, "shard_map"),
+    (HIERARCHICAL, "", 8, "shard_map"),
+    (HIERARCHICAL, "state sliced", 8, parallel.Spread(is_sliced=True)),
+    (HIERARCHICAL, "tiles over 8", 8, parallel.Spread(8)),
+    (HIERARCHICAL, "tiles over 4", 8, parallel.Spread(4)),
+    (DENSE, "", 1, "shard_map"),
+    (DENSE, "", 8, "shard_map"),
+]
+BATCH = 32  # sequences a GPU
+COLLECTIVES = re.compile(
+    r"(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
+)
+
+
+def report(target: str) -> list[dict[str, Any]]:
+    """Compiles every config for 1 and 8 GPUs of a target, in a process of its own.
+
+    Raises:
+        RuntimeError: the compilation failed; the message ends with what it printed.
+    """
+    return _in_a_process([sys.executable, "-m", "trix_jax.lm.aot", target], target)
+
+
+def compiler() -> str | None:
+    """A Python that has the aot group, or None: `$TRIX_AOT_PYTHON`, or this one."""
+    if named := os.environ.get("TRIX_AOT_PYTHON"):
+        return named
+    return sys.executable if util.find_spec("jax_cuda13_plugin") else None
+
+
+def report_case(
+    python: str,
+    target: str,
+    model: TransformerConfig,
+    batch_size: int,
+    accumulate: int,
+    devices: int,
+) -> dict[str, Any]:
+    """Compiles the train step of one config, in a process of its own.
+
+    Args:
+        python: with the aot group (`compiler`).
+        target: a GPU.
+        model: resolved.
+        batch_size: over all devices and micro-batches.
+        accumulate: micro-batches.
+        devices: data parallel.
+
+    Raises:
+        RuntimeError: the compilation failed; the message ends with what it printed.
+    """
+    case = {
+        "model": dataclasses.asdict(model),
+        "batch_size": batch_size,
+        "accumulate": accumulate,
+        "devices": devices,
+    }
+    command = [python, "-m", "trix_jax.lm.aot", target, "-"]
+    return _in_a_process(command, target, json.dumps(case))
+
+
+def _in_a_process(command: list[str], target: str, text: str = "") -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            command,
+            env=aot.environment(folder) | {"PYTHONPATH": os.pathsep.join(_folders())},
+            input=text,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode:
+        last = done.stderr.strip()[-2000:]
+        raise RuntimeError(
+            f"Compiling train steps for {target} ended with {done.returncode}: {last}"
+        )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _folders() -> list[str]:
+    """Where this package, the kernels and what the lm extra brings lie, for a Python
+    that has only the aot group.
+    """
+    own = [str(Path(file).parents[n]) for file, n in ((__file__, 2), (aot.__file__, 1))]
+    return [*own, sysconfig.get_path("purelib")]
+
+
+def compile_step(
+    model: TransformerConfig,
+    target: str,
+    devices: int,
+    mapping: parallel.Mapping = "shard_map",
+    batch_size: int | None = None,
+    accumulate: int = 1,
+) -> dict[str, Any]:
+    """Compiles one step as the training lane maps it, and reads what it needs."""
+    batch_size = batch_size or BATCH * devices
+    topology = topologies.get_topology_desc(
+        platform="cuda",
+        target_config=target_config(GPUS[target]),
+        topology=f"1x{devices}x1",
+    )
+    sizes = parallel.axis_sizes(devices, mapping)
+    mesh = topologies.make_mesh(topology, tuple(sizes.values()), tuple(sizes))
+    config = TrainConfig(steps=1000, batch_size=batch_size, accumulate=accumulate)
+    lm, optimizer = TransformerLM(model), make_optimizer(config)
+    make = partial(make_train_step, lm, optimizer, config)
+    state = jax.eval_shape(lambda: init_state(lm, optimizer, 0))
+
+    def place(x, spec):
+        return jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(mesh, spec)
+        )
+
+    state = jax.tree.map(place, state, parallel.state_specs(state, mesh, mapping))
+    rows = (accumulate, batch_size // accumulate, model.context + 1)
+    batch = place(jax.ShapeDtypeStruct(rows, jnp.int32), parallel.rows_over(mesh))
+    compiled = parallel.shard_mapped(make, mesh, mapping).lower(state, batch).compile()
+    memory: Any = compiled.memory_analysis()
+    found = Counter(COLLECTIVES.findall(compiled.as_text() or ""))
+    return {
+        "devices": devices,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "peak_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
+        "collectives": dict(found),
+    }
+
+
+def main(target: str) -> list[dict[str, Any]]:
+    """Compiles in this process."""
+    return [
+        {
+            "name": f"{name}, {how}" if how else name,
+            "target": target,
+            **compile_step(CONFIGS[name], target, devices, mapping),
+        }
+        for name, how, devices, mapping in STEPS
+    ]
+
+
+def _case(target: str, case: dict[str, Any]) -> dict[str, Any]:
+    model = model_from_tree(case.pop("model"))
+    return {"target": target, **compile_step(model, target, **case)}
+
+
+if __name__ == "__main__":
+    given = json.load(sys.stdin) if sys.argv[2:] == ["-"] else None
+    print(json.dumps(_case(sys.argv[1], given) if given else main(sys.argv[1])))

@@ -1,0 +1,228 @@
+"""What an experiment needs on GPUs that are not here: memory by the ahead-of-time
+compile, time and money by a model.
+
+    step >= max(6 * tokens * MACs / peak, bytes / bandwidth)
+
+MACs a token: attention's projections, its scores over the whole context, the FFNs as
+counted in `accounting`, the head. Bytes a token: 34 D of bfloat16 activations a layer
+(Korthikanti et al., 2022, https://arxiv.org/abs/2205.05198), the logits in float32, each
+written and read forward and backward; and 28 bytes a parameter and update. Nothing is
+autotuned and launches are not counted, so that this is the least a step can take: a plan
+takes `SLACK` times it, and the first hundred steps tell.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from trix_jax.files import write_json
+from trix_jax.lm import aot as train_steps
+from trix_jax.lm.accounting import costs
+from trix_jax.lm.config import RunConfig, resolve
+from trix_jax.nn.transformer import TransformerConfig
+
+SLACK = 3.0
+SEED_HOURS = 6.0  # of training, in the seed's 7
+MANY = 8
+TARGETS = ("h100", "thor")
+MIB = 2**20
+
+
+def plan(
+    models: Mapping[tuple[str, str], tuple[RunConfig, TransformerConfig]],
+    seeds: int,
+    usd_per_hour: float,
+    command: str,
+    report: Callable[[str], None] = print,
+) -> tuple[str, list[dict[str, Any]]]:
+    """The plan as Markdown and as rows, one a size and arm.
+
+    Args:
+        models: size and arm to a config as parsed and its reference.
+        seeds: runs of each.
+        usd_per_hour: of an H100.
+        command: that makes the plan.
+        report: takes a line for each compilation.
+    """
+    python = train_steps.compiler()
+    rows = []
+    configs = {
+        key: resolve(config, reference, _vocabulary(config))
+        for key, (config, reference) in models.items()
+    }
+    peaks: dict[tuple, int | None] = {}
+    for devices in (1, MANY):
+        for key, config in configs.items():
+            if python:
+                report(
+                    f"{' '.join(key)}: compiling for {devices} H100, minutes the first time"
+                )
+            peaks[key, devices] = _peak(python, config, devices)
+    for (size, arm), config in configs.items():
+        row: dict[str, Any] = {"size": size, "arm": arm, **_counted(config)}
+        row["peak_bytes"] = peaks[(size, arm), 1]
+        row["peak_bytes_of_8"] = peaks[(size, arm), MANY]
+        row["usd"] = seeds * row["h100_hours"] * SLACK * usd_per_hour
+        rows.append(row)
+    return _text(rows, seeds, usd_per_hour, command), rows
+
+
+def step_seconds(config: RunConfig, target: str) -> float:
+    """The least that an optimizer step can take on one GPU."""
+    gpu = train_steps.GPUS[target]
+    tokens = config.train.batch_size * config.model.context
+    macs, num_bytes = _per_token(config.model)
+    peak = gpu.cores * gpu.macs * gpu.clock_ghz * 1e9
+    state = 28 * costs(config.model).total
+    tensor = 3 * tokens * macs / peak
+    return max(tensor, (tokens * num_bytes + state) / gpu.bandwidth)
+
+
+def _per_token(c: TransformerConfig) -> tuple[int, int]:
+    """Multiply-accumulates of a forward pass and bytes of a step, a token."""
+    assert c.vocab_size is not None
+    attention = c.n_layers * (4 * c.d_model**2 + 2 * c.context * c.d_model)
+    macs = attention + costs(c).ffn_active + c.d_model * c.vocab_size
+    layers = c.n_layers * (2 * 34 * c.d_model + 5 * c.n_heads * c.context)
+    return macs, 4 * (layers + 4 * c.vocab_size)
+
+
+def _counted(config: RunConfig) -> dict[str, Any]:
+    counted = costs(config.model)
+    steps = config.train.steps
+    tokens = steps * config.train.batch_size * config.model.context
+    row = {"params": counted.total, "steps": steps, "tokens": tokens}
+    for name in TARGETS:
+        seconds = step_seconds(config, name)
+        row |= {
+            f"{name}_step_ms": 1e3 * seconds,
+            f"{name}_hours": steps * seconds / 3600,
+        }
+    return row
+
+
+def _peak(python: str | None, config: RunConfig, devices: int) -> int | None:
+    """Peak bytes a GPU; compiled once for the same step and code, then kept."""
+    train = config.train
+    if train.batch_size % (train.accumulate * devices):
+        return None
+    case = [dataclasses.asdict(config.model), train.batch_size, train.accumulate]
+    text = json.dumps([case, devices, jax.__version__, _code()], sort_keys=True)
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    kept = (
+        root / "trix_jax" / "aot" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+    )
+    if kept.is_file():
+        return json.loads(kept.read_bytes())["peak_bytes"]
+    if python is None:
+        return None
+    done = train_steps.report_case(
+        python, "h100", config.model, train.batch_size, train.accumulate, devices
+    )
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    write_json(kept, done)
+    return done["peak_bytes"]
+
+
+@functools.cache
+def _code() -> str:
+    """sha256 of what a train step is made of."""
+    package = Path(__file__).parents[2]
+    made_of = ("train/step", "train/optimizer", "aot")
+    lm = [package / "lm" / f"{name}.py" for name in made_of]
+    files = [*sorted(package.glob("*.py")), *sorted(package.glob("nn/*.py")), *lm]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _vocabulary(config: RunConfig) -> int:
+    if config.model.vocab_size:
+        return config.model.vocab_size
+    return {"byte": 257, "char": 100}.get(config.data.tokenizer, config.data.vocab_size)
+
+
+def _text(
+    rows: list[dict[str, Any]],
+    seeds: int,
+    usd_per_hour: float,
+    command: str,
+) -> str:
+    head = (
+        "size|arm|parameters|steps|tokens|peak MiB on 1|a GPU of 8|step ms|a run on 1|"
+        f"on 8|USD, {seeds} seed(s)|on Thor"
+    ).split("|")
+    lines = [f"| {' | '.join(head)} |", "|---|---|" + "---:|" * (len(head) - 2)]
+    for row in rows:
+        peaks = (row["peak_bytes"], row["peak_bytes_of_8"])
+        hours = SLACK * row["h100_hours"]
+        cells = [
+            row["size"],
+            row["arm"],
+            f"{row['params']:,}",
+            f"{row['steps']:,}",
+            f"{row['tokens'] / 1e6:,.0f}M",
+            *("-" if p is None else f"{p / MIB:,.0f}" for p in peaks),
+            f"{SLACK * row['h100_step_ms']:.1f}",
+            _duration(hours),
+            _duration(hours / MANY),
+            f"{row['usd']:,.2f}",
+            _duration(SLACK * row["thor_hours"]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    thor = SLACK * sum(row["thor_hours"] for row in rows)
+    h100 = SLACK * seeds * sum(row["h100_hours"] for row in rows)
+    memory = "Peak memory is from the ahead-of-time compile for sm_90a."
+    if any(row["peak_bytes"] is None or row["peak_bytes_of_8"] is None for row in rows):
+        memory += " A dash was not compiled: the aot group is needed (TRIX_AOT_PYTHON)."
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{memory} Everything with a unit of time or money is **modelled**: {SLACK:g} times the "
+            "least that arithmetic and memory traffic allow, never measured on such a machine; "
+            f"USD at {usd_per_hour:g} an H100-hour.",
+            "",
+            f"All of it, {seeds} seed(s): {_duration(h100)} on one H100, {_duration(h100 / MANY)} on "
+            f"eight. One seed of all of it, side by side on the seed's one Thor: {_duration(thor)}, "
+            f"{'inside' if thor <= SEED_HOURS else '**over**'} its {SEED_HOURS:g} hours.",
+            "",
+            _first(rows, seeds, usd_per_hour),
+            "",
+            f"Made by `{command}`.",
+        ]
+    )
+
+
+def _first(rows: list[dict[str, Any]], seeds: int, usd_per_hour: float) -> str:
+    """What to run first, and what it would decide."""
+    least = min(rows, key=lambda row: row["params"])["size"]
+    mine = [row for row in rows if row["size"] == least]
+    hours = SLACK * seeds * sum(row["h100_hours"] for row in mine)
+    text = (
+        f"Run first: all arms of `{least}`, {_duration(hours)} on one H100, "
+        f"{hours * usd_per_hour:.2f} USD. Its first hundred steps tell what this model of time "
+        "is worth, and its report says whether TriX is below, at or above its dense twins there"
+    )
+    more = (
+        ""
+        if seeds > 1
+        else "; with one seed no difference has an interval, so add seeds first"
+    )
+    return (
+        f"{text}{more}. A larger size is worth its cost if that is not settled by it."
+    )
+
+
+def _duration(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:.1f} h"
+    return f"{60 * hours:.1f} min" if hours >= 1 / 60 else f"{3600 * hours:.0f} s"

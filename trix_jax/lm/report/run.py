@@ -1,0 +1,90 @@
+"""REPORT.md: of one training run, and of the demo, which sets TriX beside a dense twin.
+
+The words follow from the numbers, whoever wins. Reports hold relative links and no path
+of the machine; the same inputs give the same text.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trix_jax.lm.report import plots
+from trix_jax.lm.report.page import describe_ffn, made_with, table, write_page
+from trix_jax.lm.report.plots import HEALTHY_SHARE, MIB
+from trix_jax.lm.report.record import RunRecord, read_run
+
+
+def write_run_report(workdir: str | Path) -> Path:
+    """Writes `plots/*.png` and `REPORT.md` of one training run; returns the report.
+
+    Raises:
+        ValueError: a file of the run is missing or damaged; names it.
+    """
+    workdir, figures = Path(workdir), Path(workdir) / "plots"
+    run = read_run(workdir)
+    config, model = run.config, run.config.model
+    summary, params = run.summary, run.summary["params"]
+    plots.losses(figures / "loss.png", run.steps, run.evals)
+    plots.resources(figures / "resources.png", run.steps)
+    rows = [
+        ("validation loss, last (nats per token)", f"{summary['final_val_loss']:.4f}"),
+        ("validation loss, best", f"{summary['best_val_loss']:.4f}"),
+        ("perplexity, last", f"{summary['final_val_ppl']:.3f}"),
+        ("bits per byte, last", f"{summary['final_val_bits_per_byte']:.4f}"),
+        ("parameters, of these in FFNs", f"{params['total']:,}, {params['ffn']:,}"),
+        ("FFN multiply-accumulates per token", f"{params['ffn_active']:,}"),
+        ("FFN weights as served", f"{params['ffn_bits'] / 8 / MIB:.2f} MiB"),
+        ("training tokens", f"{summary['tokens']:,}"),
+        ("training tokens per second, median", f"{run.speed:,.0f}"),
+        ("seconds, evaluations included", f"{summary['seconds']:,.0f}"),
+    ]
+    parts = [
+        f"# Training run: {config.arm}, seed {config.seed}",
+        f"{model.n_layers} layers of width {model.d_model}, context {model.context}, "
+        f"batch {config.train.batch_size}, learning rate "
+        f"{config.train.learning_rate:g}; {describe_ffn(config)}.",
+        "![Loss over training tokens](plots/loss.png)",
+        table(("", "value"), rows),
+    ]
+    if run.evals[-1]["tile_usage"]:
+        parts += routing_section(workdir, run, summary["routing"])
+    parts += [
+        "## Speed and memory",
+        "![Tokens per second and peak memory](plots/resources.png)",
+        "## Made with",
+        made_with(run.env),
+        "All settings: [config.yaml](config.yaml). Every step: "
+        "[metrics.jsonl](metrics.jsonl). Result: [summary.json](summary.json).",
+    ]
+    return write_page(workdir, parts)
+
+
+def routing_section(
+    workdir: Path, run: RunRecord, layers: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """The section on routing health; writes its two figures."""
+    usage, figures = run.evals[-1]["tile_usage"], workdir / "plots"
+    tiles = len(usage[0])
+    plots.tile_usage(figures / "tile_usage.png", usage)
+    plots.routing_health(figures / "routing.png", run.steps, run.evals, tiles)
+    shares = plots.entropy_share([layer["entropy"] for layer in layers], tiles)
+    rows = [
+        (str(i), f"{share:.3f}", f"{layer['max_load']:.2f}", str(layer["dead_tiles"]))
+        for i, (share, layer) in enumerate(zip(shares, layers, strict=True))
+    ]
+    least = min(shares)
+    dead = sum(layer["dead_tiles"] for layer in layers)
+    health = "Alive" if least >= HEALTHY_SHARE and not dead else "Not healthy"
+    words = (
+        f"**{health}**: {dead} of {tiles * len(layers)} tiles dead (below a tenth of "
+        f"an even share), and the entropy of tile use is at least {least:.3f} of its "
+        f"maximum ln {tiles} (collapsing below {HEALTHY_SHARE})."
+    )
+    head = ("layer", f"entropy / ln {tiles}", "largest load / even share", "dead tiles")
+    return [
+        "## Routing",
+        words,
+        "![Load of each tile in each layer](plots/tile_usage.png)",
+        table(head, rows),
+        "![Entropy, stability and auxiliary losses](plots/routing.png)",
+    ]

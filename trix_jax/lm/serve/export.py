@@ -1,0 +1,79 @@
+"""A trained language model as files: packed weights, config, tokenizer."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from trix_jax.files import write_json
+from trix_jax.frozen import freeze
+from trix_jax.interop import safetensors
+from trix_jax.lm import config as run_config
+from trix_jax.lm.accounting import costs
+from trix_jax.lm.data import load_tokenizer
+from trix_jax.nn.transformer import TransformerConfig, TransformerLM
+from trix_jax.ops import PACKED
+from trix_jax.typing import Variables
+
+WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
+
+
+def is_export(directory: Path) -> bool:
+    """Whether a directory holds an exported model."""
+    return (directory / WEIGHTS).is_file() and (directory / CONFIG).is_file()
+
+
+def export(
+    model: TransformerLM, variables: Variables, tokenizer: Any, directory: str | Path
+) -> dict[str, int]:
+    """Packs a trained model and writes `model.safetensors`, `config.json` and
+    `tokenizer.json`.
+
+    Args:
+        directory: made if missing; files of these names are replaced.
+
+    Returns:
+        bytes of the FFN weights: `ffn_float32` as trained, `ffn_packed` as written,
+            scales included in both.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    is_done = model.config.ffn == "dense" or PACKED in variables
+    sample = jnp.zeros((1, 1), jnp.int32)
+    frozen = variables if is_done else freeze(model, variables, sample)
+    sizes = safetensors.write(directory / WEIGHTS, model, frozen)
+    shape = run_config.to_tree(run_config.RunConfig(model=model.config))["model"]
+    tree = {"model_type": "trix_jax", "model": shape}
+    write_json(directory / CONFIG, tree)
+    tokenizer.save(directory / TOKENIZER)
+    packed = sum(
+        size
+        for name, size in sizes.items()
+        if ".ffn." in name and not name.startswith("routing")
+    )
+    return {"ffn_float32": 4 * costs(model.config).ffn, "ffn_packed": packed}
+
+
+def load(directory: str | Path) -> tuple[TransformerLM, dict[str, Any], Any]:
+    """Reads what `export` wrote; the variables are packed, and evaluate as the trained
+    ones did.
+
+    Raises:
+        ValueError: a file that is damaged, of another version, or does not fit its
+            config; says which.
+    """
+    directory = Path(directory)
+    model = TransformerLM(_read_model_config(directory / CONFIG))
+    variables = safetensors.read(directory / WEIGHTS, model)
+    return model, variables, load_tokenizer(directory / TOKENIZER)
+
+
+def _read_model_config(path: Path) -> TransformerConfig:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        return run_config.from_tree({"model": tree["model"]}).model
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is not the config of an exported model: {error}"
+        ) from error

@@ -1,0 +1,149 @@
+"""Runs and exports in EleutherAI's lm-evaluation-harness; the `harness` extra.
+
+    from trix_jax.lm.serve.harness import run
+    run("runs/a", ["my_task"], include_path="folder/of/task/files")
+
+A string's probability is that of its tokens, each given at most a context of those
+before it. What starts a text is conditioned on the tokenizer's end-of-text mark; a
+tokenizer without one has nothing to condition the first token on, which then is not
+scored.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import lm_eval
+import numpy as np
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
+
+from trix_jax.lm.serve.generate import SamplingConfig, generate
+from trix_jax.lm.serve.load import load_run
+
+NEW_TOKENS = 256  # the harness' own default for tasks that do not say
+
+
+class TrixLM(LM):
+    """A run or an export as the harness sees it."""
+
+    def __init__(self, checkpoint: str | Path, step: str = "latest", batch: int = 16):
+        super().__init__()
+        self._model, self._variables, self._tokenizer = load_run(checkpoint, step)
+        self._context, self._batch = self._model.config.context, batch
+        self._score = jax.jit(self._score_batch)
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Log-probability of a continuation, and whether greedy decoding gives it.
+
+        Raises:
+            ValueError: a continuation that is empty, or longer than the model's
+                context.
+        """
+        return self._scores([self._pair(*request.args) for request in requests])
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """Log-probability of whole texts, window after window of the context."""
+        totals = []
+        for request in requests:
+            ids = self._start() + self._ids(request.args[0])
+            windows = [
+                ids[at : at + self._context + 1]
+                for at in range(0, len(ids) - 1, self._context)
+            ]
+            scored = self._scores([(window, 1) for window in windows])
+            totals.append(sum(value for value, _ in scored))
+        return totals
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Continues texts until one of the strings that end them, which is left out."""
+        return [self._continue(*request.args) for request in requests]
+
+    def _continue(self, context: str, options: dict[str, Any]) -> str:
+        until = options.get("until") or []
+        until = [until] if isinstance(until, str) else until
+        temperature = options.get("temperature") or 0.0
+        config = SamplingConfig(temperature=float(temperature))
+        count = options.get("max_gen_toks") or NEW_TOKENS
+        prompt = np.asarray(self._start() + self._ids(context), np.int32)
+        ids: list[int] = []
+        text = ""
+        for token in generate(self._model, self._variables, prompt, count, config):
+            ids.append(token)
+            text = self._tokenizer.decode(ids)
+            ends = [text.find(mark) for mark in until if mark and mark in text]
+            if ends:
+                return text[: min(ends)]
+        return text
+
+    def _ids(self, text: str) -> list[int]:
+        return [int(i) for i in self._tokenizer.encode(text)]
+
+    def _start(self) -> list[int]:
+        return [] if self._tokenizer.eot is None else [self._tokenizer.eot]
+
+    def _pair(self, context: str, continuation: str) -> tuple[list[int], int]:
+        """Tokens, and the first that is scored, at least the second of them."""
+        before, after = self._start() + self._ids(context), self._ids(continuation)
+        if not after or len(after) > self._context:
+            raise ValueError(
+                f"a continuation must have 1 to {self._context} tokens. Got {len(after)}."
+            )
+        ids = (before + after)[-self._context - 1 :]
+        return ids, max(1, len(ids) - len(after))
+
+    def _scores(self, pairs: list[tuple[list[int], int]]) -> list[tuple[float, bool]]:
+        found = []
+        for at in range(0, len(pairs), self._batch):
+            group = pairs[at : at + self._batch]
+            tokens = np.zeros((self._batch, self._context + 1), np.int32)
+            spans = np.zeros((self._batch, 2), np.int32)
+            for row, (ids, first) in enumerate(group):
+                tokens[row, : len(ids)] = ids
+                spans[row] = first, len(ids)
+            sums, greedy = self._score(self._variables, tokens, spans)
+            rows = zip(sums.tolist(), greedy.tolist(), strict=True)
+            found += list(rows)[: len(group)]
+        return found
+
+    def _score_batch(self, variables, tokens, spans):
+        """Sum of `log p(tokens[i])` over `first <= i < end`, and whether all were the
+        likeliest.
+        """
+        outputs: Any = self._model.apply(variables, tokens[:, :-1])
+        log_p = jax.nn.log_softmax(outputs[0])
+        target = tokens[:, 1:, None]
+        own = jnp.take_along_axis(log_p, target, axis=-1)[..., 0]
+        place = jnp.arange(1, tokens.shape[1])[None]
+        counted = (place >= spans[:, :1]) & (place < spans[:, 1:])
+        likeliest = log_p.argmax(axis=-1) == target[..., 0]
+        return jnp.where(counted, own, 0).sum(axis=1), (likeliest | ~counted).all(
+            axis=1
+        )
+
+
+def run(
+    checkpoint: str | Path,
+    tasks: list[str],
+    *,
+    include_path: str | Path | None = None,
+    step: str = "latest",
+    limit: int | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Evaluates a run or an export on tasks; the harness' results, a dict a task.
+
+    Args:
+        tasks: names, of the harness' own or from `include_path`.
+        include_path: a folder of task files.
+        limit: examples a task.
+    """
+    done = lm_eval.simple_evaluate(
+        TrixLM(checkpoint, step),
+        tasks=list(tasks),
+        task_manager=TaskManager(include_path=include_path and str(include_path)),
+        limit=limit,
+        bootstrap_iters=0,
+    )
+    return done["results"]

@@ -1,0 +1,47 @@
+"""An export to a model hub."""
+
+from pathlib import Path
+
+from trix_jax.lm.serve.card import CARD
+from trix_jax.lm.serve.export import CONFIG, TOKENIZER, WEIGHTS, is_export, load
+
+
+def push(
+    directory: str | Path,
+    repo: str,
+    *,
+    private: bool = True,
+    endpoint: str | None = None,
+) -> str:
+    """Uploads an export: its weights, config, tokenizer and card, and nothing else.
+
+    The token is the one that `hf auth login` or the environment has set.
+
+    Args:
+        repo: `owner/name`; made if there is none.
+        private: of a repository that is made.
+        endpoint: of the hub; None is huggingface_hub's own default.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: not an export, or a damaged one.
+    """
+    from huggingface_hub import HfApi
+
+    directory = Path(directory)
+    if not is_export(directory):
+        raise ValueError(
+            f"{directory} must be an export: `trix-jax export` writes one. It has no {WEIGHTS} or {CONFIG}."
+        )
+    load(directory)  # refuses a damaged one
+    api = HfApi(endpoint=endpoint)
+    api.create_repo(repo, private=private, exist_ok=True)
+    done = api.upload_folder(
+        repo_id=repo,
+        folder_path=directory,
+        allow_patterns=[WEIGHTS, CONFIG, TOKENIZER, CARD],
+        commit_message="Upload a trix_jax model",
+    )
+    return str(done.commit_url)

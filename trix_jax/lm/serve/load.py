@@ -1,0 +1,128 @@
+"""Restores a run, or a model that `trix-jax export` wrote, to evaluate, generate or
+export.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from trix_jax.lm import config
+from trix_jax.lm.checkpoint import checkpoint
+from trix_jax.lm.data import (
+    Store,
+    is_store,
+    load_tokenizer,
+    open_store,
+)
+from trix_jax.lm.serve import export
+from trix_jax.lm.train import provenance
+from trix_jax.nn.transformer import TransformerConfig, TransformerLM
+
+
+def load_run(
+    directory: str | Path, step: str | int = "latest"
+) -> tuple[TransformerLM, dict[str, Any], Any]:
+    """Restores a run, or a model that `trix-jax export` wrote, in any process.
+
+    Args:
+        directory: a run directory, or an export directory (`model.safetensors`).
+        step: of a run: "latest" (the newest good one), "best" or a number.
+
+    Returns:
+        the model, its variables (packed ones for an export), and the tokenizer.
+
+    Raises:
+        ValueError: no run there, or a config, tokenizer or checkpoint that is damaged
+            or does not fit; says which.
+    """
+    directory = Path(directory)
+    if export.is_export(directory):
+        return export.load(directory)
+    run = read_config(directory)
+    model = TransformerLM(run.model)
+    checkpoints = directory / "checkpoints"
+    number = checkpoint.resolve(checkpoints, step)
+    arrays = checkpoint.restore_arrays(checkpoints, number, ("params", "routing"))
+    what, tokenizer = (
+        f"checkpoint {number} of {directory}",
+        directory / "tokenizer.json",
+    )
+    check_fits(run.model, arrays, what)
+    loaded = load_tokenizer(tokenizer)
+    provenance.check(checkpoint.read_meta(checkpoints, number), run, tokenizer, what)
+    variables = {
+        name: jax.tree.map(jnp.asarray, tree) for name, tree in arrays.items() if tree
+    }
+    return model, variables, loaded
+
+
+def resolve_step(directory: str | Path, step: str | int) -> int | None:
+    """The number of a run's step ("latest", "best" or a number); None for an export."""
+    directory = Path(directory)
+    if export.is_export(directory):
+        return None
+    return checkpoint.resolve(directory / "checkpoints", step)
+
+
+def open_run_data(directory: str | Path, data: str | Path | None = None) -> Store:
+    """The token store to evaluate a run on: `data`, or the one it was trained on.
+
+    Raises:
+        ValueError: there is none, or its tokens are not the model's.
+    """
+    directory = Path(directory)
+    if data is None:
+        data = directory / "data"
+        if not data.is_dir() and not export.is_export(directory):
+            data = read_config(directory).data.path or data
+    if not is_store(data):
+        raise ValueError(
+            f"data must name a token store (`trix-jax prepare`) to evaluate {directory} "
+            f"on. Got {data}, which has no manifest.json."
+        )
+    store = open_store(data)
+    own, other = (folder / "tokenizer.json" for folder in (directory, store.directory))
+    if own.read_bytes() != other.read_bytes():
+        raise ValueError(f"{data} was made with another tokenizer than {directory}'s.")
+    return store
+
+
+def read_config(directory: Path) -> config.RunConfig:
+    """The resolved config of a run.
+
+    Raises:
+        ValueError: there is no run.
+    """
+    path = directory / "config.yaml"
+    if not path.is_file():
+        raise ValueError(
+            f"{directory} must be a run directory, with a config.yaml, or an export. There is none."
+        )
+    return config.load(path)
+
+
+def check_fits(model: TransformerConfig, variables: dict[str, Any], what: str) -> None:
+    """Raises a ValueError unless the arrays have the names and shapes that the config
+    gives.
+    """
+    expected = jax.eval_shape(
+        lambda: TransformerLM(model).init(
+            jax.random.key(0), jnp.zeros((1, model.context), jnp.int32)
+        )
+    )
+    for name in ("params", "routing"):
+        want = {
+            jax.tree_util.keystr(k): v.shape
+            for k, v in jax.tree_util.tree_leaves_with_path(expected.get(name, {}))
+        }
+        have = {
+            jax.tree_util.keystr(k): v.shape
+            for k, v in jax.tree_util.tree_leaves_with_path(variables.get(name) or {})
+        }
+        for key in sorted(want.keys() | have.keys()):
+            if want.get(key) != have.get(key):
+                raise ValueError(
+                    f"{what} does not fit its config: {name}{key} should be {want.get(key)}. Got {have.get(key)}."
+                )

@@ -1,0 +1,87 @@
+"""Evaluation on a whole split, and restoring a run or an exported model to evaluate,
+generate or export.
+"""
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trix_jax import routing
+from trix_jax.lm.data import (
+    Store,
+    eval_batches,
+)
+from trix_jax.lm.train.step import make_eval_step
+from trix_jax.nn.transformer import TransformerConfig, TransformerLM
+
+ROUTES_KEPT = 131_072  # validation tokens whose tiles are remembered, to tell how stable the routing is
+
+
+class Evaluation(NamedTuple):
+    """Results on a split.
+
+    Attributes:
+        val_loss: nats a token.
+        val_bits_per_byte: of the text's UTF-8 bytes, so that tokenizers compare.
+        tile_usage: share of assignments a tile, a list a layer.
+        routes: tiles of the first `ROUTES_KEPT` tokens, `uint16[layers, tokens, K]`.
+    """
+
+    val_loss: float
+    val_ppl: float
+    val_bits_per_byte: float
+    tokens: int
+    tile_usage: list[list[float]]
+    entropy: list[float]
+    max_load: list[float]
+    dead_tiles: list[int]
+    routes: np.ndarray
+
+
+@lru_cache(maxsize=8)
+def _compiled(config: TransformerConfig) -> Callable:
+    return jax.jit(make_eval_step(TransformerLM(config)))
+
+
+def evaluate(
+    model: TransformerLM,
+    variables: Any,
+    store: Store,
+    batch_size: int = 64,
+    progress: float = 1.0,
+) -> Evaluation:
+    """Evaluates on every token of the validation split but the first, in windows of the
+    model's context.
+    """
+    step = _compiled(model.config)
+    loss, tokens, routes, kept = 0.0, 0.0, [], 0
+    total = np.zeros((), np.float64)
+    for batch, mask in eval_batches(
+        store.val, batch_size=batch_size, context=model.config.context
+    ):
+        sums = jax.device_get(step(variables, batch, mask, progress))
+        loss, tokens = loss + float(sums.loss), tokens + float(sums.tokens)
+        total = total + sums.counts
+        if kept < ROUTES_KEPT:
+            seen = sums.tiles[:, np.asarray(mask, bool).reshape(-1)]
+            routes.append(seen[:, : ROUTES_KEPT - kept].astype(np.uint16))
+            kept += routes[-1].shape[1]
+    counts = jnp.asarray(total, jnp.float32)
+    mean = loss / tokens
+    nats_per_byte = mean * store.val_tokens / store.val_bytes
+    return Evaluation(
+        val_loss=mean,
+        val_ppl=math.exp(min(mean, 700.0)),
+        val_bits_per_byte=nats_per_byte / math.log(2),
+        tokens=int(tokens),
+        tile_usage=(counts / jnp.maximum(counts.sum(-1, keepdims=True), 1)).tolist(),
+        entropy=routing.usage_entropy(counts).tolist(),
+        max_load=routing.max_load(counts).tolist() if counts.size else [],
+        dead_tiles=routing.dead_tiles(counts).tolist() if counts.size else [],
+        routes=np.concatenate(routes, axis=1),
+    )

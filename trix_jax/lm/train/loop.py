@@ -1,0 +1,286 @@
+"""The training loop: prepare, resume, step, evaluate, save.
+
+A file called `checkpoint-now` in the run directory asks for a checkpoint after the next
+step; it is removed once that is on the disk.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trix_jax import routing
+from trix_jax.lm import allocator, hosts
+from trix_jax.lm.config import RunConfig, TrainConfig, resolve
+from trix_jax.lm.data import check_context, train_batches
+from trix_jax.lm.signals import Interrupted, Signals
+from trix_jax.lm.train import metrics, parallel
+from trix_jax.lm.train.evaluate import Evaluation, evaluate
+from trix_jax.lm.train.optimizer import make_optimizer
+from trix_jax.lm.train.progress import Progress
+from trix_jax.lm.train.run import (
+    Position,
+    Resume,
+    Run,
+    open_data,
+    restore,
+    resume_step,
+    save,
+    settle,
+)
+from trix_jax.lm.train.step import TrainState, make_train_step
+from trix_jax.lm.train.step_log import Diverged, StepLog
+from trix_jax.lm.train.summary import write_summary
+from trix_jax.lm.train.trace import StepTrace
+from trix_jax.nn.transformer import TransformerConfig, TransformerLM
+
+TRIGGER = "checkpoint-now"
+
+
+def train(
+    config: RunConfig,
+    workdir: str | Path,
+    *,
+    resume: Resume = "auto",
+    reference: TransformerConfig | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    other_data: bool = False,
+    shard_state: bool = False,
+    shard_tiles: int = 1,
+    trace_steps: int = 0,
+    report: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Trains a run in `workdir`, or goes on with the one that is there, and returns its
+    summary.
+
+    The process keeps the memory that it frees (`trix_jax.lm.allocator`).
+
+    Args:
+        config: what to train.
+        workdir: the run directory.
+        resume: "auto" goes on where a run left off, "never" refuses a directory that
+            holds one, "must" an empty one.
+        reference: the model whose parameters a "match-params" dense width matches; None
+            takes the hierarchical FFN.
+        devices: what to train on, `jax.pmap` over several; None takes all,
+            `jax.shard_map` over those of several processes.
+        other_data: go on with a run though the data is not what it was trained on.
+        shard_state: slice parameters and optimizer state over the devices.
+        shard_tiles: devices that the tiles of a layer are spread over.
+        trace_steps: steps to trace into `workdir/trace`, for xprof.
+        report: takes one-line messages.
+
+    Raises:
+        ValueError: bad input: a config, corpus or directory that does not do.
+        Interrupted: SIGTERM or SIGINT, after saving.
+        Diverged: too many steps in a row without a finite loss and gradient, or a
+            validation loss that is not finite; the last checkpoint is kept.
+    """
+    workdir = Path(workdir)
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"workdir must be a folder, or new. Got {workdir}, a file.")
+    allocator.keep_freed_memory()  # before JAX starts its threads
+    parallel.check_spread(config.model, shard_tiles, devices or jax.devices())
+    with Signals() as signals:
+        with signals.at_once(f"before its first step; {workdir} is as it was"):
+            step = _resume_step(workdir, resume, report)
+            run = _open(config, workdir, step, reference, devices, report)
+            mapping = parallel.mapping_over(run.devices, shard_state, shard_tiles)
+            run = run._replace(mapping=mapping)
+            position = restore(run, step, report, other_data)
+        with (
+            metrics.open_log(workdir, position.step, hosts.is_first()) as log,
+            Progress(run.config.train.steps, position.step, report) as progress,
+            StepTrace(workdir / "trace", position.step, trace_steps) as trace,
+        ):
+            seconds = _loop(run, position, log, progress, signals, trace)
+        hosts.wait_for_all("the last step is saved")
+        return write_summary(run, seconds)
+
+
+def _resume_step(workdir: Path, resume: Resume, report: Callable) -> int | None:
+    """The first process looks, tells the others, and is the only one that moves
+    anything.
+    """
+    step = resume_step(workdir, resume, report) if hosts.is_first() else None
+    step = hosts.from_first(-1 if step is None else step)
+    return None if step < 0 else step
+
+
+def _open(
+    config: RunConfig,
+    workdir: Path,
+    step: int | None,
+    reference: TransformerConfig | None,
+    devices: Sequence[jax.Device] | None,
+    report: Callable[[str], None],
+) -> Run:
+    """Checks and prepares everything that stays the same from the first step on."""
+    store = hosts.first_then_others(
+        lambda: open_data(config, workdir, report), "the data is prepared"
+    )
+    hosts.check_same("the token store", store.fingerprint)
+    reference = reference or dataclasses.replace(
+        config.model, ffn="hierarchical", ffn_width=None
+    )
+    config = resolve(config, reference, store.tokenizer.vocab_size)
+    for name, split in (("training", store.train), ("validation", store.val)):
+        check_context(name, split, config.model.context)
+    devices = list(devices or jax.devices())
+    parallel.check_batch(config.train.batch_size, config.train.accumulate, devices)
+    if hosts.is_first():
+        settle(config, workdir, store, devices, is_new=step is None)
+    hosts.wait_for_all("the run directory is settled")
+    model, optimizer = TransformerLM(config.model), make_optimizer(config.train)
+    mapping = parallel.mapping_over(devices)
+    return Run(config, workdir, store, model, optimizer, devices, mapping)
+
+
+def _loop(
+    run: Run,
+    position: Position,
+    log: metrics.MetricsFile | metrics.NoFile,
+    progress: Progress,
+    signals: Signals,
+    trace: StepTrace,
+) -> float:
+    """Steps to the end; the metrics of a step are fetched after the next one is under
+    way. Returns seconds trained.
+    """
+    train_config, model = run.config.train, run.model
+    began = time.perf_counter() - position.seconds
+    devices, mapping = tuple(run.devices), run.mapping
+    step_fn = _compiled_step(model.config, train_config, devices, mapping)
+    state = parallel.place(position.state, devices, mapping)
+    batches = train_batches(
+        run.store.train,
+        batch_size=train_config.batch_size,
+        context=run.config.model.context,
+        seed=run.config.seed,
+        start_step=position.step,
+    )
+    logger = StepLog(run, log, progress, position.skipped)
+    trigger = run.workdir / TRIGGER
+    shape = (train_config.accumulate, -1, model.config.context + 1)
+    for step in range(position.step + 1, train_config.steps + 1):
+        if _is_multiple(step - 1, train_config.rebuild_every):
+            state = _rebuild_clusters(state, run)
+        trace.before(step)
+        state, values = step_fn(state, next(batches).reshape(shape))
+        trace.after(step, values)
+        logger.after(step, values)
+        is_last = step == train_config.steps
+        wants_eval = is_last or _is_multiple(step, train_config.eval_every)
+        wants_save = wants_eval or _is_multiple(step, train_config.checkpoint_every)
+        is_asked, must_stop = hosts.any_asks(
+            step % hosts.AGREE_EVERY == 0, trigger.exists(), bool(signals.caught)
+        )
+        if not (wants_save or is_asked or must_stop):
+            continue
+        logger.flush()
+        position = position._replace(
+            step=step,
+            state=parallel.fetch(state, devices, mapping),
+            skipped=logger.skipped,
+        )
+        val_loss = None
+        if wants_eval:
+            position, val_loss = _evaluate(run, position, log, progress)
+        position = position._replace(seconds=time.perf_counter() - began)
+        save(run, position, val_loss)
+        allocator.trim_memory()
+        logger.restart_clock()
+        if is_asked:
+            trigger.unlink(missing_ok=True)
+            progress.say(f"step {step} is saved, as {TRIGGER} asked")
+        (must_stop,) = hosts.any_asks(True, must_stop or bool(signals.caught))
+        if must_stop and not is_last:
+            raise Interrupted(
+                f"stopped by {signals.caught or 'another process'} after step {step}, saved. "
+                "The same command goes on."
+            )
+    return time.perf_counter() - began
+
+
+@lru_cache(maxsize=4)
+def _compiled_step(
+    model: TransformerConfig,
+    config: TrainConfig,
+    devices: tuple[jax.Device, ...],
+    mapping: parallel.Mapping,
+) -> Callable:
+    """The step, compiled once for runs of the same model and settings in a process."""
+    optimizer = make_optimizer(config)
+    make_step = partial(make_train_step, TransformerLM(model), optimizer, config)
+    return parallel.compile_step(make_step, devices, mapping)
+
+
+def _evaluate(
+    run: Run,
+    position: Position,
+    log: metrics.MetricsFile | metrics.NoFile,
+    progress: Progress,
+) -> tuple[Position, float]:
+    """Evaluates and logs; returns the position with its new routes and best loss, and
+    the loss.
+
+    Raises:
+        Diverged: the loss is not finite, so that this step must not become a
+            checkpoint.
+    """
+    config, step, state = run.config.train, position.step, position.state
+    variables = {"params": state.params}
+    if state.routing:
+        variables["routing"] = state.routing
+    batch_size, progressed = config.eval_batch_size, step / config.steps
+    result = evaluate(run.model, variables, run.store, batch_size, progressed)
+    if not math.isfinite(result.val_loss):
+        raise Diverged(
+            f"validation loss ({result.val_loss}) is not finite after step {step}: "
+            "stopped, and not saved. The newest good checkpoint is as it was."
+        )
+    log.write(**_eval_line(run, step, result, position.routes))
+    progress.evaluation(step, result)
+    best = min(position.best, result.val_loss)
+    return position._replace(routes=result.routes, best=best), result.val_loss
+
+
+def _is_multiple(step: int, every: int) -> bool:
+    return bool(every) and step > 0 and step % every == 0
+
+
+def _rebuild_clusters(state: TrainState, run: Run) -> TrainState:
+    if not state.routing:
+        return state
+    whole = parallel.fetch(state, run.devices, run.mapping)
+    rebuilt = jax.tree.map(np.asarray, routing.rebuild_clusters(whole.routing))
+    whole = whole._replace(routing=rebuilt)
+    return parallel.place(whole, run.devices, run.mapping)
+
+
+def _eval_line(
+    run: Run, step: int, result: Evaluation, routes: np.ndarray
+) -> dict[str, Any]:
+    kept = []
+    if step > run.config.train.eval_every:
+        pairs = zip(jnp.asarray(routes), jnp.asarray(result.routes), strict=True)
+        kept = [float(routing.stability(before, after)) for before, after in pairs]
+    return {
+        "event": "eval",
+        "step": step,
+        "tokens": step * run.tokens_per_step,
+        "val_loss": result.val_loss,
+        "val_ppl": result.val_ppl,
+        "val_bits_per_byte": result.val_bits_per_byte,
+        "tile_usage": result.tile_usage,
+        "routing_entropy": result.entropy,
+        "routing_stability": kept,
+        "dead_tiles": result.dead_tiles,
+    }

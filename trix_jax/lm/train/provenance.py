@@ -1,0 +1,65 @@
+"""What a checkpoint belongs to: the settings, the tokenizer and the data that its
+numbers mean something with.
+
+A checkpoint's own files are under its manifest; those beside it, `config.yaml` and
+`tokenizer.json`, are not, and one changed letter of either gives other numbers or other
+text. So every checkpoint notes what it was trained with.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from trix_jax.files import file_sha256
+from trix_jax.lm.config import RunConfig, fingerprint, to_tree
+from trix_jax.lm.data import Store
+
+MOVABLE = "data.path"  # a store may lie elsewhere; its fingerprint says whether it is the same
+
+
+def notes(config: RunConfig, store: Store) -> dict[str, Any]:
+    """What `check` compares, for the `meta` of a checkpoint."""
+    return {
+        "data_fingerprint": store.fingerprint,
+        "config_sha256": fingerprint(config),
+        "settings": flat(to_tree(config)),
+        "tokenizer_sha256": store.manifest["files"]["tokenizer.json"]["sha256"],
+    }
+
+
+def check(meta: dict[str, Any], config: RunConfig, tokenizer: Path, what: str) -> None:
+    """Compares what a checkpoint was trained with to what lies beside it.
+
+    Settings that only one side knows are of another version of this program, and pass;
+    so do notes that an older one did not write.
+
+    Raises:
+        ValueError: another setting or tokenizer; names them.
+    """
+    before, now = meta.get("settings", {}), flat(to_tree(config))
+    if lines := changes(before, now):
+        raise ValueError(f"{what} was trained with other settings: {'; '.join(lines)}.")
+    wanted = meta.get("tokenizer_sha256")
+    if wanted and file_sha256(tokenizer) != wanted:
+        raise ValueError(
+            f"{tokenizer} must be the tokenizer that {what} was trained with: "
+            f"its sha256 must be {wanted}."
+        )
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The settings that differ, of those that both have, but for where the data lies."""
+    both = sorted((before.keys() & now.keys()) - {MOVABLE})
+    return [
+        f"{name} was {before[name]!r} and is {now[name]!r}"
+        for name in both
+        if before[name] != now[name]
+    ]
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested config with dotted names."""
+    values: dict[str, Any] = {}
+    for name, value in tree.items():
+        inner = isinstance(value, dict)
+        values |= flat(value, f"{prefix}{name}.") if inner else {prefix + name: value}
+    return values

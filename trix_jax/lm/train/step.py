@@ -1,0 +1,227 @@
+"""The train and evaluation steps: pure per-device functions that take the name of the
+mapped axis as an argument.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from trix_jax import routing
+from trix_jax.lm.config import TrainConfig
+from trix_jax.lm.train.optimizer import clip, learning_rate_schedule, updates_done
+from trix_jax.lm.train.sharding import Layout
+from trix_jax.nn.transformer import TransformerConfig, TransformerLM
+from trix_jax.typing import Array, AxisName, Float, Int, Integer
+
+AXIS = "data"
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes, and all that a checkpoint needs to go on.
+
+    Attributes:
+        step: steps done, skipped ones included: the position in the data.
+        routing: the `"routing"` collection, `{}` for a dense model.
+        rng: key data of the dropout key, which each step folds its number into.
+    """
+
+    step: Int[Array, "..."]
+    params: Any
+    opt_state: Any
+    routing: Any
+    rng: Integer[Array, "..."]
+
+
+class Metrics(NamedTuple):
+    """What a step reports, global over devices and micro-batches.
+
+    Attributes:
+        loss: cross-entropy, nats a token.
+        entropy: of each layer's tile usage, nats; empty for a dense model.
+        finite: whether loss and gradient were; if not, the update was skipped.
+    """
+
+    loss: Float[Array, "..."]
+    grad_norm: Float[Array, "..."]
+    learning_rate: Float[Array, "..."]
+    aux_balance: Float[Array, "..."]
+    aux_diversity: Float[Array, "..."]
+    entropy: Float[Array, "..."]
+    finite: Any
+
+
+class EvalSums(NamedTuple):
+    """One evaluation batch, to be added up.
+
+    Attributes:
+        loss: summed cross-entropy of the masked tokens.
+        tokens: how many they are.
+        counts: assignments a tile, `[layers, N]`; empty for a dense model.
+        tiles: the tiles of every token, `[layers, tokens, K]`.
+    """
+
+    loss: Float[Array, ""]
+    tokens: Float[Array, ""]
+    counts: Float[Array, "layers N"]
+    tiles: Integer[Array, "layers T K"]
+
+
+def init_state(
+    model: TransformerLM, optimizer: optax.GradientTransformation, seed: int
+) -> TrainState:
+    """The state before the first step."""
+    init_key, dropout_key = jax.random.split(jax.random.key(seed))
+    variables = _compiled_init(model.config)(init_key)
+    params = variables["params"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        routing=variables.get("routing", {}),
+        rng=jax.random.key_data(dropout_key),
+    )
+
+
+@lru_cache(maxsize=8)
+def _compiled_init(config: TransformerConfig) -> Callable:
+    model = TransformerLM(config)
+    tokens = jnp.zeros((1, config.context), jnp.int32)
+    return jax.jit(lambda key: model.init(key, tokens))
+
+
+def make_train_step(
+    model: TransformerLM,
+    optimizer: optax.GradientTransformation,
+    config: TrainConfig,
+    axis_name: AxisName | None = None,
+    layout: Layout | None = None,
+) -> Callable[
+    [TrainState, Integer[Array, "accumulate B tokens"]], tuple[TrainState, Metrics]
+]:
+    """Builds the step for one device: `(state, batch) -> (state, metrics)`.
+
+    The batch is `[accumulate, B, L + 1]`; gradients are averaged over micro-batches and
+    over `axis_name`, routing counts are added, and one `routing.update` follows. Under
+    a mapped axis the model's balance loss sees the load of all devices, so that the
+    result is one device's up to the order of additions.
+
+    With `layout` the state's parameters and moments are this device's parts.
+
+    Where loss or gradient norm is not finite, on all devices alike, the new state is
+    the old one but for its step number: parameters, optimizer and routing stay bit for
+    bit.
+    """
+    if layout is not None and config.optimizer == "muon":
+        raise NotImplementedError(
+            "optimizer='muon' needs whole matrices: it does not go with sharded state or tiles."
+        )
+    tile_axis = layout.tile_axis if layout else None
+    model = model.clone(axis_name=axis_name, tile_axis=tile_axis)
+    schedule = learning_rate_schedule(config)
+    mean = (
+        (lambda tree: jax.lax.pmean(tree, axis_name))
+        if axis_name
+        else (lambda tree: tree)
+    )
+
+    def loss_fn(params, routing_state, tokens, key, progress):
+        params = layout.gathered(params) if layout else params
+        variables = {"params": params, "routing": routing_state}
+        (logits, infos, aux), mutated = model.apply(
+            variables,
+            tokens[:, :-1],
+            True,
+            progress=progress,
+            rngs={"dropout": key},
+            mutable=["routing"],
+        )
+        loss = optax.softmax_cross_entropy_with_integer_labels(
+            logits, tokens[:, 1:]
+        ).mean()
+        return loss + aux["total_aux"], (
+            loss,
+            aux,
+            _counts(infos),
+            mutated.get("routing", {}),
+        )
+
+    def step(state: TrainState, batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        if axis_name:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        keys = jax.random.split(key, batch.shape[0])
+        progress = state.step / config.steps
+
+        def micro(routing_state, inputs):
+            tokens, key = inputs
+            (_, out), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+                state.params, routing_state, tokens, key, progress
+            )
+            loss, aux, counts, routing_state = out
+            return routing_state, (grads, loss, aux, counts)
+
+        routing_state, outputs = jax.lax.scan(micro, state.routing, (batch, keys))
+        grads, loss, aux = jax.tree.map(lambda x: x.mean(axis=0), outputs[:3])
+        grads = layout.mean(grads) if layout else mean(grads)
+        loss, aux = mean((loss, aux))
+        counts = outputs[3].sum(axis=0)
+        counts = jax.lax.psum(counts, axis_name) if axis_name else counts
+        grad_norm = layout.norm(grads) if layout else optax.tree.norm(grads)
+        grads = clip(grads, grad_norm, config.clip)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        metrics = Metrics(
+            loss=loss,
+            grad_norm=grad_norm,
+            learning_rate=jnp.asarray(
+                schedule(updates_done(state.opt_state)), jnp.float32
+            ),
+            aux_balance=aux.get("balance", jnp.zeros(())),
+            aux_diversity=aux.get("diversity", jnp.zeros(())),
+            entropy=routing.usage_entropy(counts),
+            finite=finite,
+        )
+        new = state._replace(
+            params=optax.apply_updates(state.params, updates),
+            opt_state=opt_state,
+            routing=routing.update(
+                routing_state, rate=config.balance_rate, axis_name=axis_name
+            ),
+        )
+        kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        return kept._replace(step=state.step + 1), metrics
+
+    return step
+
+
+def make_eval_step(model: TransformerLM) -> Callable[[Any, Any, Any, Any], EvalSums]:
+    """Builds `(variables, tokens [B, L + 1], mask [B, L], progress) -> EvalSums` for
+    one device.
+    """
+
+    def step(variables, tokens, mask, progress) -> EvalSums:
+        outputs: Any = model.apply(variables, tokens[:, :-1], progress=progress)
+        logits, infos, _ = outputs
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+        routed = [info for info in infos if info is not None]
+        if not routed:
+            empty = jnp.zeros((0, 0)), jnp.zeros((0, mask.size, 1), jnp.int32)
+            return EvalSums(jnp.sum(loss * mask), mask.sum(), *empty)
+        tiles = jnp.stack([info.tiles.reshape(mask.size, -1) for info in routed])
+        seen = mask.reshape(1, -1, 1) * jnp.ones(tiles.shape)
+        n = routed[0].counts.shape[0]
+        counts = jax.vmap(
+            lambda t, w: jnp.bincount(t.reshape(-1), w.reshape(-1), length=n)
+        )(tiles, seen)
+        return EvalSums(jnp.sum(loss * mask), mask.sum(), counts, tiles)
+
+    return step
+
+
+def _counts(infos):
+    counts = [info.counts for info in infos if info is not None]
+    return jnp.stack(counts) if counts else jnp.zeros((0, 1))

@@ -1,0 +1,75 @@
+"""A finished run in one object, `summary.json`."""
+
+import math
+from typing import Any
+
+from trix_jax.files import write_json
+from trix_jax.lm import hosts
+from trix_jax.lm.accounting import costs
+from trix_jax.lm.config import fingerprint
+from trix_jax.lm.train import metrics
+from trix_jax.lm.train.run import Run
+
+
+def write_summary(run: Run, seconds: float) -> dict[str, Any]:
+    """Writes and returns `summary.json`, from the lines of metrics.jsonl.
+
+    Raises:
+        ValueError: the file does not hold the last evaluation, or holds what is no
+            JSON.
+    """
+    lines = list(metrics.read(run.workdir / "metrics.jsonl"))
+    evals = [line for line in lines if line["event"] == "eval"]
+    if not evals or evals[-1]["step"] != run.config.train.steps:
+        raise ValueError(
+            f"{run.workdir / 'metrics.jsonl'} must hold the evaluation of the last step, "
+            f"{run.config.train.steps}, for a summary: its end is lost. The checkpoints "
+            "are as they were."
+        )
+    best, last = min(evals, key=lambda line: line["val_loss"]), evals[-1]
+    counted = costs(run.model.config)
+    summary = {
+        "arm": run.config.arm,
+        "seed": run.config.seed,
+        "best_val_loss": best["val_loss"],
+        "best_val_ppl": best["val_ppl"],
+        "final_val_loss": last["val_loss"],
+        "final_val_ppl": last["val_ppl"],
+        "final_val_bits_per_byte": last["val_bits_per_byte"],
+        "seconds": seconds,
+        "tokens": last["tokens"],
+        "steps": last["step"],
+        "skipped_steps": sum(line["event"] == "skipped" for line in lines),
+        "params": counted._asdict(),
+        "routing": [
+            {
+                "entropy": entropy,
+                "max_load": max(usage) * len(usage),
+                "dead_tiles": dead,
+            }
+            for entropy, usage, dead in zip(
+                last["routing_entropy"],
+                last["tile_usage"],
+                last["dead_tiles"],
+                strict=True,
+            )
+        ],
+        "min_entropy_share": min(
+            (
+                e / math.log(len(u))
+                for line in evals
+                for e, u in zip(
+                    line["routing_entropy"], line["tile_usage"], strict=True
+                )
+            ),
+            default=None,
+        ),
+        "max_dead_tiles": max(
+            (d for line in evals for d in line["dead_tiles"]), default=None
+        ),
+        "config_sha256": fingerprint(run.config),
+        "git_commit": metrics.git_commit(),
+    }
+    if hosts.is_first():
+        write_json(run.workdir / "summary.json", summary)
+    return summary
