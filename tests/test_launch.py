@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trix_jax.cli.common import parse_preset
 from trix_jax.cli.train import Args
+from trix_jax.lm.presets import parse_preset
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "docs" / "launch"
@@ -34,7 +34,7 @@ def commands_of(path: Path) -> list[list[str]]:
 def test_recipe_holds_a_command_that_parses(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     (command,) = commands_of(LAUNCH / name)
-    args, _ = parse_preset(Args, command, "train")
+    args = parse_preset(Args, command, "train")
     assert args.distributed
     assert args.config.train.batch_size == 256
 

@@ -64,7 +64,7 @@ def test_text_files_name_no_registry_and_no_machine_path():
 
 def test_tests_have_no_init_files():
     """With one, pytest's importlib mode resolves a sub-folder's tests against the wrong
-    package (FACTS 5).
+    package.
     """
     assert not list((ROOT / "tests").rglob("__init__.py"))
 

@@ -24,12 +24,12 @@ import numpy as np
 import optax
 
 from experiments.quality.run import RESULTS
-from trix_jax.cli.common import parse_preset
 from trix_jax.cli.main import INTERRUPTED
 from trix_jax.cli.train import Args
 from trix_jax.files import write_whole
 from trix_jax.lm.data import Split, open_store
 from trix_jax.lm.ngram import ngram_losses
+from trix_jax.lm.presets import parse_preset
 from trix_jax.lm.serve.load import load_run
 from trix_jax.lm.signals import Interrupted
 from trix_jax.lm.train.loop import train
@@ -79,12 +79,11 @@ def run(arm: str, folder: Path, size: int, more: str) -> dict:
     val_fraction = (VAL_WINDOWS + CONTEXT - 0.5) / size  # the cut rounds down
     flags = f"--arm {arm} --seed {SEED} --data.path {folder / 'text.txt'}"
     flags += f" --data.val-fraction {val_fraction} {more}"
-    args, reference = parse_preset(Args, [str(PRESET), *shlex.split(flags)], "train")
+    args = parse_preset(Args, [str(PRESET), *shlex.split(flags)], "train")
     workdir = folder / arm
     summary = train(
         args.config,
         workdir,
-        reference=reference,
         devices=jax.devices()[:1],
         report=lambda _: None,
     )

@@ -23,11 +23,11 @@ import jax
 from experiments.quality import patches, results
 from experiments.quality.arms import Arm
 from experiments.quality.design import SEEDS, SETTINGS, Setting
-from trix_jax.cli.common import parse_preset
 from trix_jax.cli.main import INTERRUPTED
 from trix_jax.cli.train import Args
 from trix_jax.lm import config as run_config
 from trix_jax.lm.data import is_store, prepare
+from trix_jax.lm.presets import parse_preset
 from trix_jax.lm.signals import Interrupted
 from trix_jax.lm.train.loop import train
 from trix_jax.lm.train.step_log import Diverged
@@ -188,7 +188,7 @@ def run(setting: Setting, task: Task, data: str, runs: Path, more: str = "") -> 
     store = token_store(setting, data, runs, more)
     # Later flags win, so `more` can shrink what an arm says.
     argv = [str(ROOT / setting.preset), *shlex.split(f"{flags} {more}")]
-    args, reference = parse_preset(Args, [*argv, "--data.path", str(store)], "train")
+    args = parse_preset(Args, [*argv, "--data.path", str(store)], "train")
     workdir, summary = runs / setting.name / str(task), None
     workdir.mkdir(parents=True, exist_ok=True)
     command = " ".join(f"trix-jax train {setting.preset} {flags} {more}".split())
@@ -200,7 +200,6 @@ def run(setting: Setting, task: Task, data: str, runs: Path, more: str = "") -> 
             summary = train(
                 args.config,
                 workdir,
-                reference=reference,
                 devices=jax.devices()[:1],
                 report=lambda line: print(line, file=log, flush=True),
             )
@@ -216,7 +215,7 @@ def token_store(setting: Setting, data: str, runs: Path, more: str) -> Path:
     if is_store(data):
         return Path(data)
     argv = [str(ROOT / setting.preset), *shlex.split(more), "--data.path", data]
-    args, _ = parse_preset(Args, argv, "train")
+    args = parse_preset(Args, argv, "train")
     directory = runs / setting.name / "data"
     with lock(directory.with_name("data.lock")):
         prepare(args.config.data, directory, lambda _: None)

@@ -17,8 +17,8 @@ from experiments.quality.run import (
     next_run,
     runs_to_come,
 )
-from trix_jax.cli.common import parse_preset
 from trix_jax.cli.train import Args
+from trix_jax.lm.presets import parse_preset
 
 A, B = Arm("a", ""), Arm("b", "", start=1e-3)
 LIKE_A = Arm("like-a", "", rate_of="a")
@@ -174,7 +174,7 @@ def test_flags_of_every_arm_are_understood_and_no_two_arms_are_the_same(setting)
     for group in setting.groups.values():
         for arm in group:
             argv = [str(ROOT / setting.preset), *shlex.split(arm.flags)]
-            config = parse_preset(Args, argv, "train")[0].config
+            config = parse_preset(Args, argv, "train").config
             config = dataclasses.replace(config, arm="")
             assert seen.setdefault((config, arm.patch), arm.name) == arm.name
     assert len(seen) == len(set(seen.values()))

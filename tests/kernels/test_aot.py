@@ -29,7 +29,12 @@ KEPT = (
     "serialized",
     "decode_instructions_per_weight",
 )
-MODELLED = ("bytes_moved", "bytes_minimum", "modelled_us", "roofline_us")  # DESIGN 5
+MODELLED = (
+    "bytes_moved",
+    "bytes_minimum",
+    "modelled_us",
+    "roofline_us",
+)  # see kernels/README.md
 PYTHON = os.environ.get("TRIX_AOT_PYTHON")
 TARGETS = ("h100", "b200")
 

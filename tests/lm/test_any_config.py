@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from trix_jax.lm.config import RunConfig, TrainConfig, resolve
+from trix_jax.lm.presets import match_width
 from trix_jax.lm.train.optimizer import make_optimizer
 from trix_jax.lm.train.step import init_state, make_train_step
 from trix_jax.nn.transformer import TransformerConfig, TransformerLM
@@ -70,8 +71,8 @@ def built(kind, values):
 def test_any_config_that_validates_trains(model, train):
     model, train = built(TransformerConfig, model), built(TrainConfig, train)
     assume(model is not None and train is not None)
-    reference = dataclasses.replace(model, ffn_width=None)
-    model = resolve(RunConfig(model=model, train=train), reference, 7).model
+    model = match_width(model, dataclasses.replace(model, ffn_width=None))
+    model = resolve(RunConfig(model=model, train=train), 7).model
     lm, optimizer = TransformerLM(model), make_optimizer(train)
     state = jax.eval_shape(lambda: init_state(lm, optimizer, 0))
     rows = train.batch_size // train.accumulate

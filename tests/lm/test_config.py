@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from trix_jax.lm import config as cfg
+from trix_jax.lm import presets
 from trix_jax.lm.accounting import active_width, costs, match_params
 from trix_jax.lm.train.optimizer import decay_mask, learning_rate_schedule
 from trix_jax.nn.transformer import TransformerConfig, TransformerLM
@@ -16,7 +17,7 @@ from trix_jax.ternary import TernaryConfig
 
 def test_to_flags_nested_and_dotted_names_become_flags():
     tree = {"seed": 1, "model": {"d_model": 64, "tied": False}, "train.clip": 0.5}
-    assert cfg.to_flags(tree) == [
+    assert presets.to_flags(tree) == [
         *("--seed", "1", "--model.d-model", "64", "--model.no-tied"),
         *("--train.clip", "0.5"),
     ]
@@ -24,7 +25,7 @@ def test_to_flags_nested_and_dotted_names_become_flags():
 
 def test_to_flags_list_value_raises():
     with pytest.raises(ValueError, match=r"model.d_model must be a single value"):
-        cfg.to_flags({"model": {"d_model": [1, 2]}})
+        presets.to_flags({"model": {"d_model": [1, 2]}})
 
 
 @pytest.mark.parametrize("text", ["- 1\n", "a: [1\n", "1: 2\n", "\x00"])
@@ -44,7 +45,7 @@ def test_preset_flags_unknown_arm_names_those_there_are(tmp_path):
     path = tmp_path / "p.yaml"
     path.write_text("arms: {dense: {model.ffn: dense}}\n")
     with pytest.raises(ValueError, match=r"dense, hierarchical\. Got 'dens'"):
-        cfg.preset_flags(path, "dens")
+        presets.preset_flags(path, "dens")
 
 
 def test_config_round_trips_through_its_tree():
@@ -92,7 +93,7 @@ def test_train_config_impossible_value_raises_naming_it(no_type_hook, name, valu
 def test_resolve_vocabulary_against_tokenizer_raises():
     config = cfg.RunConfig(model=TransformerConfig(vocab_size=100))
     with pytest.raises(ValueError, match="vocab_size=100 must be the tokenizer's 65"):
-        cfg.resolve(config, config.model, 65)
+        cfg.resolve(config, 65)
 
 
 @pytest.mark.parametrize("ffn", ["hierarchical", "sparse", "lookup"])

@@ -9,10 +9,10 @@ import jax
 import pytest
 import yaml
 
-from trix_jax.cli.common import parse_preset
 from trix_jax.cli.train import Args
 from trix_jax.lm.accounting import costs
 from trix_jax.lm.config import resolve
+from trix_jax.lm.presets import parse_preset
 from trix_jax.lm.train.loop import train
 
 ROOT = Path(__file__).parents[2]
@@ -40,8 +40,7 @@ def cases():
 
 def preset(path, arm, *flags):
     argv = [str(path), "--arm", arm, *flags]
-    args, reference = parse_preset(Args, argv, "train")
-    return args.config, reference
+    return parse_preset(Args, argv, "train").config
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
@@ -52,7 +51,7 @@ def test_preset_has_the_arms_that_every_preset_has(path):
 def test_flags_that_suit_the_arm_alone_are_taken():
     # The preset without its arm is hierarchical, with four tiles in a cluster.
     flags = ("--model.num-tiles", "32", "--model.tiles-per-token", "8")
-    config, _ = preset(ROOT / "configs" / "shakespeare_char.yaml", "sparse", *flags)
+    config = preset(ROOT / "configs" / "shakespeare_char.yaml", "sparse", *flags)
     assert (config.model.ffn, config.model.tiles_per_token) == ("sparse", 8)
 
 
@@ -60,7 +59,7 @@ def test_flags_that_suit_the_arm_alone_are_taken():
 def test_scale_preset_has_the_parameters_of_the_seed_within_a_tenth(name):
     path = ROOT / "configs" / f"{name}.yaml"
     assert set(yaml.safe_load(path.read_text())["arms"]) == SCALE_ARMS
-    config, _ = preset(path, "lookup")
+    config = preset(path, "lookup")
     vocab = config.data.vocab_size
     total = costs(dataclasses.replace(config.model, vocab_size=vocab)).total
     assert abs(total / SEED_PARAMETERS[name] - 1) < 0.1
@@ -78,8 +77,8 @@ def test_scale_preset_has_the_parameters_of_the_seed_within_a_tenth(name):
 )
 def test_dense_arm_of_tiny_costs_what_lookup_costs(arm, cost, tolerance):
     path = ROOT / "configs" / "tiny.yaml"
-    lookup = dataclasses.replace(preset(path, "lookup")[0].model, vocab_size=8192)
-    dense = resolve(*preset(path, arm), vocab_size=8192).model
+    lookup = dataclasses.replace(preset(path, "lookup").model, vocab_size=8192)
+    dense = resolve(preset(path, arm), vocab_size=8192).model
     assert dense.ffn == "dense"
     ratio = getattr(costs(dense), cost) / getattr(costs(lookup), cost)
     assert abs(ratio - 1) < tolerance
@@ -87,11 +86,10 @@ def test_dense_arm_of_tiny_costs_what_lookup_costs(arm, cost, tolerance):
 
 @pytest.mark.parametrize(("path", "arm"), list(cases()))
 def test_preset_arm_trains_shrunken(path, arm, corpus, tmp_path):
-    config, reference = preset(path, arm, *SMALL, "--data.path", str(corpus))
+    config = preset(path, arm, *SMALL, "--data.path", str(corpus))
     summary = train(
         config,
         tmp_path / "run",
-        reference=reference,
         devices=jax.devices()[:1],
         report=lambda _: None,
     )

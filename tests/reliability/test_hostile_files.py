@@ -19,8 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trix_jax.lm.checkpoint import checkpoint
-from trix_jax.lm.config import preset_flags, read_yaml, to_flags
+from trix_jax.lm.config import read_yaml
 from trix_jax.lm.data import iter_documents, load_tokenizer, open_store
+from trix_jax.lm.presets import preset_flags, to_flags
 from trix_jax.lm.serve.load import load_run
 
 GIBIBYTES = 2**30

@@ -6,7 +6,8 @@ import dataclasses
 from importlib import util
 from typing import Any, Literal
 
-from trix_jax.cli.common import parse, print_json, say
+from trix_jax.cli.common import print_json, say
+from trix_jax.lm.presets import parse
 
 
 @dataclasses.dataclass(frozen=True)

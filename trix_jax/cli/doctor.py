@@ -5,7 +5,8 @@ import platform
 from importlib import metadata
 from typing import Any
 
-from trix_jax.cli.common import parse, print_json, say
+from trix_jax.cli.common import print_json, say
+from trix_jax.lm.presets import parse
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "optax", "orbax-checkpoint", "grain")
 

@@ -7,16 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from trix_jax.cli.common import parse, parse_preset, print_json, say
+from trix_jax.cli.common import print_json, say
 from trix_jax.cli.train import Args as TrainArgs
 from trix_jax.files import write_json
-from trix_jax.lm.config import RunConfig, read_yaml, to_flags
+from trix_jax.lm.config import RunConfig, read_yaml
 from trix_jax.lm.data import DataConfig, is_store, prepare
 from trix_jax.lm.experiment.job_files import render
 from trix_jax.lm.experiment.live import Table
 from trix_jax.lm.experiment.runner import PLAN, Run, is_done, make_slots, run_all
+from trix_jax.lm.presets import parse, parse_preset, to_flags
 from trix_jax.lm.signals import Signals
-from trix_jax.nn.transformer import TransformerConfig
 
 KEYS = {
     "name",
@@ -64,7 +64,6 @@ class Planned(NamedTuple):
 
     run: Run
     config: RunConfig
-    reference: TransformerConfig
 
 
 class Experiment(NamedTuple):
@@ -112,7 +111,7 @@ def _plan(experiment: Experiment, runs: list[Planned], path: str, args: Args) ->
     from trix_jax.lm.experiment.budget import plan
 
     text, rows = plan(
-        {(p.run.size, p.run.arm): (p.config, p.reference) for p in runs},
+        {(p.run.size, p.run.arm): p.config for p in runs},
         len({p.run.seed for p in runs}),
         args.usd_per_hour,
         f"trix-jax experiment {path} --dry-run",
@@ -178,7 +177,7 @@ def read_experiment(path: str) -> Experiment:
         for arm in tree["arms"]:
             flags = to_flags({**every, **given, **(by_arm.get(arm) or {})})
             first = [config_path, "--arm", str(arm), *flags]
-            parsed, reference = parse_preset(TrainArgs, first, "train")
+            parsed = parse_preset(TrainArgs, first, "train")
             own = data.setdefault(str(size), parsed.config.data)
             store = f"data/{size}"
             if own.path and is_store(own.path):
@@ -192,7 +191,7 @@ def read_experiment(path: str) -> Experiment:
                 argv = (*first[:3], "--seed", str(seed), *first[3:])
                 steps = config.train.steps
                 run = Run(str(size), str(arm), int(seed), steps, argv, store)
-                runs.append(Planned(run, config, reference))
+                runs.append(Planned(run, config))
     return Experiment(str(tree.get("name") or Path(path).stem), tree, runs, data)
 
 

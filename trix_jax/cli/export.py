@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from trix_jax.cli.common import parse, print_json, say
+from trix_jax.cli.common import print_json, say
+from trix_jax.lm.presets import parse
 
 
 @dataclasses.dataclass(frozen=True)

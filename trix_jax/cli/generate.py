@@ -6,7 +6,8 @@ from typing import Annotated
 
 import tyro
 
-from trix_jax.cli.common import parse, print_json
+from trix_jax.cli.common import print_json
+from trix_jax.lm.presets import parse
 from trix_jax.lm.serve.generate import SamplingConfig, generate
 from trix_jax.lm.serve.load import load_run
 

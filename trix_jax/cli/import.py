@@ -5,8 +5,9 @@ from typing import Annotated
 
 import tyro
 
-from trix_jax.cli.common import parse, print_json, say
+from trix_jax.cli.common import print_json, say
 from trix_jax.interop import from_torch
+from trix_jax.lm.presets import parse
 
 
 @dataclasses.dataclass(frozen=True)

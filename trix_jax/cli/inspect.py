@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trix_jax import routing
-from trix_jax.cli.common import parse, print_json, say
+from trix_jax.cli.common import print_json, say
+from trix_jax.lm.presets import parse
 from trix_jax.lm.serve.export import export
 from trix_jax.nn.steering import layer_states
 

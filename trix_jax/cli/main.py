@@ -6,7 +6,7 @@ import importlib
 import sys
 
 from trix_jax.lm.allocator import keep_freed_memory
-from trix_jax.lm.signals import Interrupted
+from trix_jax.lm.signals import BAD_INPUT, DONE, FAILED, INTERRUPTED, Interrupted
 
 VERBS = {
     "demo": "train a small TriX and its dense twin, compare, pack, generate, report: minutes on a laptop, no download",
@@ -25,7 +25,6 @@ VERBS = {
     "aot": "compile kernels and train steps for a GPU that is not here",
     "doctor": "check the installation and say what runs where",
 }
-DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 75
 
 
 def main(argv: list[str] | None = None) -> int:

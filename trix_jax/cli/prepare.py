@@ -2,9 +2,10 @@
 
 import dataclasses
 
-from trix_jax.cli.common import parse, print_json, say
+from trix_jax.cli.common import print_json, say
 from trix_jax.lm.data import DataConfig, prepare
 from trix_jax.lm.data.datasets import DATASETS
+from trix_jax.lm.presets import parse
 from trix_jax.lm.signals import Signals
 
 

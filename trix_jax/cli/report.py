@@ -6,9 +6,10 @@ from typing import Annotated
 
 import tyro
 
-from trix_jax.cli.common import parse, print_json, say
+from trix_jax.cli.common import print_json, say
 from trix_jax.lm.experiment.report import write_experiment_report
 from trix_jax.lm.experiment.runner import PLAN
+from trix_jax.lm.presets import parse
 from trix_jax.lm.report.run import write_run_report
 
 

@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Literal
 
-from trix_jax.cli.common import parse, print_json, say
+from trix_jax.cli.common import print_json, say
+from trix_jax.lm.presets import parse
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,9 +5,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from trix_jax.cli.common import be_deterministic, parse_preset, print_json, say
+from trix_jax.cli.common import be_deterministic, print_json, say
 from trix_jax.lm import hosts
 from trix_jax.lm.config import RunConfig
+from trix_jax.lm.presets import parse_preset
 from trix_jax.lm.report.run import write_run_report
 from trix_jax.lm.train.loop import train
 
@@ -41,7 +42,7 @@ class Args:
 
 def main(argv: list[str]) -> None:
     """Trains, or goes on with the run in the workdir, and writes its report."""
-    args, reference = parse_preset(Args, argv, "train")
+    args = parse_preset(Args, argv, "train")
     if args.trace_steps < 0:
         raise ValueError(f"trace_steps must not be negative. Got {args.trace_steps}.")
     if args.deterministic:
@@ -53,7 +54,6 @@ def main(argv: list[str]) -> None:
         args.config,
         args.workdir,
         resume=args.resume,
-        reference=reference,
         other_data=args.other_data,
         shard_state=args.shard_state,
         shard_tiles=args.shard_tiles,

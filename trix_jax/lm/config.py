@@ -1,9 +1,5 @@
-"""A run's config: dataclasses that YAML files and command-line flags fill in.
-
-A preset is YAML with the sections `model`, `data`, `train` and, under `arms`, named
-overrides such as `dense: {model.ffn: dense, model.ffn_width: match-params}`. A file
-becomes flags and goes through the same parser as the command line (`trix_jax.cli`), so
-its mistakes get the same messages.
+"""A run's config: dataclasses that presets and flags fill in (`trix_jax.lm.presets`),
+and the file that a run keeps of it.
 """
 
 import dataclasses
@@ -15,7 +11,6 @@ from typing import Any, Literal
 import yaml
 
 from trix_jax.files import json_sha256
-from trix_jax.lm.accounting import MATCHES
 from trix_jax.lm.data import DataConfig
 from trix_jax.nn.transformer import TransformerConfig
 
@@ -177,84 +172,28 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return tree
 
 
-def to_flags(tree: dict[Any, Any], prefix: str = "") -> list[str]:
-    """Turns nested or dotted YAML into command-line flags: `{model: {d_model: 256}}` to
-    `--model.d-model 256`.
+def resolve(config: RunConfig, vocab_size: int) -> RunConfig:
+    """Fills in the vocabulary, which depends on the data.
 
     Raises:
-        ValueError: a value that no flag can hold.
-    """
-    flags = []
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            flags += to_flags(value, f"{name}.")
-        elif isinstance(value, bool):
-            head, _, last = name.rpartition(".")
-            dotted = f"{head}." if head else ""
-            flags.append(f"--{dotted}{'' if value else 'no-'}{last}".replace("_", "-"))
-        elif value is None or isinstance(value, str | int | float):
-            flags += [f"--{name}".replace("_", "-"), str(value)]
-        else:
-            raise ValueError(f"{name} must be a single value. Got {value!r}.")
-    return flags
-
-
-def preset_flags(path: str | Path, arm: str) -> tuple[list[str], list[str]]:
-    """The flags of a preset and those that its arm adds.
-
-    Raises:
-        ValueError: the preset has no such arm (the default arm may be absent: it is the
-            preset as it stands).
-    """
-    tree = read_yaml(path)
-    arms = tree.pop("arms", None) or {}
-    if not isinstance(arms, dict):
-        raise ValueError(
-            f"arms in {path} must map names to overrides. Got {type(arms).__name__}."
-        )
-    if arm not in arms and arm != DEFAULT_ARM:
-        raise ValueError(
-            f"arm must be one of {', '.join(sorted({DEFAULT_ARM, *arms}))}. Got {arm!r}."
-        )
-    overrides = arms.get(arm) or {}
-    if not isinstance(overrides, dict):
-        raise ValueError(
-            f"arms.{arm} in {path} must map settings to values. Got {overrides!r}."
-        )
-    return to_flags(tree), to_flags(overrides)
-
-
-def resolve(
-    config: RunConfig, reference: TransformerConfig, vocab_size: int
-) -> RunConfig:
-    """Fills in what depends on the data and on other arms: the vocabulary, and the
-    width of a dense FFN that matches a TriX arm ("match-params", "match-active",
-    "match-bits").
-
-    Args:
-        config: as parsed.
-        reference: the model of the preset without its arm, whose costs a dense twin
-            matches.
-        vocab_size: the tokenizer's.
-
-    Raises:
-        ValueError: `model.vocab_size` is given and is not the tokenizer's; Muon is to
-            train a model that has nothing for it.
+        ValueError: `model.vocab_size` is given and is not the tokenizer's; a dense width
+            is still to be matched; Muon is to train a model that has nothing for it.
     """
     model = config.model
     if config.train.optimizer == "muon" and model.ffn == "lookup":
         raise ValueError(
             "train.optimizer must be adamw with model.ffn='lookup', which has no projections for muon. Got 'muon'."
         )
+    if isinstance(model.ffn_width, str):
+        raise ValueError(
+            f"model.ffn_width={model.ffn_width!r} must be a number by now: "
+            "trix_jax.lm.presets.match_width finds it."
+        )
     if model.vocab_size not in (None, vocab_size):
         raise ValueError(
             f"model.vocab_size={model.vocab_size} must be the tokenizer's {vocab_size}, or left out."
         )
     model = dataclasses.replace(model, vocab_size=vocab_size)
-    if match := MATCHES.get(str(model.ffn_width)):
-        target = dataclasses.replace(reference, vocab_size=vocab_size, ffn_width=None)
-        model = dataclasses.replace(model, ffn_width=match(model, target))
     return dataclasses.replace(config, model=model)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 from trix_jax.lm.accounting import costs
 from trix_jax.lm.config import RunConfig, TrainConfig
 from trix_jax.lm.data import DataConfig, prepare
-from trix_jax.lm.ngram import ngram_losses
+from trix_jax.lm.ngram import floors
+from trix_jax.lm.presets import match_width
 from trix_jax.lm.report.demo import write_demo_report
 from trix_jax.lm.report.run import write_run_report
 from trix_jax.lm.serve.export import export
@@ -23,7 +24,6 @@ from trix_jax.nn.transformer import TransformerConfig
 
 PROMPT = "def "
 SAMPLE_TOKENS = 400
-NGRAM_ORDERS = (1, 2, 3, 4, 5)
 
 # Chosen to take minutes on two cores. Both arms share the learning rate, which suits
 # both in experiments/quality; a comparison that means something tunes it for each.
@@ -69,14 +69,14 @@ def run_demo(
     preset = dataclasses.replace(PRESET, seed=seed)
     report("preparing the embedded corpus, the standard library's own source")
     store = prepare(preset.data, workdir / "data", report)
-    floors = _floors(store)
-    report("n-gram floors: " + ", ".join(f"{n}: {v:.3f}" for n, v in floors.items()))
+    counted = {str(order): float(loss) for order, loss in floors(store).items()}
+    report("n-gram floors: " + ", ".join(f"{n}: {v:.3f}" for n, v in counted.items()))
 
     runs = {"trix": preset, "dense": _dense(preset)}
     for arm, config in runs.items():
         config = _on(config, workdir / "data", steps)
         report(f"training {arm}: {steps} steps")
-        train(config, workdir / arm, reference=preset.model, report=report)
+        train(config, workdir / arm, report=report)
         write_run_report(workdir / arm)
     arms = {arm: _result(workdir / arm, store) for arm in runs}
 
@@ -93,7 +93,7 @@ def run_demo(
         "workdir": str(workdir),
         "seconds": time.perf_counter() - began,
         "arms": {arm: values for arm, (values, _) in arms.items()},
-        "ngram": floors,
+        "ngram": counted,
         "routing": _routing(arms["trix"][1]),
         "bytes": sizes,
         "packed": {"val_loss": packed.val_loss},
@@ -106,7 +106,8 @@ def run_demo(
 
 
 def _dense(preset: RunConfig) -> RunConfig:
-    model = dataclasses.replace(preset.model, ffn="dense", ffn_width="match-params")
+    dense = dataclasses.replace(preset.model, ffn="dense", ffn_width="match-params")
+    model = match_width(dense, preset.model)
     return dataclasses.replace(preset, arm="dense", model=model)
 
 
@@ -117,12 +118,6 @@ def _on(config: RunConfig, data: Path, steps: int) -> RunConfig:
         data=dataclasses.replace(config.data, path=str(data)),
         train=dataclasses.replace(config.train, steps=steps, eval_every=every),
     )
-
-
-def _floors(store) -> dict[str, float]:
-    train, val = (s.window(0, len(s)) for s in (store.train, store.val))
-    losses = ngram_losses(train, val, NGRAM_ORDERS, store.tokenizer.vocab_size)
-    return {str(order): float(loss) for order, loss in losses.items()}
 
 
 def _result(directory: Path, store) -> tuple[dict[str, Any], Evaluation]:

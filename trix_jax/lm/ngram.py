@@ -5,11 +5,30 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Integer
 
+from trix_jax.lm.data import Store
+
+ORDERS = (1, 2, 3, 4, 5)
+
+
+def floors(
+    store: Store, orders: Sequence[int] = ORDERS, most: int | None = None
+) -> dict[int, float]:
+    """`ngram_losses` of a token store: order to nats per token of its validation split.
+
+    Args:
+        store: counted and scored.
+        orders: lengths n.
+        most: training tokens that are counted, from the first; None counts all.
+    """
+    train = store.train.window(0, min(len(store.train), most or len(store.train)))
+    val = store.val.window(0, len(store.val))
+    return ngram_losses(train, val, orders, store.tokenizer.vocab_size)
+
 
 def ngram_losses(
     train: Integer[np.ndarray, " T"],
     val: Integer[np.ndarray, " S"],
-    orders: Sequence[int] = (1, 2, 3, 4, 5),
+    orders: Sequence[int] = ORDERS,
     vocab_size: int | None = None,
 ) -> dict[int, float]:
     """Nats per token, `mean(-log p_n(val[i] | val[i-n+1 : i]))` over `i >= 1`, of

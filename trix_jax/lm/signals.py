@@ -1,5 +1,5 @@
 """Stopping politely: the first SIGTERM or SIGINT is noted for the loop to save, a
-second one, of either kind, acts as usual.
+second one, of either kind, acts as usual. And what a process's exit code says.
 """
 
 import contextlib
@@ -7,6 +7,10 @@ import signal
 import threading
 from collections.abc import Iterator
 from typing import Any
+
+# Exit codes of `trix-jax`: done; the run failed; bad usage or input; interrupted after
+# saving, so that the same command goes on.
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 75
 
 
 class Interrupted(BaseException):

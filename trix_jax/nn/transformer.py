@@ -156,7 +156,7 @@ class TransformerConfig:
         """
         if isinstance(self.ffn_width, str):
             raise ValueError(
-                f"ffn_width={self.ffn_width!r} must be resolved first, by trix_jax.lm.config.resolve."
+                f"ffn_width={self.ffn_width!r} must be resolved first, by trix_jax.lm.presets.match_width."
             )
         return self.ffn_width or self.expansion * self.d_model
 

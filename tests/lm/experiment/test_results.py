@@ -232,7 +232,7 @@ def test_plan_without_the_compiler_counts_and_models(monkeypatch, tmp_path):
         train=TrainConfig(steps=100, batch_size=16),
     )
     text, (row,) = plan(
-        {("s", "lookup"): (config, MODEL)}, 3, 3.0, "the command", lambda _: None
+        {("s", "lookup"): config}, 3, 3.0, "the command", lambda _: None
     )
     assert row["params"] == costs(MODEL).total
     assert row["peak_bytes"] is None

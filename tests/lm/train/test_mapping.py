@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import operator
 import shutil
 
 import jax
 import numpy as np
 import pytest
 
+from trix_jax import routing
 from trix_jax.lm.train import metrics, parallel
 from trix_jax.lm.train.loop import train
 from trix_jax.lm.train.optimizer import make_optimizer
@@ -93,3 +95,34 @@ def test_sharded_run_goes_on_with_one_device_and_evaluates_in_this_process(
     assert done["final_val_loss"] == pytest.approx(
         reference["final_val_loss"], rel=2e-5
     )
+
+
+@pytest.mark.parametrize("mapping", ["jit", "pmap", "shard_map", SLICED])
+def test_clusters_are_rebuilt_and_nothing_else_moves(tiny_config, mapping):
+    devices = jax.devices()[: 1 if mapping == "jit" else 8]
+    model = dataclasses.replace(
+        tiny_config.model,
+        vocab_size=40,
+        ffn="hierarchical",
+        num_tiles=8,
+        tiles_per_cluster=2,
+    )
+    state = init_state(TransformerLM(model), make_optimizer(tiny_config.train), 0)
+    router = state.routing["block_00"]["ffn"]["tiles"]["router"]
+    pairs = np.random.default_rng(0).normal(size=(4, 16))  # tiles 0 and 4, 1 and 5, ..
+    router["signature"] = np.concatenate([pairs, pairs]).astype(np.float32)
+    placed = parallel.place(state, devices, mapping)
+    new = parallel.rebuild_clusters(placed, devices, mapping)
+    kept = [(s.params, s.opt_state, s.rng) for s in (placed, new)]
+    assert all(map(operator.is_, *map(jax.tree.leaves, kept)))
+    got = parallel.fetch(new, devices, mapping).routing
+    want = routing.rebuild_clusters(jax.device_get(state.routing))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    members = got["block_00"]["ffn"]["tiles"]["router"]["members"]
+    assert [0, 4] in np.sort(members).tolist()
+
+
+def test_flat_tiles_have_no_clusters_to_rebuild(tiny_config):
+    model = dataclasses.replace(tiny_config.model, vocab_size=40)
+    state = init_state(TransformerLM(model), make_optimizer(tiny_config.train), 0)
+    assert parallel.rebuild_clusters(state, jax.devices()[:1], "jit") is state

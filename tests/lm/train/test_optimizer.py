@@ -101,7 +101,7 @@ def test_muon_without_projections_raises():
     model = TransformerConfig(ffn="lookup")
     config = RunConfig(model=model, train=TrainConfig(optimizer="muon"))
     with pytest.raises(ValueError, match="no projections for muon"):
-        resolve(config, model, 65)
+        resolve(config, 65)
 
 
 @pytest.mark.parametrize("ffn", ["dense", "hierarchical", "sparse"])

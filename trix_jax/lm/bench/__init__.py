@@ -26,7 +26,12 @@ def bench(
     sizes: Sizes = SIZES,
     only_layers: bool = False,
 ) -> dict[str, Any]:
-    """Measures everything; see DESIGN section 5 for the keys.
+    """Measures everything. Ratios, greater is better, routing and un-permutation
+    included: `forward_vs_dense`, `train_vs_dense` and `decode_vs_dense` are the time of
+    the dense FFN of as many parameters over that of TriX (forward; forward and backward
+    with ternarization; one token, packed), `forward_vs_one_tile` that of one dense FFN
+    as wide as a tile, `packed_vs_unpacked` that of the unpacked frozen layer over the
+    packed one, `packed_ratio` float32 bytes over packed bytes. `table` has the shapes.
 
     Args:
         rounds: how often each function is timed; growth takes half as many.

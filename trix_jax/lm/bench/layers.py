@@ -54,7 +54,7 @@ def measure_layers(rounds: int, report: Say, sizes: Sizes) -> dict[str, Any]:
 
 
 def main_shape(dtype: Any, rounds: int, sizes: Sizes) -> tuple[dict, dict]:
-    """The ratios of DESIGN section 5, and their ranges over the rounds."""
+    """The ratios (`bench` says what each is), and their ranges over the rounds."""
     d, n, f = sizes.width, sizes.tiles, sizes.tile_width
     layer = SparseTriXFFN(d, num_tiles=n, expansion=n * f // d, dtype=dtype)
     dense, tile = DenseFFN(d, n * f, dtype=dtype), DenseFFN(d, f, dtype=dtype)

@@ -36,7 +36,7 @@ MIB = 2**20
 
 
 def plan(
-    models: Mapping[tuple[str, str], tuple[RunConfig, TransformerConfig]],
+    models: Mapping[tuple[str, str], RunConfig],
     seeds: int,
     usd_per_hour: float,
     command: str,
@@ -45,7 +45,7 @@ def plan(
     """The plan as Markdown and as rows, one a size and arm.
 
     Args:
-        models: size and arm to a config as parsed and its reference.
+        models: size and arm to a config as parsed.
         seeds: runs of each.
         usd_per_hour: of an H100.
         command: that makes the plan.
@@ -54,8 +54,7 @@ def plan(
     python = train_steps.compiler()
     rows = []
     configs = {
-        key: resolve(config, reference, _vocabulary(config))
-        for key, (config, reference) in models.items()
+        key: resolve(config, _vocabulary(config)) for key, config in models.items()
     }
     peaks: dict[tuple, int | None] = {}
     for devices in (1, MANY):

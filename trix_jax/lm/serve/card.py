@@ -8,15 +8,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+from trix_jax.lm import ngram
 from trix_jax.lm.accounting import active_width, costs
 from trix_jax.lm.data import Store
-from trix_jax.lm.ngram import ngram_losses
 from trix_jax.lm.serve.export import CONFIG, TOKENIZER, WEIGHTS, load
 from trix_jax.lm.train.evaluate import Evaluation, evaluate
 from trix_jax.nn.transformer import TransformerConfig
 
 CARD = "README.md"
-ORDERS = (1, 2, 3, 4, 5)
 HEAD = """---
 library_name: trix-jax
 pipeline_tag: text-generation
@@ -40,8 +39,7 @@ def write_card(directory: str | Path, store: Store, about: dict[str, Any]) -> Pa
     directory = Path(directory)
     model, variables, _ = load(directory)
     result = evaluate(model, variables, store)
-    train, val = (split.window(0, len(split)) for split in (store.train, store.val))
-    floors = ngram_losses(train, val, ORDERS, store.tokenizer.vocab_size)
+    floors = ngram.floors(store)
     files = {
         name: (directory / name).stat().st_size for name in (WEIGHTS, CONFIG, TOKENIZER)
     }

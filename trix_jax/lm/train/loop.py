@@ -4,7 +4,6 @@ A file called `checkpoint-now` in the run directory asks for a checkpoint after 
 step; it is removed once that is on the disk.
 """
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -35,7 +34,7 @@ from trix_jax.lm.train.run import (
     save,
     settle,
 )
-from trix_jax.lm.train.step import TrainState, make_train_step
+from trix_jax.lm.train.step import make_train_step
 from trix_jax.lm.train.step_log import Diverged, StepLog
 from trix_jax.lm.train.summary import write_summary
 from trix_jax.lm.train.trace import StepTrace
@@ -49,7 +48,6 @@ def train(
     workdir: str | Path,
     *,
     resume: Resume = "auto",
-    reference: TransformerConfig | None = None,
     devices: Sequence[jax.Device] | None = None,
     other_data: bool = False,
     shard_state: bool = False,
@@ -67,8 +65,6 @@ def train(
         workdir: the run directory.
         resume: "auto" goes on where a run left off, "never" refuses a directory that
             holds one, "must" an empty one.
-        reference: the model whose parameters a "match-params" dense width matches; None
-            takes the hierarchical FFN.
         devices: what to train on, `jax.pmap` over several; None takes all,
             `jax.shard_map` over those of several processes.
         other_data: go on with a run though the data is not what it was trained on.
@@ -91,7 +87,7 @@ def train(
     with Signals() as signals:
         with signals.at_once(f"before its first step; {workdir} is as it was"):
             step = _resume_step(workdir, resume, report)
-            run = _open(config, workdir, step, reference, devices, report)
+            run = _open(config, workdir, step, devices, report)
             mapping = parallel.mapping_over(run.devices, shard_state, shard_tiles)
             run = run._replace(mapping=mapping)
             position = restore(run, step, report, other_data)
@@ -118,7 +114,6 @@ def _open(
     config: RunConfig,
     workdir: Path,
     step: int | None,
-    reference: TransformerConfig | None,
     devices: Sequence[jax.Device] | None,
     report: Callable[[str], None],
 ) -> Run:
@@ -127,10 +122,7 @@ def _open(
         lambda: open_data(config, workdir, report), "the data is prepared"
     )
     hosts.check_same("the token store", store.fingerprint)
-    reference = reference or dataclasses.replace(
-        config.model, ffn="hierarchical", ffn_width=None
-    )
-    config = resolve(config, reference, store.tokenizer.vocab_size)
+    config = resolve(config, store.tokenizer.vocab_size)
     for name, split in (("training", store.train), ("validation", store.val)):
         check_context(name, split, config.model.context)
     devices = list(devices or jax.devices())
@@ -171,7 +163,7 @@ def _loop(
     shape = (train_config.accumulate, -1, model.config.context + 1)
     for step in range(position.step + 1, train_config.steps + 1):
         if _is_multiple(step - 1, train_config.rebuild_every):
-            state = _rebuild_clusters(state, run)
+            state = parallel.rebuild_clusters(state, devices, mapping)
         trace.before(step)
         state, values = step_fn(state, next(batches).reshape(shape))
         trace.after(step, values)
@@ -254,15 +246,6 @@ def _evaluate(
 
 def _is_multiple(step: int, every: int) -> bool:
     return bool(every) and step > 0 and step % every == 0
-
-
-def _rebuild_clusters(state: TrainState, run: Run) -> TrainState:
-    if not state.routing:
-        return state
-    whole = parallel.fetch(state, run.devices, run.mapping)
-    rebuilt = jax.tree.map(np.asarray, routing.rebuild_clusters(whole.routing))
-    whole = whole._replace(routing=rebuilt)
-    return parallel.place(whole, run.devices, run.mapping)
 
 
 def _eval_line(

@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from trix_jax import routing
 from trix_jax.lm.train.sharding import TILE_AXIS, layout_of, specs_of
 from trix_jax.lm.train.step import AXIS, TrainState
 from trix_jax.nn.transformer import TransformerConfig
@@ -40,7 +41,7 @@ Devices = Sequence[jax.Device]
 
 
 def mapping_over(devices: Devices, is_sliced: bool = False, tiles: int = 1) -> Mapping:
-    """How a step is mapped over devices unless somebody says otherwise."""
+    """How a step is mapped over devices if no mapping is given."""
     if len(devices) > 1 and (is_sliced or tiles > 1):
         return Spread(tiles, is_sliced)
     if any(device.process_index != jax.process_index() for device in devices):
@@ -161,15 +162,12 @@ def check_spread(model: TransformerConfig, tiles: int, devices: Devices) -> None
 
 def place(state: Any, devices: Devices, mapping: Mapping | None = None) -> Any:
     """Puts a state on the devices: as it is on one, a copy each on several."""
-    match mapping or mapping_over(devices):
-        case "jit":
-            return jax.device_put(state, devices[0])
-        case "pmap":
-            return flax.jax_utils.replicate(state, list(devices))
-        case kind:
-            state, mesh = jax.device_get(state), _mesh(devices, kind)
-            specs = state_specs(state, mesh, kind)
-            return jax.tree.map(partial(_put, mesh), state, specs)
+    kind = mapping or mapping_over(devices)
+    if not isinstance(kind, Spread):
+        return _place_whole(state, devices, kind)
+    state, mesh = jax.device_get(state), _mesh(devices, kind)
+    specs = state_specs(state, mesh, kind)
+    return jax.tree.map(partial(_put, mesh), state, specs)
 
 
 def fetch(state: Any, devices: Devices, mapping: Mapping | None = None) -> Any:
@@ -183,6 +181,31 @@ def fetch(state: Any, devices: Devices, mapping: Mapping | None = None) -> Any:
             return jax.device_get(jax.tree.map(lambda x: x.addressable_data(0), state))
         case Spread():
             return jax.tree.map(_whole, state)
+
+
+def rebuild_clusters(
+    state: TrainState, devices: Devices, mapping: Mapping | None = None
+) -> TrainState:
+    """`routing.rebuild_clusters` of a placed state. Only the routing state moves, which
+    every device has whole; without clusters nothing does.
+    """
+    paths = jax.tree_util.tree_leaves_with_path(state.routing)
+    if not any(path[-1] == jax.tree_util.DictKey("members") for path, _ in paths):
+        return state
+    whole = routing.rebuild_clusters(fetch(state.routing, devices, mapping))
+    return state._replace(routing=_place_whole(whole, devices, mapping))
+
+
+def _place_whole(tree: Any, devices: Devices, mapping: Mapping | None) -> Any:
+    """Puts a tree on the devices, a copy each."""
+    match mapping or mapping_over(devices):
+        case "jit":
+            return jax.device_put(tree, devices[0])
+        case "pmap":
+            return flax.jax_utils.replicate(tree, list(devices))
+        case kind:
+            put = partial(_put, _mesh(devices, kind), spec=P())
+            return jax.tree.map(put, jax.device_get(tree))
 
 
 def _mesh(devices: Devices, mapping: Mapping) -> Mesh:

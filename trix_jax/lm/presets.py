@@ -1,0 +1,168 @@
+"""A preset, an arm of it and flags, into a `RunConfig`.
+
+A preset is YAML with the sections `model`, `data`, `train` and, under `arms`, named
+overrides such as `dense: {model.ffn: dense, model.ffn_width: match-params}`. A file
+becomes flags, and all flags go through one parser at once, so that a file's mistakes
+get the messages of the command line and only the outcome has to make sense.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from trix_jax.lm.accounting import MATCHES
+from trix_jax.lm.config import DEFAULT_ARM, RunConfig, read_yaml
+from trix_jax.nn.transformer import TransformerConfig
+
+TWIN_OF = "twin_of"  # key of an arm: the arm whose costs its dense width matches
+
+
+class PresetFlags(NamedTuple):
+    """A preset as flags.
+
+    Attributes:
+        base: of the preset as it stands.
+        arm: that the arm adds.
+        twin: that the arm adds whose costs a dense width matches; none is the preset as
+            it stands.
+    """
+
+    base: list[str]
+    arm: list[str]
+    twin: list[str]
+
+
+def to_flags(tree: dict[Any, Any], prefix: str = "") -> list[str]:
+    """Turns nested or dotted YAML into command-line flags: `{model: {d_model: 256}}` to
+    `--model.d-model 256`.
+
+    Raises:
+        ValueError: a value that no flag can hold.
+    """
+    flags = []
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            flags += to_flags(value, f"{name}.")
+        elif isinstance(value, bool):
+            head, _, last = name.rpartition(".")
+            dotted = f"{head}." if head else ""
+            flags.append(f"--{dotted}{'' if value else 'no-'}{last}".replace("_", "-"))
+        elif value is None or isinstance(value, str | int | float):
+            flags += [f"--{name}".replace("_", "-"), str(value)]
+        else:
+            raise ValueError(f"{name} must be a single value. Got {value!r}.")
+    return flags
+
+
+def preset_flags(path: str | Path, arm: str) -> PresetFlags:
+    """Reads the flags of a preset and of one of its arms.
+
+    Raises:
+        ValueError: the preset has no such arm (the default arm may be absent: it is the
+            preset as it stands).
+    """
+    tree = read_yaml(path)
+    arms = tree.pop("arms", None) or {}
+    if not isinstance(arms, dict):
+        raise ValueError(
+            f"arms in {path} must map names to overrides. Got {type(arms).__name__}."
+        )
+    overrides = _overrides(arms, arm, path)
+    twin = overrides.pop(TWIN_OF, None)
+    compared = {} if twin is None else _overrides(arms, str(twin), path)
+    return PresetFlags(to_flags(tree), to_flags(overrides), to_flags(compared))
+
+
+def _overrides(arms: dict[str, Any], arm: str, path: str | Path) -> dict[str, Any]:
+    if arm not in arms and arm != DEFAULT_ARM:
+        raise ValueError(
+            f"arm must be one of {', '.join(sorted({DEFAULT_ARM, *arms}))}. Got {arm!r}."
+        )
+    overrides = arms.get(arm) or {}
+    if not isinstance(overrides, dict):
+        raise ValueError(
+            f"arms.{arm} in {path} must map settings to values. Got {overrides!r}."
+        )
+    return dict(overrides)
+
+
+def parse(kind: Any, argv: list[str], verb: str, default: Any = None) -> Any:
+    """Parses flags into a dataclass; a mistake prints what is wrong, with the nearest
+    name, and exits with 2.
+    """
+    import tyro
+
+    extra = {} if default is None else {"default": default}
+    return tyro.cli(kind, args=argv, prog=f"trix-jax {verb}", **extra)
+
+
+def parse_preset(kind: Any, argv: list[str], verb: str) -> Any:
+    """Parses `[CONFIG.yaml] --flags` into a dataclass with a field `config: RunConfig`.
+
+    The preset comes first, then its `--arm`, then the flags; each may override what
+    came before. A dense width to be matched ("match-params") becomes a number: that of
+    the preset and the flags of its model without the arm, or with the arm that the
+    arm's `twin_of` names.
+    """
+    path, flags = (
+        (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
+    )
+    arm = _value_of("--arm", flags) or DEFAULT_ARM
+    preset = preset_flags(path, arm) if path else PresetFlags([], [], [])
+    given = [*preset.base, *preset.arm, *flags]
+    args = parse(kind, given, verb, kind(config=RunConfig(arm=arm)))
+    model = args.config.model
+    if not isinstance(model.ffn_width, str):
+        return args
+    own = [
+        flag
+        for flag in _pairs(flags)
+        if flag[0].startswith("--model.")
+        and flag[0] not in ("--model.ffn", "--model.ffn-width")
+    ]
+    compared = [*preset.base, *preset.twin, *(part for flag in own for part in flag)]
+    reference = parse(RunConfig, compared, verb).model
+    return _with_model(args, match_width(model, reference))
+
+
+def match_width(
+    model: TransformerConfig, reference: TransformerConfig
+) -> TransformerConfig:
+    """A dense model whose `ffn_width` ("match-params", "match-active", "match-bits") is
+    the width at which it costs what the reference costs; another model as it is.
+
+    The vocabulary, which need not be known yet, costs both the same.
+    """
+    match = MATCHES.get(str(model.ffn_width))
+    if match is None:
+        return model
+    known = {"vocab_size": model.vocab_size or 1}
+    target = dataclasses.replace(reference, ffn_width=None, **known)
+    width = match(dataclasses.replace(model, **known), target)
+    return dataclasses.replace(model, ffn_width=width)
+
+
+def _with_model(args: Any, model: TransformerConfig) -> Any:
+    config = dataclasses.replace(args.config, model=model)
+    return dataclasses.replace(args, config=config)
+
+
+def _value_of(name: str, flags: list[str]) -> str | None:
+    for i, flag in enumerate(flags):
+        if flag.startswith(f"{name}="):
+            return flag.partition("=")[2]
+        if flag == name and i + 1 < len(flags):
+            return flags[i + 1]
+    return None
+
+
+def _pairs(flags: list[str]) -> list[list[str]]:
+    """Flags with the values that follow them."""
+    pairs: list[list[str]] = []
+    for flag in flags:
+        if flag.startswith("--") or not pairs:
+            pairs.append([flag])
+        else:
+            pairs[-1].append(flag)
+    return pairs
