@@ -22,19 +22,19 @@ def parse_preset(kind: Any, argv: list[str], verb: str) -> tuple[Any, Any]:
     """Parses `[CONFIG.yaml] --flags` into a dataclass with a field `config: RunConfig`.
 
     The preset is read first, then its `--arm`, then the flags; each may override what
-    came before.
+    came before. Without `--arm` it is the preset as it stands.
 
     Returns:
         the arguments, and the model that a dense width to be matched ("match-params")
-        refers to: that of the preset and flags without the arm. Without such a width it
-        is the arguments' own model.
+        refers to: that of the flags and of what the arm starts from. Without such a
+        width it is the arguments' own model.
     """
-    from trix_jax.lm.config import DEFAULT_ARM, RunConfig, preset_flags
+    from trix_jax.lm.config import BASE_ARM, DEFAULT_ARM, RunConfig, preset_flags
 
     path, flags = (
         (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
     )
-    arm = _value_of("--arm", flags) or DEFAULT_ARM
+    arm = _value_of("--arm", flags) or (BASE_ARM if path else DEFAULT_ARM)
     start = RunConfig(arm=arm)
     base_flags, arm_flags = preset_flags(path, arm) if path else ([], [])
     base = parse(RunConfig, base_flags, verb, start)

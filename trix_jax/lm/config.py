@@ -1,9 +1,10 @@
 """A run's config: dataclasses that YAML files and command-line flags fill in.
 
 A preset is YAML with the sections `model`, `data`, `train` and, under `arms`, named
-overrides such as `dense: {model.ffn: dense, model.ffn_width: match-params}`. A file
-becomes flags and goes through the same parser as the command line (`trix_jax.cli`), so
-its mistakes get the same messages.
+overrides such as `dense: {model.ffn: dense, model.ffn_width: match-params}`. An arm
+that says `like: lookup` starts from that other arm. A file becomes flags and goes
+through the same parser as the command line (`trix_jax.cli`), so its mistakes get the
+same messages.
 """
 
 import dataclasses
@@ -20,7 +21,8 @@ from trix_jax.lm.accounting import MATCHES
 from trix_jax.lm.data import DataConfig
 from trix_jax.nn.transformer import TransformerConfig
 
-DEFAULT_ARM = "hierarchical"
+DEFAULT_ARM = "hierarchical"  # of no preset: the defaults of `TransformerConfig`
+BASE_ARM = "base"  # a preset as it stands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,11 +204,14 @@ def to_flags(tree: dict[Any, Any], prefix: str = "") -> list[str]:
 
 
 def preset_flags(path: str | Path, arm: str) -> tuple[list[str], list[str]]:
-    """The flags of a preset and those that its arm adds.
+    """The flags that an arm starts from, and those that it adds.
+
+    It starts from the preset, or with `like` from another arm of the preset. A dense
+    width to be matched ("match-params") matches what it starts from.
 
     Raises:
-        ValueError: the preset has no such arm (the default arm may be absent: it is the
-            preset as it stands).
+        ValueError: the preset has no such arm (`base` and the default arm may be
+            absent: they are the preset as it stands).
     """
     tree = read_yaml(path)
     arms = tree.pop("arms", None) or {}
@@ -214,16 +219,29 @@ def preset_flags(path: str | Path, arm: str) -> tuple[list[str], list[str]]:
         raise ValueError(
             f"arms in {path} must map names to overrides. Got {type(arms).__name__}."
         )
-    if arm not in arms and arm != DEFAULT_ARM:
+    if arm not in (BASE_ARM, DEFAULT_ARM, *arms):
         raise ValueError(
-            f"arm must be one of {', '.join(sorted({DEFAULT_ARM, *arms}))}. Got {arm!r}."
+            f"arm must be one of {', '.join(sorted({BASE_ARM, *arms}))}. Got {arm!r}."
         )
+    overrides = _overrides(path, arms, arm)
+    like = overrides.pop("like", None)
+    start = to_flags(tree)
+    if like is not None:
+        if like == arm or like not in arms:
+            raise ValueError(
+                f"arms.{arm}.like in {path} must name another arm. Got {like!r}."
+            )
+        start += to_flags(_overrides(path, arms, like))
+    return start, to_flags(overrides)
+
+
+def _overrides(path: str | Path, arms: dict[str, Any], arm: str) -> dict[str, Any]:
     overrides = arms.get(arm) or {}
     if not isinstance(overrides, dict):
         raise ValueError(
             f"arms.{arm} in {path} must map settings to values. Got {overrides!r}."
         )
-    return to_flags(tree), to_flags(overrides)
+    return dict(overrides)
 
 
 def resolve(
@@ -235,8 +253,8 @@ def resolve(
 
     Args:
         config: as parsed.
-        reference: the model of the preset without its arm, whose costs a dense twin
-            matches.
+        reference: the model that the arm starts from (`preset_flags`), whose costs a
+            dense twin matches.
         vocab_size: the tokenizer's.
 
     Raises:
