@@ -14,7 +14,8 @@ from trix_jax.files import json_sha256
 from trix_jax.lm.data import DataConfig
 from trix_jax.nn.transformer import TransformerConfig
 
-DEFAULT_ARM = "hierarchical"
+DEFAULT_ARM = "hierarchical"  # of no preset: the defaults of `TransformerConfig`
+BASE_ARM = "base"  # a preset as it stands
 
 
 @dataclasses.dataclass(frozen=True)
