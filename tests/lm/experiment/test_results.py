@@ -243,9 +243,9 @@ def test_plan_without_the_compiler_counts_and_models(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_report_case_compiles_a_step_for_an_absent_gpu():
+def test_compile_case_compiles_a_step_for_an_absent_gpu():
     python = planning.train_steps.compiler()
     if python is None:
         pytest.skip("needs the dependency group aot, or TRIX_AOT_PYTHON")
-    done = planning.train_steps.report_case(python, "h100", MODEL, 16, 2, 1)
+    done = planning.train_steps.compile_case(python, "h100", MODEL, 16, 2, 1)
     assert done["peak_bytes"] > 4 * 3 * costs(MODEL).total
