@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from trix_jax.nn.tiles import check_divides
+from trix_jax.nn.settings import check_divides
 from trix_jax.typing import Array, Dtype, Float
 
 

@@ -7,7 +7,7 @@ from flax import linen as nn
 
 from trix_jax import ops, routing
 from trix_jax.nn.kernel import TernaryKernel
-from trix_jax.nn.tiles import check_divides
+from trix_jax.nn.settings import check_divides
 from trix_jax.ternary import TernaryConfig
 from trix_jax.typing import Array, Dtype, Float, Scalar
 
