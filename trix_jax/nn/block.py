@@ -138,17 +138,9 @@ class DenseBlock(Block):
     activation: str = "gelu"
 
     def _ffn(self):
-        return DenseFFN(
-            self.d_model,
-            self.width,
-            self.activation,
-            self.dropout,
-            self.up_init,
-            self.down_init,
-            self.dtype,
-            self.param_dtype,
-            name="ffn",
-        )
+        how = self.activation, self.dropout, self.up_init, self.down_init
+        dtypes = self.dtype, self.param_dtype
+        return DenseFFN(self.d_model, self.width, *how, *dtypes, name="ffn")
 
 
 class SparseTriXBlock(TileArguments, Block):
@@ -161,15 +153,9 @@ class SparseTriXBlock(TileArguments, Block):
     tiles_per_token: int = 1
 
     def _ffn(self):
-        return SparseTriXFFN(
-            self.d_model,
-            self.num_tiles,
-            self.expansion,
-            self.tiles_per_token,
-            self.dropout,
-            **self.tile_arguments(),
-            name="ffn",
-        )
+        sizes = self.d_model, self.num_tiles, self.expansion, self.tiles_per_token
+        how = self.tile_arguments()
+        return SparseTriXFFN(*sizes, self.dropout, **how, name="ffn")
 
 
 class HierarchicalTriXBlock(TileArguments, Block):
@@ -184,17 +170,10 @@ class HierarchicalTriXBlock(TileArguments, Block):
     tiles_per_token: int = 1
 
     def _ffn(self):
-        return HierarchicalTriXFFN(
-            self.d_model,
-            self.d_hidden,
-            self.num_tiles,
-            self.tiles_per_cluster,
-            self.top_k_clusters,
-            self.tiles_per_token,
-            self.dropout,
-            **self.tile_arguments(),
-            name="ffn",
-        )
+        sizes = self.d_model, self.d_hidden, self.num_tiles, self.tiles_per_cluster
+        chosen = self.top_k_clusters, self.tiles_per_token
+        how = self.tile_arguments()
+        return HierarchicalTriXFFN(*sizes, *chosen, self.dropout, **how, name="ffn")
 
 
 class SparseLookupBlock(Block):
@@ -210,13 +189,11 @@ class SparseLookupBlock(Block):
     routing: RoutingConfig = TileSettings.routing
 
     def _ffn(self):
+        sizes = self.d_model, self.num_tiles, self.tiles_per_cluster
+        splines = self.grid_size, self.compress_hidden, self.ternary_splines
         return SparseLookupFFN(
-            self.d_model,
-            self.num_tiles,
-            self.tiles_per_cluster,
-            self.grid_size,
-            self.compress_hidden,
-            self.ternary_splines,
+            *sizes,
+            *splines,
             self.dropout,
             routing=self.routing,
             dtype=self.dtype,

@@ -55,16 +55,7 @@ class HierarchicalTriXFFN(TileArguments):
         width = self.d_hidden or check_divides(
             "4 * d_model", 4 * self.d_model, "num_tiles", self.num_tiles
         )
-        settings = self._settings()
-        norm = {"dtype": self.dtype or x.dtype, "param_dtype": self.param_dtype}
-        h = nn.RMSNorm(name="norm", **norm)(x)
-        tiles = RoutedTiles(settings, width, name="tiles")
-        y, info, aux = tiles(h, train, progress, token_ids, router_input)
-        scale = self.param("output_scale", nn.initializers.ones, (), self.param_dtype)
-        return finish((y * scale).astype(x.dtype), x, settings, train), info, aux
-
-    def _settings(self) -> TileSettings:
-        return TileSettings(
+        settings = TileSettings(
             num_tiles=self.num_tiles,
             tiles_per_cluster=self.tiles_per_cluster,
             top_k_clusters=self.top_k_clusters,
@@ -73,3 +64,9 @@ class HierarchicalTriXFFN(TileArguments):
             residual=self.residual,
             **self.tile_arguments(),
         )
+        norm = {"dtype": self.dtype or x.dtype, "param_dtype": self.param_dtype}
+        h = nn.RMSNorm(name="norm", **norm)(x)
+        tiles = RoutedTiles(settings, width, name="tiles")
+        y, info, aux = tiles(h, train, progress, token_ids, router_input)
+        scale = self.param("output_scale", nn.initializers.ones, (), self.param_dtype)
+        return finish((y * scale).astype(x.dtype), x, settings, train), info, aux

@@ -68,16 +68,13 @@ class SparseTriXFFN(TileArguments):
         width = check_divides(
             "expansion * d_model", hidden, "num_tiles", self.num_tiles
         )
-        settings = self._settings()
-        tiles = RoutedTiles(settings, width, name="tiles")
-        y, info, aux = tiles(x, train, progress, token_ids, router_input)
-        return finish(y, x, settings, train), info, aux
-
-    def _settings(self) -> TileSettings:
-        return TileSettings(
+        settings = TileSettings(
             num_tiles=self.num_tiles,
             tiles_per_token=self.tiles_per_token,
             dropout=self.dropout,
             residual=self.residual,
             **self.tile_arguments(),
         )
+        tiles = RoutedTiles(settings, width, name="tiles")
+        y, info, aux = tiles(x, train, progress, token_ids, router_input)
+        return finish(y, x, settings, train), info, aux

@@ -79,7 +79,14 @@ class SparseLookupFFN(nn.Module):
     ) -> Output:
         """Applies the layer. Arguments and results are those of `SparseTriXFFN`."""
         check_input(x, self.d_model)
-        settings = self._settings()
+        settings = TileSettings(
+            num_tiles=self.num_tiles,
+            tiles_per_cluster=self.tiles_per_cluster,
+            dropout=self.dropout,
+            residual=self.residual,
+            routing=self.routing,
+            axis_name=self.axis_name,
+        )
         dtype = self.dtype or x.dtype
         norm = nn.LayerNorm(dtype=dtype, param_dtype=self.param_dtype, name="norm")
         h = norm(x.reshape(-1, self.d_model))
@@ -99,18 +106,6 @@ class SparseLookupFFN(nn.Module):
         y = (gate * magnitude * scale)[:, None] * directions[tile]
         y = finish(y.astype(x.dtype).reshape(x.shape), x, settings, train)
         return y, in_shape_of(info, x), aux
-
-    def _settings(self) -> TileSettings:
-        return TileSettings(
-            num_tiles=self.num_tiles,
-            tiles_per_cluster=self.tiles_per_cluster,
-            dropout=self.dropout,
-            residual=self.residual,
-            routing=self.routing,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            axis_name=self.axis_name,
-        )
 
     def _compress(self, h: Float[Array, "T D"], dtype: Dtype) -> Float[Array, "T two"]:
         """Two numbers in -1..1 that say where on its tile's grid a token is."""

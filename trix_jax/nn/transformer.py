@@ -91,18 +91,10 @@ class TransformerConfig:
         self._check_tiles()
 
     def _check_sizes(self) -> None:
-        for name, size in {
-            "context": self.context,
-            "d_model": self.d_model,
-            "n_layers": self.n_layers,
-            "n_heads": self.n_heads,
-            "expansion": self.expansion,
-            "num_tiles": self.num_tiles,
-            "grid_size": self.grid_size,
-            "vocab_size": self.vocab_size,
-            "ffn_width": self.ffn_width,
-        }.items():
-            if isinstance(size, int) and size < 1:
+        sizes = "context d_model n_layers n_heads expansion num_tiles grid_size"
+        for name in (*sizes.split(), "vocab_size", "ffn_width"):
+            size = getattr(self, name)
+            if size is not None and not isinstance(size, str) and size < 1:
                 raise ValueError(f"{name} must be at least 1. Got {size}.")
 
     def _check_choices(self) -> None:
@@ -123,25 +115,21 @@ class TransformerConfig:
             )
 
     def _check_tiles(self) -> None:
-        n, m = self.num_tiles, self.tiles_per_cluster
+        n, m, k = self.num_tiles, self.tiles_per_cluster, self.tiles_per_token
         if self.ffn in ("sparse", "hierarchical"):
             width = self.expansion * self.d_model
             check_divides("expansion * d_model", width, "num_tiles", n)
         if self.ffn == "sparse":
-            TileSettings(num_tiles=n, tiles_per_token=self.tiles_per_token)
+            TileSettings(num_tiles=n, tiles_per_token=k)
         if self.ffn == "hierarchical":
-            TileSettings(
-                num_tiles=n,
-                tiles_per_cluster=m,
-                top_k_clusters=self.top_k_clusters,
-                tiles_per_token=self.tiles_per_token,
-            )
+            clusters = {"tiles_per_cluster": m, "top_k_clusters": self.top_k_clusters}
+            TileSettings(num_tiles=n, tiles_per_token=k, **clusters)
         if self.ffn == "lookup":
             TileSettings(num_tiles=n, tiles_per_cluster=m)
             compress_width(self.d_model, self.compress_hidden)
-            if self.tiles_per_token != 1:
+            if k != 1:
                 raise ValueError(
-                    f"tiles_per_token must be 1 with ffn='lookup'. Got {self.tiles_per_token}."
+                    f"tiles_per_token must be 1 with ffn='lookup'. Got {k}."
                 )
 
     @property
@@ -207,10 +195,8 @@ class TransformerLM(nn.Module):
             ValueError: a sequence longer than the context.
         """
         c, dtype = self.config, jnp.dtype(self.config.dtype)
-        vocabulary = _vocabulary(c, tokens.shape[1])
-        embed = nn.Embed(
-            vocabulary, c.d_model, embedding_init=INIT, dtype=dtype, name="embed"
-        )
+        v = _vocabulary(c, tokens.shape[1])
+        embed = nn.Embed(v, c.d_model, embedding_init=INIT, dtype=dtype, name="embed")
         rows = embed(tokens)
         x = rows + self._positions(tokens.shape[1], decode)
         x = nn.Dropout(c.dropout)(x, deterministic=not train)
@@ -222,7 +208,7 @@ class TransformerLM(nn.Module):
         head = embed.attend
         if not c.tied:
             head = nn.Dense(
-                vocabulary, use_bias=False, kernel_init=INIT, dtype=dtype, name="head"
+                v, use_bias=False, kernel_init=INIT, dtype=dtype, name="head"
             )
         return head(x).astype(jnp.float32), infos, _mean_losses(losses)
 
@@ -279,38 +265,22 @@ def make_block(
     """The block that a config asks for; residual projections start smaller by `sqrt(2 *
     n_layers)`, as in GPT-2.
     """
-    c = config
-    common = _block_arguments(c) | {
-        "axis_name": axis_name,
-        "tile_axis": tile_axis,
-        "name": name,
-    }
+    c, common = config, _block_arguments(config)
+    common |= {"axis_name": axis_name, "tile_axis": tile_axis, "name": name}
+    width, heads = c.d_model, c.n_heads
     if c.ffn == "dense":
-        common["activation"] = c.activation or "gelu"
-        return DenseBlock(c.d_model, c.n_heads, c.dense_width, **common)
-    common |= {"num_tiles": c.num_tiles, "routing": c.routing}
+        act = c.activation or "gelu"
+        return DenseBlock(width, heads, c.dense_width, activation=act, **common)
+    n, m, k = c.num_tiles, c.tiles_per_cluster, c.tiles_per_token
+    common["routing"] = c.routing
     if c.ffn == "lookup":
-        return SparseLookupBlock(
-            c.d_model,
-            c.n_heads,
-            tiles_per_cluster=c.tiles_per_cluster,
-            grid_size=c.grid_size,
-            compress_hidden=c.compress_hidden,
-            ternary_splines=c.ternary_splines,
-            **common,
-        )
-    common |= {"tiles_per_token": c.tiles_per_token, "ternary": c.ternary}
-    common["activation"] = c.activation or "relu2"
+        splines = c.grid_size, c.compress_hidden, c.ternary_splines
+        return SparseLookupBlock(width, heads, n, m, *splines, **common)
+    common |= {"ternary": c.ternary, "activation": c.activation or "relu2"}
     if c.ffn == "sparse":
-        return SparseTriXBlock(c.d_model, c.n_heads, expansion=c.expansion, **common)
-    return HierarchicalTriXBlock(
-        c.d_model,
-        c.n_heads,
-        c.tile_width,
-        tiles_per_cluster=c.tiles_per_cluster,
-        top_k_clusters=c.top_k_clusters,
-        **common,
-    )
+        return SparseTriXBlock(width, heads, n, c.expansion, k, **common)
+    sizes = c.tile_width, n, m, c.top_k_clusters, k
+    return HierarchicalTriXBlock(width, heads, *sizes, **common)
 
 
 def _block_arguments(config: TransformerConfig) -> dict[str, Any]:
