@@ -27,7 +27,8 @@ class TileSettings:
 
     Attributes:
         num_tiles: N, the tiles of the layer.
-        tiles_per_cluster: tiles in a cluster, a divisor of N; None is flat routing.
+        tiles_per_cluster: tiles in a cluster, a divisor of N; None, as in
+            `SparseTriXFFN`, is flat routing.
         top_k_clusters: clusters that a token may choose its tiles from.
         tiles_per_token: K, the tiles that a token computes, at most those it may choose
             from.
@@ -91,7 +92,7 @@ class TileSettings:
 
     @property
     def num_clusters(self) -> int:
-        """C; 0 is flat routing."""
+        """Number of clusters (C); 0 is flat routing."""
         if self.tiles_per_cluster is None:
             return 0
         return check_divides(
@@ -121,7 +122,9 @@ class TileArguments(LayerArguments, kw_only=True):
     routing: RoutingConfig = TileSettings.routing
 
     def tile_arguments(self) -> dict[str, Any]:
-        """The keywords, for a block's FFN and for an FFN's `TileSettings`."""
+        """These keywords by name: what a block hands to its FFN, and an FFN to its
+        `TileSettings`.
+        """
         return {
             "activation": self.activation,
             "ternary": self.ternary,

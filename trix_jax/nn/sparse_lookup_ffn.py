@@ -39,10 +39,11 @@ class SparseLookupFFN(nn.Module):
 
     Attributes:
         d_model: D, the width of input and output.
-        grid_size: G, cells of a spline along each coordinate. 16 is the original's; the
-            spline jumps between cells, and 1 was better in `experiments/quality`.
-        compress_hidden: width between W1 and W2; None takes D / 4.
-        ternary_splines: False keeps real coefficients.
+        grid_size: G, cells of a tile's spline along each of its two coordinates. 16 is
+            the original's; 1 was better (`experiments/quality`), since the spline jumps
+            between cells.
+        compress_hidden: width of the compressor, between W1 and W2; None takes D / 4.
+        ternary_splines: ternary coefficients; False keeps real ones.
 
     The other arguments are those of `TileSettings`. A token uses one tile.
 
@@ -85,6 +86,8 @@ class SparseLookupFFN(nn.Module):
             dropout=self.dropout,
             residual=self.residual,
             routing=self.routing,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
             axis_name=self.axis_name,
         )
         dtype = self.dtype or x.dtype
