@@ -1,6 +1,4 @@
-"""Imports point one way (DESIGN section 3), and what the base install lacks stays out
-of the layers.
-"""
+"""Imports point one way, and what the base install lacks stays out of the layers."""
 
 import ast
 import subprocess
@@ -21,6 +19,7 @@ CORE = {
         "routing",
         "balance",
         "clusters",
+        "matching",
         "dispatch",
         "expert_parallel",
         "ops",

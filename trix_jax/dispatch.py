@@ -67,7 +67,7 @@ def make_plan(
 
     Args:
         tiles: the chosen tiles, each in 0..N-1.
-        num_tiles: N.
+        num_tiles: N, the tiles of the layer.
         rows: rows in a block; None takes `block_rows`.
     """
     assignments = tiles.size

@@ -1,4 +1,4 @@
-"""What stands between the two matrices of an FFN, by name."""
+"""Activations, between the two matrices of an FFN, by name."""
 
 from collections.abc import Callable
 

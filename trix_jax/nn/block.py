@@ -78,7 +78,7 @@ class Block(LayerArguments):
     layer norms without bias.
 
     Attributes:
-        d_model: D.
+        d_model: D, the width of input and output.
         n_heads: H, a divisor of D.
         dropout: rate behind the attention and the FFN, in training.
         cache_length: longest sequence that `decode` can hold.
@@ -127,7 +127,7 @@ class Block(LayerArguments):
         return x + y, info, aux
 
     def _ffn(self) -> nn.Module:
-        """The block's FFN, named "ffn"."""
+        """Builds the FFN, under the name "ffn"."""
         raise NotImplementedError(f"{type(self).__name__} must build its FFN.")
 
 

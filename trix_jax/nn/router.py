@@ -106,7 +106,7 @@ class Router(nn.Module):
         return not self.is_initializing() and self.is_mutable_collection("routing")
 
     def _scores(self, h, signature):
-        """Scores, and the directions they were taken along."""
+        """Scores, and the signatures that gave them."""
         config = self.settings.routing
         if config.source == "learned":
             init = nn.initializers.normal(1.0)

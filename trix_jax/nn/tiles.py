@@ -53,7 +53,7 @@ def tile_ffn(
 
 
 def _outputs(h, tiles, weights, *, tile_width, act, activations):
-    """What each chosen tile makes of its token."""
+    """The output of every chosen tile, `[T, K, D]`."""
     up, down = weights
     num_tiles = up[0].shape[0]
     rows = dispatch.block_rows(tiles.size, num_tiles)

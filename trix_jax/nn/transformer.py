@@ -1,4 +1,4 @@
-"""A decoder-only language model whose FFN is any of the four."""
+"""A decoder-only language model with any of the three TriX FFNs or the dense one."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -239,7 +239,9 @@ class TransformerLM(nn.Module):
 
 
 def _vocabulary(config: TransformerConfig, length: int) -> int:
-    """V, of a config that has one and has room for `length` tokens."""
+    """Size of the vocabulary (V). Refuses a config without one, and a sequence longer
+    than the context.
+    """
     if config.vocab_size is None:
         raise ValueError("vocab_size must be set to build a model. Got None.")
     if length > config.context:
