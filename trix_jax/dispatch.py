@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from trix_jax.ops import vary_alike
 from trix_jax.typing import Array, Bool, Float, Integer
 
 SYMBOLIC_ROWS = 32  # rows in a block where the number of tokens is not known
@@ -127,10 +128,10 @@ def _slots(sorted_tile, num_tiles, rows):
     the start of a block; and the number of blocks up to the end of each tile's.
     """
     tiles_N = jnp.arange(num_tiles, dtype=jnp.int32)
-    # A binary search takes as many steps as the size has bits, so it has to be known.
-    method = "scan" if isinstance(sorted_tile.size, int) else "compare_all"
-    end_N = jnp.searchsorted(sorted_tile, tiles_N, side="right", method=method)
-    end_N = end_N.astype(jnp.int32)
+    if isinstance(sorted_tile.shape[0], int):
+        end_N = jnp.searchsorted(sorted_tile, tiles_N, side="right").astype(jnp.int32)
+    else:  # a binary search needs to know the size
+        end_N = (sorted_tile[None] <= tiles_N[:, None]).sum(axis=1, dtype=jnp.int32)
     start_N = jnp.concatenate([jnp.zeros(1, jnp.int32), end_N[:-1]])
     blocks_N = (end_N - start_N + rows - 1) // rows
     last_block_N = jnp.cumsum(blocks_N)
@@ -143,17 +144,25 @@ def _slots(sorted_tile, num_tiles, rows):
     return sorted_slot, last_block_N
 
 
-@jax.custom_vjp
 def to_blocks(x: Float[Array, "T D"], plan: Plan) -> Float[Array, "M R D"]:
     """Copies every token to the row of each of its assignments; padding rows are zero."""
-    return _rows(x, plan.source // plan.slot.shape[-1])
+    return _to_blocks(*vary_alike((x, plan)))
 
 
-@jax.custom_vjp
 def from_blocks(y: Float[Array, "M R D"], plan: Plan) -> Float[Array, "T K D"]:
     """Reads every assignment's row back into token order: the exact inverse
     permutation.
     """
+    return _from_blocks(*vary_alike((y, plan)))
+
+
+@jax.custom_vjp
+def _to_blocks(x, plan):
+    return _rows(x, plan.source // plan.slot.shape[-1])
+
+
+@jax.custom_vjp
+def _from_blocks(y, plan):
     return y.reshape(-1, y.shape[-1])[plan.slot]
 
 
@@ -162,11 +171,11 @@ def _rows(x_AD, source):
     return x_AD.at[source].get(mode="fill", fill_value=0)
 
 
-to_blocks.defvjp(
-    lambda x, plan: (to_blocks(x, plan), plan),
-    lambda plan, dy: (from_blocks(dy, plan).sum(axis=1), None),
+_to_blocks.defvjp(
+    lambda x, plan: (_to_blocks(x, plan), plan),
+    lambda plan, dy: (_from_blocks(dy, plan).sum(axis=1), None),
 )
-from_blocks.defvjp(
-    lambda y, plan: (from_blocks(y, plan), plan),
+_from_blocks.defvjp(
+    lambda y, plan: (_from_blocks(y, plan), plan),
     lambda plan, dy: (_rows(dy.reshape(-1, dy.shape[-1]), plan.source), None),
 )

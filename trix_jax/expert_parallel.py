@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from trix_jax.ops import vary_alike, vary_like
 from trix_jax.typing import Array, Bool, Float, Integer
 
 SLACK = 1.25  # rows of a round over those of an even load
@@ -83,6 +84,7 @@ def route_tiles(
         tiles = jnp.where(mask[:, None], tiles, num_tiles)
     queue = line_up(tiles.reshape(-1), num_tiles, axis_name)
     one_round = partial(_round, compute, axis_name, tiles.shape[-1])
+    x, weights, tiles = vary_alike((x, weights, tiles))
     return _sum_rounds(one_round, x, weights, queue).reshape(*tiles.shape, -1)
 
 
@@ -139,7 +141,7 @@ _move.defvjp(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sum_rounds(one_round, x, weights, queue: Queue):
-    start = jnp.zeros((queue.place.size, x.shape[-1]), x.dtype)
+    start = vary_like(jnp.zeros((queue.place.size, x.shape[-1]), x.dtype), x)
 
     def add(i, y):
         return y + one_round(i, x, weights, queue)

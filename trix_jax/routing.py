@@ -266,7 +266,7 @@ def stability(
 
 def update(
     routing: Variables, *, rate: float = 0.5, axis_name: AxisName | None = None
-) -> dict:
+) -> Variables:
     """Moves every layer's routing state by one optimizer step: selection biases go
     towards even loads.
 
@@ -286,7 +286,7 @@ def update(
     return _each_layer(routing, lambda state: _update_layer(state, rate))
 
 
-def reduce(routing: Variables, axis_name: AxisName) -> dict:
+def reduce(routing: Variables, axis_name: AxisName) -> Variables:
     """Sums the margins of every layer over a mapped axis; the rest of the state is the
     same on all devices.
     """
@@ -299,7 +299,7 @@ def reduce(routing: Variables, axis_name: AxisName) -> dict:
     )
 
 
-def freeze_routing(routing: Variables, frozen: bool = True) -> dict:
+def freeze_routing(routing: Variables, frozen: bool = True) -> Variables:
     """Holds (or releases) the routes: signatures and biases stay as they are while the
     weights go on training.
     """
@@ -309,7 +309,7 @@ def freeze_routing(routing: Variables, frozen: bool = True) -> dict:
     )
 
 
-def rebuild_clusters(routing: Variables, iterations: int = 10) -> dict:
+def rebuild_clusters(routing: Variables, iterations: int = 10) -> Variables:
     """Groups the tiles of every hierarchical layer anew by balanced k-means on their
     last signatures.
 
@@ -364,11 +364,11 @@ def _cluster_load(margins, members):
 
 def _each_layer(tree, function):
     if isinstance(tree, Mapping):
-        return (
-            function(dict(tree))
-            if "margins" in tree
-            else {k: _each_layer(v, function) for k, v in tree.items()}
-        )
+        if "margins" in tree:
+            new = function(dict(tree))
+        else:
+            new = {k: _each_layer(v, function) for k, v in tree.items()}
+        return new if isinstance(tree, dict) else type(tree)(new)
     raise ValueError(
         f"routing must be a routing collection, nested dictionaries down to a layer's state. Got {type(tree)}."
     )

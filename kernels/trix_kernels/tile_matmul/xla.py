@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, Num
 
 from trix_kernels.quantize import Activations, quantize
+from trix_kernels.varying import vary_alike
 from trix_kernels.weights import Packed, unpack
 
 
@@ -70,7 +71,7 @@ def _product(x, q, sums):
     """Computes `x @ q` in the dtype `sums`."""
     is_narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
     if is_narrow and x.shape[:-2] == q.shape[:-2]:
-        return _narrow_product(x, q)
+        return _narrow_product(*vary_alike((x, q)))
     return jnp.matmul(x, q, preferred_element_type=sums)
 
 
