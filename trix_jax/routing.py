@@ -19,7 +19,7 @@ References:
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -368,7 +368,8 @@ def _each_layer(tree, function):
             new = function(dict(tree))
         else:
             new = {k: _each_layer(v, function) for k, v in tree.items()}
-        return new if isinstance(tree, dict) else type(tree)(new)
+        kind: Any = type(tree)  # a FrozenDict stays one
+        return kind(new)
     raise ValueError(
         f"routing must be a routing collection, nested dictionaries down to a layer's state. Got {type(tree)}."
     )
