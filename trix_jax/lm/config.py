@@ -221,7 +221,7 @@ def preset_flags(path: str | Path, arm: str) -> tuple[list[str], list[str]]:
         )
     if arm not in (BASE_ARM, DEFAULT_ARM, *arms):
         raise ValueError(
-            f"arm must be one of {', '.join(sorted({BASE_ARM, *arms}))}. Got {arm!r}."
+            f"arm must be one of {', '.join(sorted(arms))}, or {BASE_ARM}. Got {arm!r}."
         )
     overrides = _overrides(path, arms, arm)
     like = overrides.pop("like", None)
