@@ -211,7 +211,7 @@ def test_read_experiment_makes_a_run_of_every_size_arm_and_seed(small, tmp_path)
         ({"colour": "red"}, "colour in .* must be one of"),
         (
             {"arms": ["moe"], "arm_set": {}},
-            "arm must be one of dense, hierarchical, lookup",
+            "arm must be one of dense, lookup, base",
         ),
     ],
 )
