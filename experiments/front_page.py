@@ -212,11 +212,37 @@ def paired() -> str:
         rows.append([setting.about, *cells, equivalent(name, arms)])
     head = "setting; dense, equal compute; dense, equal memory; dense, equal parameters"
     return table(
-        f"{head}; TriX by a hash; TriX by hidden state; equal dense width", rows
+        f"{head}; TriX by a hash; TriX by hidden state; dense width of equal loss", rows
     )
 
 
-PARTS = {p.__name__: p for p in (comparison, differences, losses, paired)}
+LAYERS = {
+    TRIX: "sparse, 16 tiles, 4 a token, by token (recommended)",
+    "sparse-4-embedding": "sparse, 4 tiles, 1 a token, by token",
+    HIDDEN: "sparse, 16 tiles, 4 a token, by hidden state",
+    "sparse-4": "sparse, 4 tiles, 1 a token, by hidden state (the original's)",
+    "hierarchical-16-embedding": "hierarchical, 16 tiles, 1 a token, by token",
+    "hierarchical-16": "hierarchical, the same by hidden state (the original's)",
+    "lookup-16-grid-1-embedding": "lookup, 16 tiles, one cell a spline, by token",
+    "lookup-16-nothing": "attention alone, no FFN",
+    "lookup-16": "lookup, 16 tiles, by hidden state (the original's)",
+    "dense-512": "dense, 512 wide",
+    "dense-64": "dense, 64 wide",
+}
+
+
+def layers() -> str:
+    """Every layer on TinyShakespeare under AdamW."""
+    arms, rows = read("shakespeare-char"), []
+    for name, what in LAYERS.items():
+        run, has_ffn = arms[name].one, name != "lookup-16-nothing"
+        sizes = (run["active_width"], run["ffn_bits"] / 8e3) if has_ffn else (0, 0)
+        cells = [str(len(arms[name].runs)), *(f"{size:,.0f}" for size in sizes)]
+        rows.append([what, loss_of(arms, name), *cells])
+    return table("FFN; loss; seeds; active width; served (kB)", rows)
+
+
+PARTS = {p.__name__: p for p in (comparison, differences, losses, paired, layers)}
 
 
 def filled(page: str) -> str:
