@@ -1,5 +1,5 @@
-"""Nothing rots: the README's blocks run, its links resolve, its table is that of the
-committed results, and it can be read in two minutes.
+"""Nothing rots: the README's blocks run, its links resolve, and it can be read in
+two minutes. Its table is held by `tests/experiments/test_front_page.py`.
 """
 
 import os
@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from experiments import front_page
 from trix_jax.cli.main import VERBS
 
 ROOT = Path(__file__).parents[2]
@@ -63,20 +62,9 @@ def test_readme_headings_stand_in_the_order_of_a_reader():
     assert README.index("docs/trix.svg") < README.index("## Two commands")
 
 
-def test_tables_are_those_of_the_committed_results():
-    for path in front_page.PAGES:
-        page = path.read_text("utf-8")
-        assert "<!-- front page: comparison -->" in page
-        assert front_page.filled(page) == page, "run python -m experiments.front_page"
-    assert front_page.comparison().count("\n") - 2 <= 6  # rows
-
-
-def test_changed_result_changes_the_page(tmp_path, monkeypatch):
-    for path in front_page.RESULTS.glob("*.json"):
-        text = path.read_text("utf-8").replace("3.630377952150859", "3.930377952150859")
-        (tmp_path / path.name).write_text(text)
-    monkeypatch.setattr(front_page, "RESULTS", tmp_path)
-    assert front_page.filled(README) != README
+def test_readme_results_have_at_most_six_rows():
+    (part,) = re.findall(r"<!-- front page: comparison -->\n(.*?)<!--", README, re.S)
+    assert 2 < len(part.splitlines()) <= 2 + 6  # below head and rule
 
 
 @pytest.mark.slow
