@@ -78,6 +78,35 @@ def test_route_tiles_any_routing_computes_every_assignment_exactly(tiles, name):
         np.testing.assert_array_equal(a, b)
 
 
+def test_masked_tokens_stay_at_home_also_under_shard_maps_own_check():
+    chance, routes = np.random.default_rng(1), jnp.asarray(routings()["half"])
+    x, g = (
+        jnp.asarray(chance.integers(-8, 8, s), jnp.float32)
+        for s in ((8 * T, D), (8 * T, K, D))
+    )
+    w = jnp.asarray(chance.integers(1, 8, N), jnp.float32)
+    mask = jnp.asarray(chance.random(8 * T) < 0.25)
+
+    def pulled(outputs, g, x, w):
+        y, pull = jax.vjp(outputs, x, w)
+        return y, *pull(g)
+
+    def local(x, routes, g, mask, w):
+        def outputs(x, w):
+            how = (routes, w, N, "tile", mask)
+            return expert_parallel.route_tiles(multiply, x, *how)
+
+        return pulled(outputs, g, x, w)
+
+    specs = {"in_specs": (ALL,) * 4 + (P("tile"),), "out_specs": (ALL, ALL, P("tile"))}
+    run = jit(jax.shard_map(local, mesh=mesh_of(4), **specs))
+    real = mask[:, None, None]
+    found = run(x, routes, g, mask, w)
+    plain = pulled(lambda x, w: multiply(x, routes, w) * real, g, x, w)
+    for a, b in zip(found, plain, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize(
     ("name", "tiles", "rounds"),
     [("even", 8, {1}), ("one tile", 8, {6}), ("half", 4, {1, 4}), ("one tile", 4, {4})],

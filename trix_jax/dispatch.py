@@ -97,8 +97,8 @@ def make_plan(
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
     sorted_slot, last_block_N = _slots(flat[order], num_tiles, rows)
     if mask is not None:
-        outside = blocks * rows + jnp.arange(assignments, dtype=jnp.int32)
-        sorted_slot = jnp.where(flat[order] < num_tiles, sorted_slot, outside)
+        is_real = flat[order] < num_tiles
+        sorted_slot = jnp.where(is_real, sorted_slot, _past(blocks * rows, assignments))
     source = (
         jnp.full(blocks * rows, assignments, jnp.int32)
         .at[sorted_slot]
@@ -111,16 +111,24 @@ def make_plan(
     )
     if mask is not None:
         slot = jnp.where(slot < blocks * rows, slot, 0)
-    block_tile = jnp.searchsorted(
-        last_block_N, jnp.arange(blocks, dtype=jnp.int32), side="right"
-    )
-    block_tile = jnp.minimum(block_tile, num_tiles - 1).astype(jnp.int32)
     return Plan(
-        block_tile,
+        _block_tile(last_block_N, blocks),
         source.reshape(blocks, rows),
         slot.reshape(tiles.shape),
         last_block_N[-1:],
     )
+
+
+def _past(end, count):
+    """Indices behind the end, which scatters drop."""
+    return end + jnp.arange(count, dtype=jnp.int32)
+
+
+def _block_tile(last_block_N, blocks):
+    """The tile of each block, from the number of blocks up to the end of each tile's."""
+    numbers = jnp.arange(blocks, dtype=jnp.int32)
+    tile = jnp.searchsorted(last_block_N, numbers, side="right")
+    return jnp.minimum(tile, last_block_N.size - 1).astype(jnp.int32)
 
 
 def _slots(sorted_tile, num_tiles, rows):

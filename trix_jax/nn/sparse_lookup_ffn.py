@@ -86,17 +86,7 @@ class SparseLookupFFN(nn.Module):
         """Applies the layer. Arguments and results are those of `SparseTriXFFN`."""
         x = inputs.check_input(x, self.d_model, self.param_dtype)
         lead, tokens = x.shape[:-1], inputs.flatten(x, token_ids, router_input, mask)
-        settings = TileSettings(
-            num_tiles=self.num_tiles,
-            tiles_per_cluster=self.tiles_per_cluster,
-            dropout=self.dropout,
-            residual=self.residual,
-            routing=self.routing,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            axis_name=self.axis_name,
-        )
-        dtype = self.dtype or x.dtype
+        settings, dtype = self._settings(), self.dtype or x.dtype
         norm = nn.LayerNorm(dtype=dtype, param_dtype=self.param_dtype, name="norm")
         h = norm(tokens.x)
         shape = (self.num_tiles, self.d_model)
@@ -118,6 +108,18 @@ class SparseLookupFFN(nn.Module):
         y = inputs.unflatten(inputs.hide(y.astype(dtype), tokens.mask), lead)
         y = finish(y, x, settings, train)
         return y, inputs.in_shape_of(info, lead, tokens.mask), aux
+
+    def _settings(self) -> TileSettings:
+        return TileSettings(
+            num_tiles=self.num_tiles,
+            tiles_per_cluster=self.tiles_per_cluster,
+            dropout=self.dropout,
+            residual=self.residual,
+            routing=self.routing,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            axis_name=self.axis_name,
+        )
 
     def _compress(self, h: Float[Array, "T D"], dtype: Dtype) -> Float[Array, "T two"]:
         """Two numbers in -1..1 that say where on its tile's grid a token is."""
