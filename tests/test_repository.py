@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-MAX_LINES = 400  # STYLE, "Habits"
+MAX_LINES = 400  # a file that needs more has two subjects
 
 # Registries are the reader's choice, and paths of one machine are nobody else's.
 REGISTRY_HOSTS = re.compile(r"pypi\.org|pythonhosted\.org|registry\.npmjs|deb\.debian")

@@ -67,7 +67,7 @@ def make_plan(
 
     Args:
         tiles: the chosen tiles, each in 0..N-1.
-        num_tiles: N.
+        num_tiles: N, the tiles of the layer.
         rows: rows in a block; None takes `block_rows`.
     """
     assignments = tiles.size
@@ -78,19 +78,7 @@ def make_plan(
         return Plan(tiles.reshape(1).astype(jnp.int32), zero, zero, zero[0] + 1)
     flat = tiles.reshape(-1).astype(jnp.int32)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    sorted_tile = flat[order]
-    end_N = jnp.searchsorted(
-        sorted_tile, jnp.arange(num_tiles, dtype=jnp.int32), side="right"
-    ).astype(jnp.int32)
-    start_N = jnp.concatenate([jnp.zeros(1, jnp.int32), end_N[:-1]])
-    blocks_N = (end_N - start_N + rows - 1) // rows
-    last_block_N = jnp.cumsum(blocks_N)
-    first_row_N = (last_block_N - blocks_N) * rows
-    sorted_slot = (
-        first_row_N[sorted_tile]
-        + jnp.arange(assignments, dtype=jnp.int32)
-        - start_N[sorted_tile]
-    )
+    sorted_slot, last_block_N = _slots(flat[order], num_tiles, rows)
     source = (
         jnp.full(blocks * rows, assignments, jnp.int32)
         .at[sorted_slot]
@@ -111,6 +99,25 @@ def make_plan(
         slot.reshape(tiles.shape),
         last_block_N[-1:],
     )
+
+
+def _slots(sorted_tile, num_tiles, rows):
+    """The row of each assignment among all blocks' rows, with every tile's first one at
+    the start of a block; and the number of blocks up to the end of each tile's.
+    """
+    end_N = jnp.searchsorted(
+        sorted_tile, jnp.arange(num_tiles, dtype=jnp.int32), side="right"
+    ).astype(jnp.int32)
+    start_N = jnp.concatenate([jnp.zeros(1, jnp.int32), end_N[:-1]])
+    blocks_N = (end_N - start_N + rows - 1) // rows
+    last_block_N = jnp.cumsum(blocks_N)
+    first_row_N = (last_block_N - blocks_N) * rows
+    sorted_slot = (
+        first_row_N[sorted_tile]
+        + jnp.arange(sorted_tile.size, dtype=jnp.int32)
+        - start_N[sorted_tile]
+    )
+    return sorted_slot, last_block_N
 
 
 @jax.custom_vjp

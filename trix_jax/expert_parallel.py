@@ -4,7 +4,7 @@ and back, nothing dropped.
 The N tiles lie in order on the t devices of a mesh axis, N / t on each, and every
 device routes tokens of its own. An all-to-all has one static shape, but a routing may
 send all of a device's A = T * K assignments to one device. Buffers for that worst case
-would hold, and compute, t A rows; here tokens travel in rounds instead:
+would hold, and compute, t A rows. Instead tokens travel in rounds:
 
     c      = ceil(SLACK * A / t)                  rows a device sends to each in a round
     rounds = ceil(most(source, destination) / c)  counted as the program runs, at most t
@@ -55,7 +55,7 @@ class Queue(NamedTuple):
 
 
 def rows_a_round(assignments: int, devices: int) -> int:
-    """c: what one device sends to another in a round."""
+    """Rows that one device sends to another in a round (c)."""
     return min(assignments, math.ceil(SLACK * assignments / devices))
 
 
@@ -110,10 +110,10 @@ def _round(compute, axis_name, k, number, x, weights, queue: Queue):
         return moved.reshape(rows_RD.shape)
 
     x_A = jnp.repeat(x, k, axis=0)
-    here = exchange(_move(x_A, source, slot))
-    # An empty row is 0 and goes to tile 0; nobody reads what comes of it.
+    received = exchange(_move(x_A, source, slot))
+    # An empty row is 0 and goes to tile 0; its output is never read.
     tiles = exchange(queue.tile.at[source].get(mode="fill", fill_value=0))
-    y = compute(here, tiles[:, None], weights)[:, 0]
+    y = compute(received, tiles[:, None], weights)[:, 0]
     return _move(exchange(y), slot, source)
 
 

@@ -5,7 +5,7 @@ tile's weights, matches it best.
     score_tn    = rms_unit(h_t) . signature_n / sqrt(D)
     tiles_t     = top_k over n of (score_tn + bias_n)
 
-Nothing here is learned: there are no routing parameters. The bias balances loads, is
+Routing learns nothing: it has no parameters. The bias balances loads, is
 only used to select, and lives with the tile assignment of clusters in the Flax
 collection `"routing"`, which the optimizer never sees. A layer reports there by how
 much its tiles were chosen or missed (`trix_jax.balance`); `update`, called once per
@@ -50,7 +50,7 @@ class RoutingConfig:
             experiments on the same tiles: "random" keeps frozen random signatures,
             "learned" has a trained linear router, "hash" looks at token ids.
         signature: "sum" keeps the summed ternary weights at unit RMS, "sign" (the
-            seed's) only their sign.
+            original's) only their sign.
         gate: what multiplies a chosen tile's output and lets the task's gradient reach
             the routing: "none" (1), "sigmoid" of the score, "softmax" (N times the
             tile's share of the softmax over all tiles), "renormalized" (K times its

@@ -17,8 +17,7 @@ from flax import linen as nn
 from trix_jax import routing
 from trix_jax.lm import accounting
 from trix_jax.lm.train import optimizer
-from trix_jax.nn import kernel, router, sparse_lookup_ffn, tiles
-from trix_jax.nn.block import SparseLookupBlock
+from trix_jax.nn import activations, block, kernel, router, sparse_lookup_ffn, tiles
 from trix_jax.nn.sparse_lookup_ffn import SparseLookupFFN, compress_width
 
 EMA = 0.99  # share of the old signature that a step keeps
@@ -73,8 +72,9 @@ class HashedWithGates(ByTokenRouter):
 
     def _select(self, scores, used, h, signature, state):
         del used, h, signature, state
-        chosen = router._hash_tiles(self.ids, self.num_tiles, self.tiles_per_token)
-        return chosen, routing.gates(scores, chosen, self.config.gate)
+        s = self.settings
+        chosen = router._hash_tiles(self.ids, s.num_tiles, s.tiles_per_token)
+        return chosen, routing.gates(scores, chosen, s.routing.gate)
 
 
 class HalfHashed(ByTokenRouter):
@@ -82,14 +82,15 @@ class HalfHashed(ByTokenRouter):
 
     def _select(self, scores, used, h, signature, state):
         del used, h, signature
-        half = self.tiles_per_token // 2
-        hashed = router._hash_tiles(self.ids, self.num_tiles, half)
+        s = self.settings
+        half = s.tiles_per_token // 2
+        hashed = router._hash_tiles(self.ids, s.num_tiles, half)
         biased = jax.lax.stop_gradient(scores) + state["bias"].value[None]
-        is_taken = (hashed[..., None] == jnp.arange(self.num_tiles)[None, None]).any(1)
+        is_taken = (hashed[..., None] == jnp.arange(s.num_tiles)[None, None]).any(1)
         biased = jnp.where(is_taken, -jnp.inf, biased)
-        matched = routing.select_tiles(biased, self.tiles_per_token - half)
-        self._report(state, "margins", biased, matched)
-        gates = routing.gates(scores, matched, self.config.gate)
+        matched = routing.select_tiles(biased, s.tiles_per_token - half)
+        self._add_margins(state, "margins", biased, matched)
+        gates = routing.gates(scores, matched, s.routing.gate)
         opened = jnp.concatenate([jnp.ones(hashed.shape, gates.dtype), gates], axis=1)
         return jnp.concatenate([hashed, matched], axis=1), opened
 
@@ -165,7 +166,7 @@ def gated(x):
 
 def normalised(x):
     """Squared ReLU at unit RMS, over a tile's hidden units."""
-    return routing.rms_unit(tiles.squared_relu(x)).astype(x.dtype)
+    return routing.rms_unit(activations.squared_relu(x)).astype(x.dtype)
 
 
 class SideBySide(SparseLookupFFN):
@@ -302,7 +303,7 @@ LINEAR = (
     (SparseLookupFFN, "_magnitude", linear_magnitude),
 )
 FOUR = (
-    (SparseLookupBlock, "FFN", SideBySide),
+    (block, "SparseLookupFFN", SideBySide),
     (accounting, "_active", active_side_by_side),
 )
 

@@ -1,4 +1,4 @@
-"""Compiles the kernels for a GPU that is not here, and models their time.
+"""Compiles the kernels for a GPU that need not be there, and models their time.
 
     python -m trix_kernels.aot h100
 
@@ -87,7 +87,7 @@ class Case:
 
     @property
     def weights(self) -> int:
-        """Of all tiles."""
+        """Number of weights in all tiles."""
         if self.hidden:
             return self.tiles * self.hidden * (self.d_in + self.d_out)
         return self.tiles * self.d_in * self.d_out

@@ -1,4 +1,4 @@
-"""GPUs to compile and model for, none of which has to be here: XLA's target configs and
+"""GPUs to compile and model for, none of which need be there: XLA's target configs and
 what the model needs.
 
 Figures are the vendors' data sheets' (dense bfloat16, SXM parts); L2 bandwidth is not

@@ -1,4 +1,4 @@
-"""Runs every kernel on the GPU that is here: first against its oracle, then timed.
+"""Runs every kernel on the attached GPU: first against its oracle, then timed.
 
     python -m trix_kernels.measure gpu.json
 
@@ -60,7 +60,7 @@ EDGES = (
 
 
 def squared_relu(h: Any) -> Any:
-    """The activation of every FFN here: `max(h, 0) ** 2`."""
+    """The activation of every FFN measured: `max(h, 0) ** 2`."""
     return jnp.square(jnp.maximum(h, 0))
 
 
@@ -69,7 +69,7 @@ def check(case: Case, implementation: Implementation = "mosaic_gpu") -> None:
 
     Raises:
         AssertionError: results differ from the oracle's, or from run to run.
-        NotImplementedError: the implementation does not run here, and why.
+        NotImplementedError: the implementation does not run on this device, and why.
     """
     rng = np.random.default_rng(0)
     is_int8, largest = case.activations == "int8", 1 if case.hidden else 4
@@ -268,7 +268,7 @@ def main(output: Path) -> int:
     """Checks, then times, and returns how many checks failed; the file names them.
 
     Raises:
-        NotImplementedError: no kernel runs here, and why.
+        NotImplementedError: no kernel runs on this device, and why.
     """
     if reason := unsupported_reason():
         raise NotImplementedError(reason)

@@ -28,12 +28,12 @@ TRAIN = TrainConfig(steps=1000)
 PYTHON = os.environ.get("TRIX_AOT_PYTHON")
 STEP = """
 import json, sys
-from trix_jax.lm.aot import compile_step
+from trix_jax.lm.aot import compile_train_step
 from trix_jax.lm.train.parallel import Spread
 from trix_jax.nn.transformer import TransformerConfig
 
 model = TransformerConfig(**json.loads(sys.argv[1]))
-print(json.dumps(compile_step(model, "h100", 8, Spread(8))))
+print(json.dumps(compile_train_step(model, "h100", 8, Spread(8))))
 """
 MODEL = {
     "vocab_size": 64,

@@ -19,9 +19,36 @@ ROOT = Path(__file__).parents[2]
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
 ARMS = {"hierarchical", "sparse", "lookup", "dense", "hash", "random", "learned"}
 SCALE_ARMS = ARMS | {"dense-active", "dense-bits", "dense-4d"}
+TILES = {
+    "shakespeare_char": 16,
+    "tiny": 16,
+    "tiny-64ep": 16,
+    "small": 32,
+    "medium": 64,
+    "code": 64,
+    "trix-144m": 128,
+    "trix-256m": 128,
+}
+# What committed commands get by the name of an arm: FFN, source of the routes, and the
+# tiles a token of the original's presets.
+AS_ASKED = {
+    "hierarchical": ("hierarchical", "weights", 1),
+    "sparse": ("sparse", "weights", 4),
+    "lookup": ("lookup", "weights", 1),
+    "dense": ("dense", "weights", 1),
+    "dense-active": ("dense", "weights", 1),
+    "dense-bits": ("dense", "weights", 1),
+    "dense-4d": ("dense", "weights", 1),
+    "hash": ("sparse", "hash", 4),
+    "random": ("sparse", "random", 4),
+    "learned": ("sparse", "learned", 4),
+}
 SEED_PARAMETERS = {"tiny": 2.5e6, "small": 10e6, "medium": 40e6, "code": 40e6}
-# Arms that are trained: all of one preset, of the others their own, and a matched width.
-TRAINED = {"shakespeare_char": ARMS, "tiny": {"lookup", "hierarchical", "dense-active"}}
+# What is trained: all of one preset, of the others some, None being the preset itself.
+TRAINED = {
+    "shakespeare_char": {None, *ARMS},
+    "tiny": {None, "lookup", "hierarchical", "dense-active"},
+}
 SMALL = (
     "--model.n-layers 1 --model.d-model 16 --model.n-heads 2 --model.context 16 "
     "--model.num-tiles 4 --model.tiles-per-cluster 2 --model.dtype float32 "
@@ -32,14 +59,14 @@ SMALL = (
 
 def cases():
     for path in PRESETS:
-        for arm in yaml.safe_load(path.read_text())["arms"]:
+        for arm in (None, *yaml.safe_load(path.read_text())["arms"]):
             if arm in TRAINED.get(path.stem, {"lookup"}):
-                name = f"{path.stem}-{arm}"
+                name = f"{path.stem}-{arm or 'base'}"
                 yield pytest.param(path, arm, id=name, marks=pytest.mark.slow)
 
 
 def preset(path, arm, *flags):
-    argv = [str(path), "--arm", arm, *flags]
+    argv = [str(path), *(["--arm", arm] if arm else []), *flags]
     return parse_preset(Args, argv, "train").config
 
 
@@ -48,8 +75,49 @@ def test_preset_has_the_arms_that_every_preset_has(path):
     assert set(yaml.safe_load(path.read_text())["arms"]) >= ARMS
 
 
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_preset_without_an_arm_is_the_recommended_configuration(path):
+    config = preset(path, None)
+    model = config.model
+    assert (model.ffn, model.num_tiles, model.tiles_per_token) == ("sparse", 16, 4)
+    assert (model.router_input, model.routing.source) == ("embedding", "weights")
+    assert config.arm == "base"
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_named_arm_is_what_the_original_plan_asks(path):
+    for arm in yaml.safe_load(path.read_text())["arms"]:
+        model = preset(path, arm).model
+        found = (model.ffn, model.routing.source, model.tiles_per_token)
+        ffn, source, top = AS_ASKED[arm]
+        assert found == (ffn, source, 1 if path.stem == "shakespeare_char" else top)
+        assert (model.num_tiles, model.router_input) == (TILES[path.stem], "hidden")
+
+
+def test_arm_that_starts_from_itself_is_refused(tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_text("arms: {dense: {like: dense, model.ffn: dense}}\n")
+    with pytest.raises(ValueError, match=r"like .* another arm\. Got 'dense'"):
+        preset(path, "dense")
+
+
+def test_matched_width_is_that_of_the_arm_it_starts_from(tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_text(
+        "model: {ffn: sparse, d_model: 16, n_heads: 2, num_tiles: 4, context: 8}\n"
+        "arms:\n"
+        "  lookup: {model.ffn: lookup, model.tiles_per_cluster: 2}\n"
+        "  twin: {model.ffn: dense, model.ffn_width: match-params}\n"
+        "  lookup-twin: {like: lookup, model.ffn: dense, model.ffn_width: match-params}\n"
+    )
+    twin, other = (resolve(preset(path, a), 32).model for a in ("twin", "lookup-twin"))
+    assert twin.ffn_width == 64  # as wide as all tiles together
+    lookup = dataclasses.replace(preset(path, "lookup").model, vocab_size=32)
+    assert abs(costs(other).total / costs(lookup).total - 1) < 0.02
+
+
 def test_flags_that_suit_the_arm_alone_are_taken():
-    # The preset without its arm is hierarchical, with four tiles in a cluster.
+    # What `sparse` starts from is hierarchical, with four tiles in a cluster.
     flags = ("--model.num-tiles", "32", "--model.tiles-per-token", "8")
     config = preset(ROOT / "configs" / "shakespeare_char.yaml", "sparse", *flags)
     assert (config.model.ffn, config.model.tiles_per_token) == ("sparse", 8)
@@ -93,6 +161,6 @@ def test_preset_arm_trains_shrunken(path, arm, corpus, tmp_path):
         devices=jax.devices()[:1],
         report=lambda _: None,
     )
-    assert summary["arm"] == arm
+    assert summary["arm"] == (arm or "base")
     assert summary["steps"] == 2
-    assert (summary["min_entropy_share"] is None) == arm.startswith("dense")
+    assert (summary["min_entropy_share"] is None) == str(arm).startswith("dense")

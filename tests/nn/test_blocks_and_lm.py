@@ -9,12 +9,15 @@ import pytest
 
 from trix_jax import (
     HierarchicalTriXBlock,
+    HierarchicalTriXFFN,
     SparseLookupBlock,
+    SparseLookupFFN,
     SparseTriXBlock,
+    SparseTriXFFN,
     TransformerConfig,
     TransformerLM,
 )
-from trix_jax.nn import CausalSelfAttention, DenseBlock
+from trix_jax.nn import CausalSelfAttention, DenseBlock, DenseFFN
 
 # Compiling is what takes the time here; no test in this file asks for equal bits across
 # programs.
@@ -132,6 +135,12 @@ BLOCKS = {
     "lookup": SparseLookupBlock(D, H, grid_size=3, compress_hidden=5, **TILES),
     "dense": DenseBlock(D, H, width=24),
 }
+FFN_OF = {
+    "hierarchical": HierarchicalTriXFFN,
+    "sparse": SparseTriXFFN,
+    "lookup": SparseLookupFFN,
+    "dense": DenseFFN,
+}
 
 
 def layer_norm(x, scale):
@@ -151,7 +160,7 @@ def test_block_adds_attention_and_ffn_of_the_normed_stream(name):
     middle = np.float64(x) + attention_oracle(params["attention"], h)
     h = jnp.float32(layer_norm(middle, params["ffn_norm"]["scale"]))
     fields = {f: getattr(block, f) for f in FIELDS[name]}
-    ffn = type(block).FFN(**fields)
+    ffn = FFN_OF[name](**fields)
     own = {key: value["ffn"] for key, value in variables.items()}
     (y, info, aux), (inside, expected_info, _) = jit(
         lambda x, h: (block.apply(variables, x), ffn.apply(own, h))

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     if args.configs:
         from trix_jax.lm import aot as train_steps
 
-        result["configs"] = train_steps.report(args.target)
+        result["configs"] = train_steps.compile_configs(args.target)
         report(config_table(result["configs"]))
     if args.json:
         print_json(result)

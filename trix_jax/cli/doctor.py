@@ -74,7 +74,7 @@ def _devices() -> dict[str, str]:
 
 
 def _smoke() -> dict[str, str | None]:
-    """The seed's smoke test for every layer: name to what is wrong, None where nothing
+    """The original's smoke test for every layer: name to what is wrong, None where nothing
     is.
     """
     import trix_jax

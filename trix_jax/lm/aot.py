@@ -1,7 +1,7 @@
 """Train steps compiled for GPUs that are not here: memory and collectives.
 
     python -m trix_jax.lm.aot h100
-    python -m trix_jax.lm.aot h100 < cases.json     # what `report_cases` sends
+    python -m trix_jax.lm.aot h100 < cases.json     # what `compile_case` sends
 
 Run in a process with the environment of `trix_kernels.aot.environment`.
 """
@@ -72,7 +72,7 @@ COLLECTIVES = re.compile(
 )
 
 
-def report(target: str) -> list[dict[str, Any]]:
+def compile_configs(target: str) -> list[dict[str, Any]]:
     """Compiles every config for 1 and 8 GPUs of a target, in a process of its own.
 
     Raises:
@@ -88,7 +88,7 @@ def compiler() -> str | None:
     return sys.executable if util.find_spec("jax_cuda13_plugin") else None
 
 
-def report_case(
+def compile_case(
     python: str,
     target: str,
     model: TransformerConfig,
@@ -145,7 +145,7 @@ def _folders() -> list[str]:
     return [*own, sysconfig.get_path("purelib")]
 
 
-def compile_step(
+def compile_train_step(
     model: TransformerConfig,
     target: str,
     devices: int,
@@ -193,7 +193,7 @@ def main(target: str) -> list[dict[str, Any]]:
         {
             "name": f"{name}, {how}" if how else name,
             "target": target,
-            **compile_step(CONFIGS[name], target, devices, mapping),
+            **compile_train_step(CONFIGS[name], target, devices, mapping),
         }
         for name, how, devices, mapping in STEPS
     ]
@@ -201,7 +201,7 @@ def main(target: str) -> list[dict[str, Any]]:
 
 def _case(target: str, case: dict[str, Any]) -> dict[str, Any]:
     model = model_from_tree(case.pop("model"))
-    return {"target": target, **compile_step(model, target, **case)}
+    return {"target": target, **compile_train_step(model, target, **case)}
 
 
 if __name__ == "__main__":

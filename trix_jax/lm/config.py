@@ -14,7 +14,8 @@ from trix_jax.files import json_sha256
 from trix_jax.lm.data import DataConfig
 from trix_jax.nn.transformer import TransformerConfig
 
-DEFAULT_ARM = "hierarchical"
+DEFAULT_ARM = "hierarchical"  # of no preset: the defaults of `TransformerConfig`
+BASE_ARM = "base"  # a preset as it stands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,44 +71,21 @@ class TrainConfig:
     max_skipped: int = 10
 
     def __post_init__(self):
-        for name in (
-            "steps",
-            "batch_size",
-            "accumulate",
-            "eval_every",
-            "eval_batch_size",
-            "log_every",
-        ):
-            if getattr(self, name) < 1:
+        for name in AT_LEAST_ONE:
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 1. Got {value}.")
+        for name in NOT_NEGATIVE:
+            if not 0 <= (value := getattr(self, name)) < float("inf"):
                 raise ValueError(
-                    f"{name} must be at least 1. Got {getattr(self, name)}."
+                    f"{name} must not be negative, and must be finite. Got {value}."
                 )
-        for name in (
-            "warmup_steps",
-            "weight_decay",
-            "clip",
-            "rebuild_every",
-            "checkpoint_every",
-            "max_skipped",
-        ):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(
-                    f"{name} must not be negative, and must be finite. "
-                    f"Got {getattr(self, name)}."
-                )
+        for name in SHARES:
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ValueError(f"{name} must be in 0..1. Got {value}.")
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(
                 f"learning_rate must be positive and finite. Got {self.learning_rate}."
             )
-        for name in (
-            "decay_until",
-            "beta1",
-            "beta2",
-            "final_learning_rate",
-            "balance_rate",
-        ):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in 0..1. Got {getattr(self, name)}.")
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(
                 f"optimizer must be adamw or muon. Got {self.optimizer!r}."
@@ -116,6 +94,15 @@ class TrainConfig:
             raise ValueError(
                 f"accumulate={self.accumulate} must divide batch_size={self.batch_size}."
             )
+
+
+AT_LEAST_ONE = (
+    "steps batch_size accumulate eval_every eval_batch_size log_every".split()
+)
+NOT_NEGATIVE = (
+    "warmup_steps weight_decay clip rebuild_every checkpoint_every max_skipped".split()
+)
+SHARES = "decay_until beta1 beta2 final_learning_rate balance_rate".split()
 
 
 @dataclasses.dataclass(frozen=True)

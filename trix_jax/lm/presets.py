@@ -1,35 +1,18 @@
 """A preset, an arm of it and flags, into a `RunConfig`.
 
 A preset is YAML with the sections `model`, `data`, `train` and, under `arms`, named
-overrides such as `dense: {model.ffn: dense, model.ffn_width: match-params}`. A file
-becomes flags, and all flags go through one parser at once, so that a file's mistakes
+overrides such as `dense: {model.ffn: dense, model.ffn_width: match-params}`. An arm
+that says `like: lookup` starts from that other arm. A file becomes flags, and all flags go through one parser at once, so that a file's mistakes
 get the messages of the command line and only the outcome has to make sense.
 """
 
 import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from trix_jax.lm.accounting import MATCHES
-from trix_jax.lm.config import DEFAULT_ARM, RunConfig, read_yaml
+from trix_jax.lm.config import BASE_ARM, DEFAULT_ARM, RunConfig, read_yaml
 from trix_jax.nn.transformer import TransformerConfig
-
-TWIN_OF = "twin_of"  # key of an arm: the arm whose costs its dense width matches
-
-
-class PresetFlags(NamedTuple):
-    """A preset as flags.
-
-    Attributes:
-        base: of the preset as it stands.
-        arm: that the arm adds.
-        twin: that the arm adds whose costs a dense width matches; none is the preset as
-            it stands.
-    """
-
-    base: list[str]
-    arm: list[str]
-    twin: list[str]
 
 
 def to_flags(tree: dict[Any, Any], prefix: str = "") -> list[str]:
@@ -55,12 +38,13 @@ def to_flags(tree: dict[Any, Any], prefix: str = "") -> list[str]:
     return flags
 
 
-def preset_flags(path: str | Path, arm: str) -> PresetFlags:
-    """Reads the flags of a preset and of one of its arms.
+def preset_flags(path: str | Path, arm: str) -> tuple[list[str], list[str]]:
+    """The flags that an arm starts from, and those that it adds.
+
+    It starts from the preset, or with `like` from another arm of the preset.
 
     Raises:
-        ValueError: the preset has no such arm (the default arm may be absent: it is the
-            preset as it stands).
+        ValueError: the preset has no such arm, or an arm is no such thing.
     """
     tree = read_yaml(path)
     arms = tree.pop("arms", None) or {}
@@ -68,17 +52,23 @@ def preset_flags(path: str | Path, arm: str) -> PresetFlags:
         raise ValueError(
             f"arms in {path} must map names to overrides. Got {type(arms).__name__}."
         )
-    overrides = _overrides(arms, arm, path)
-    twin = overrides.pop(TWIN_OF, None)
-    compared = {} if twin is None else _overrides(arms, str(twin), path)
-    return PresetFlags(to_flags(tree), to_flags(overrides), to_flags(compared))
-
-
-def _overrides(arms: dict[str, Any], arm: str, path: str | Path) -> dict[str, Any]:
-    if arm not in arms and arm != DEFAULT_ARM:
+    if arm not in (BASE_ARM, *arms):
         raise ValueError(
-            f"arm must be one of {', '.join(sorted({DEFAULT_ARM, *arms}))}. Got {arm!r}."
+            f"arm must be one of {', '.join(sorted({BASE_ARM, *arms}))}. Got {arm!r}."
         )
+    overrides = _overrides(path, arms, arm)
+    like = overrides.pop("like", None)
+    start = to_flags(tree)
+    if like is not None:
+        if like == arm or like not in arms:
+            raise ValueError(
+                f"arms.{arm}.like in {path} must name another arm. Got {like!r}."
+            )
+        start += to_flags(_overrides(path, arms, like))
+    return start, to_flags(overrides)
+
+
+def _overrides(path: str | Path, arms: dict[str, Any], arm: str) -> dict[str, Any]:
     overrides = arms.get(arm) or {}
     if not isinstance(overrides, dict):
         raise ValueError(
@@ -100,30 +90,33 @@ def parse(kind: Any, argv: list[str], verb: str, default: Any = None) -> Any:
 def parse_preset(kind: Any, argv: list[str], verb: str) -> Any:
     """Parses `[CONFIG.yaml] --flags` into a dataclass with a field `config: RunConfig`.
 
-    The preset comes first, then its `--arm`, then the flags; each may override what
-    came before. A dense width to be matched ("match-params") becomes a number: that of
-    the preset and the flags of its model without the arm, or with the arm that the
-    arm's `twin_of` names.
+    The preset comes first, then its `--arm` (without it the preset is taken as it
+    stands), then the flags; each may override what came before. A dense width to be
+    matched ("match-params") becomes a number: that of what the arm starts from, with
+    the flags of its model.
     """
     path, flags = (
         (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
     )
-    arm = _value_of("--arm", flags) or DEFAULT_ARM
-    preset = preset_flags(path, arm) if path else PresetFlags([], [], [])
-    given = [*preset.base, *preset.arm, *flags]
-    args = parse(kind, given, verb, kind(config=RunConfig(arm=arm)))
+    arm = _value_of("--arm", flags) or (BASE_ARM if path else DEFAULT_ARM)
+    start, own = preset_flags(path, arm) if path else ([], [])
+    default = kind(config=RunConfig(arm=arm))
+    args = parse(kind, [*start, *own, *flags], verb, default)
     model = args.config.model
     if not isinstance(model.ffn_width, str):
         return args
-    own = [
-        flag
-        for flag in _pairs(flags)
-        if flag[0].startswith("--model.")
-        and flag[0] not in ("--model.ffn", "--model.ffn-width")
-    ]
-    compared = [*preset.base, *preset.twin, *(part for flag in own for part in flag)]
-    reference = parse(RunConfig, compared, verb).model
+    compared = [part for flag in _pairs(flags) if _is_shape(flag[0]) for part in flag]
+    reference = parse(RunConfig, [*start, *compared], verb).model
     return _with_model(args, match_width(model, reference))
+
+
+def _is_shape(flag: str) -> bool:
+    """Whether a flag also holds for the model that a dense width is matched with."""
+    name = flag.partition("=")[0]
+    return flag.startswith("--model.") and name not in (
+        "--model.ffn",
+        "--model.ffn-width",
+    )
 
 
 def match_width(

@@ -13,6 +13,7 @@ from trix_jax.nn.hierarchical_ffn import HierarchicalTriXFFN as HierarchicalTriX
 from trix_jax.nn.kernel import TernaryKernel as TernaryKernel
 from trix_jax.nn.linear import TriXLinear as TriXLinear
 from trix_jax.nn.router import Router as Router
+from trix_jax.nn.settings import TileSettings as TileSettings
 from trix_jax.nn.sparse_ffn import SparseTriXFFN as SparseTriXFFN
 from trix_jax.nn.sparse_lookup_ffn import SparseLookupFFN as SparseLookupFFN
 from trix_jax.nn.tiles import RoutedTiles as RoutedTiles

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from trix_jax.nn.tiles import check_divides
+from trix_jax.nn.settings import check_divides
 from trix_jax.typing import Array, Dtype, Float
 
 
@@ -20,10 +20,14 @@ class CausalSelfAttention(nn.Module):
     sequence gives.
 
     Attributes:
-        d_model: D.
+        d_model: D, the width of input and output.
         n_heads: H, a divisor of D.
         cache_length: longest sequence `decode` can hold.
         dropout: rate on the output, in training.
+        kernel_init: of the projections.
+        out_init: of the output's projection; None takes `kernel_init`.
+        dtype: of the computation; None takes the input's.
+        param_dtype: of the parameters.
     """
 
     d_model: int

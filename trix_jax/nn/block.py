@@ -2,24 +2,33 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
 
+from trix_jax.nn.activations import activation
 from trix_jax.nn.attention import CausalSelfAttention
 from trix_jax.nn.hierarchical_ffn import HierarchicalTriXFFN
+from trix_jax.nn.settings import LayerArguments, TileArguments, TileSettings
 from trix_jax.nn.sparse_ffn import SparseTriXFFN
 from trix_jax.nn.sparse_lookup_ffn import SparseLookupFFN
-from trix_jax.nn.tiles import Aux, activation, check_input
+from trix_jax.nn.tiles import Aux, check_input
 from trix_jax.routing import RoutingConfig, RoutingInfo
-from trix_jax.ternary import TernaryConfig
-from trix_jax.typing import Array, AxisName, Dtype, Float, Integer, Scalar
+from trix_jax.typing import Array, Dtype, Float, Integer, Scalar
 
 
 class DenseFFN(nn.Module):
     """Computes `act(x @ W_up) @ W_down`: the baseline, called like the others; it has
     no routing info and no losses.
+
+    Attributes:
+        d_model: D, the width of input and output.
+        width: hidden width.
+        activation: "relu2", "relu", "gelu" or "silu".
+        dropout: rate on the output, in training.
+        up_init, down_init: of the two matrices; None takes `lecun_normal`.
+        dtype: of the computation; None takes the input's.
+        param_dtype: of the parameters.
     """
 
     d_model: int
@@ -48,30 +57,28 @@ class DenseFFN(nn.Module):
             "param_dtype": self.param_dtype,
         }
         default = nn.initializers.lecun_normal()
-        h = activation(self.activation)(
-            nn.Dense(
-                self.width, kernel_init=self.up_init or default, name="up", **common
-            )(x)
+        up = nn.Dense(
+            self.width, kernel_init=self.up_init or default, name="up", **common
         )
-        y = nn.Dense(
+        down = nn.Dense(
             self.d_model, kernel_init=self.down_init or default, name="down", **common
-        )(h)
-        return (
-            nn.Dropout(self.dropout)(y, deterministic=not train),
-            None,
-            {"total_aux": jnp.zeros(())},
         )
+        y = down(activation(self.activation)(up(x)))
+        y = nn.Dropout(self.dropout)(y, deterministic=not train)
+        return y, None, {"total_aux": jnp.zeros(())}
 
 
-class Block(nn.Module):
+class Block(LayerArguments):
     """Computes `x = x + attention(norm(x))`, `x = x + ffn(norm(x))`; returns `(x,
     routing_info, aux_losses)`.
 
-    Subclasses name the FFN and repeat its attributes. Norms are layer norms without
-    bias.
+    Subclasses build the FFN. They repeat its positional arguments, whose order after
+    `d_model` and `n_heads` is public; the others are keywords of `LayerArguments` and
+    `TileArguments`, of which a block ignores those its FFN does not have. Norms are
+    layer norms without bias.
 
     Attributes:
-        d_model: D.
+        d_model: D, the width of input and output.
         n_heads: H, a divisor of D.
         dropout: rate behind the attention and the FFN, in training.
         cache_length: longest sequence that `decode` can hold.
@@ -80,20 +87,11 @@ class Block(nn.Module):
 
     d_model: int
     n_heads: int
-    dropout: float = dataclasses.field(default=0.0, kw_only=True)
-    cache_length: int | None = dataclasses.field(default=None, kw_only=True)
-    attention_init: Callable = dataclasses.field(
-        default=nn.initializers.normal(0.02), kw_only=True
-    )
-    attention_out_init: Callable | None = dataclasses.field(default=None, kw_only=True)
-    up_init: Callable | None = dataclasses.field(default=None, kw_only=True)
-    down_init: Callable | None = dataclasses.field(default=None, kw_only=True)
-    dtype: Dtype | None = dataclasses.field(default=None, kw_only=True)
-    param_dtype: Dtype = dataclasses.field(default=jnp.float32, kw_only=True)
-    axis_name: AxisName | None = dataclasses.field(default=None, kw_only=True)
-    tile_axis: str | None = dataclasses.field(default=None, kw_only=True)
-
-    FFN: ClassVar[type[nn.Module]] = DenseFFN
+    _: dataclasses.KW_ONLY
+    dropout: float = 0.0
+    cache_length: int | None = None
+    attention_init: Callable = nn.initializers.normal(0.02)
+    attention_out_init: Callable | None = None
 
     @nn.compact
     def __call__(
@@ -119,13 +117,7 @@ class Block(nn.Module):
             name="attention",
         )
         x = x + attention(nn.LayerNorm(name="attention_norm", **norm)(x), train, decode)
-        own = {field.name for field in dataclasses.fields(self.FFN)} - {
-            "name",
-            "parent",
-        }
-        shared = {name: getattr(self, name) for name in own if hasattr(self, name)}
-        ffn = self.FFN(**shared, name="ffn")
-        y, info, aux = ffn(
+        y, info, aux = self._ffn()(
             nn.LayerNorm(name="ffn_norm", **norm)(x),
             train,
             progress=progress,
@@ -134,31 +126,40 @@ class Block(nn.Module):
         )
         return x + y, info, aux
 
+    def _ffn(self) -> nn.Module:
+        """Builds the FFN, under the name "ffn"."""
+        raise NotImplementedError(f"{type(self).__name__} must build its FFN.")
+
 
 class DenseBlock(Block):
     """A block with `DenseFFN`."""
 
     width: int = 512
     activation: str = "gelu"
-    FFN: ClassVar[type[nn.Module]] = DenseFFN
+
+    def _ffn(self):
+        how = self.activation, self.dropout, self.up_init, self.down_init
+        dtypes = self.dtype, self.param_dtype
+        return DenseFFN(self.d_model, self.width, *how, *dtypes, name="ffn")
 
 
-class SparseTriXBlock(Block):
-    """A block with `SparseTriXFFN`, whose attributes it takes after `d_model` and
+class SparseTriXBlock(TileArguments, Block):
+    """A block with `SparseTriXFFN`, whose arguments it takes after `d_model` and
     `n_heads`.
     """
 
     num_tiles: int = 4
     expansion: int = 4
     tiles_per_token: int = 1
-    activation: str = "relu2"
-    ternary: TernaryConfig = TernaryConfig()
-    routing: RoutingConfig = RoutingConfig()
-    FFN: ClassVar[type[nn.Module]] = SparseTriXFFN
+
+    def _ffn(self):
+        sizes = self.d_model, self.num_tiles, self.expansion, self.tiles_per_token
+        how = self.tile_arguments()
+        return SparseTriXFFN(*sizes, self.dropout, **how, name="ffn")
 
 
-class HierarchicalTriXBlock(Block):
-    """A block with `HierarchicalTriXFFN`, whose attributes it takes after `d_model` and
+class HierarchicalTriXBlock(TileArguments, Block):
+    """A block with `HierarchicalTriXFFN`, whose arguments it takes after `d_model` and
     `n_heads`.
     """
 
@@ -167,14 +168,16 @@ class HierarchicalTriXBlock(Block):
     tiles_per_cluster: int = 8
     top_k_clusters: int = 1
     tiles_per_token: int = 1
-    activation: str = "relu2"
-    ternary: TernaryConfig = TernaryConfig()
-    routing: RoutingConfig = RoutingConfig()
-    FFN: ClassVar[type[nn.Module]] = HierarchicalTriXFFN
+
+    def _ffn(self):
+        sizes = self.d_model, self.d_hidden, self.num_tiles, self.tiles_per_cluster
+        chosen = self.top_k_clusters, self.tiles_per_token
+        how = self.tile_arguments()
+        return HierarchicalTriXFFN(*sizes, *chosen, self.dropout, **how, name="ffn")
 
 
 class SparseLookupBlock(Block):
-    """A block with `SparseLookupFFN`, whose attributes it takes after `d_model` and
+    """A block with `SparseLookupFFN`, whose arguments it takes after `d_model` and
     `n_heads`.
     """
 
@@ -183,5 +186,18 @@ class SparseLookupBlock(Block):
     grid_size: int = 16
     compress_hidden: int | None = None
     ternary_splines: bool = True
-    routing: RoutingConfig = RoutingConfig()
-    FFN: ClassVar[type[nn.Module]] = SparseLookupFFN
+    routing: RoutingConfig = TileSettings.routing
+
+    def _ffn(self):
+        sizes = self.d_model, self.num_tiles, self.tiles_per_cluster
+        splines = self.grid_size, self.compress_hidden, self.ternary_splines
+        return SparseLookupFFN(
+            *sizes,
+            *splines,
+            self.dropout,
+            routing=self.routing,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            axis_name=self.axis_name,
+            name="ffn",
+        )

@@ -7,7 +7,7 @@ from flax import linen as nn
 
 from trix_jax import ops, routing
 from trix_jax.nn.kernel import TernaryKernel
-from trix_jax.nn.tiles import check_divides
+from trix_jax.nn.settings import check_divides
 from trix_jax.ternary import TernaryConfig
 from trix_jax.typing import Array, Dtype, Float, Scalar
 
@@ -16,16 +16,20 @@ class TriXLinear(nn.Module):
     """Computes `y_n = gate_n * ((x @ q_n) * scale_n) + bias_n` for the output tiles n,
     concatenated.
 
-    Tile n is the n-th run of `features / num_tiles` outputs. Its signature, for who
-    wants to route by it, is the method `signatures`.
+    Tile n is the n-th run of `features / num_tiles` outputs. The method
+    `signatures` gives the tiles' addresses, for a router of your own.
 
     Attributes:
         features: O, the width of the output.
         num_tiles: N, a divisor of `features`.
-        use_bias: adds a bias.
+        use_bias: adds a bias, an output each.
         ternary: see `TernaryConfig`; with rule "fixed" (the original's) scales are
             learned per output.
-        dtype: of the computation; None follows the input.
+        kernel_init: of the latent weights `[N, I, features / N]`; None takes a normal
+            distribution of variance 1 / I, or U(-0.8, 0.8) under the rule "fixed".
+        bias_init: of the bias.
+        dtype: of the computation; None takes the input's.
+        param_dtype: of the parameters.
 
     Raises:
         ValueError: `num_tiles` does not divide `features`; a gate of another shape than

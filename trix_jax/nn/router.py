@@ -15,7 +15,8 @@ from flax import linen as nn
 
 from trix_jax import balance, routing
 from trix_jax.nn import steering
-from trix_jax.typing import Array, AxisName, Float, Integer
+from trix_jax.nn.settings import TileSettings
+from trix_jax.typing import Array, Float, Integer
 
 
 class Route(NamedTuple):
@@ -31,25 +32,15 @@ class Router(nn.Module):
     With clusters, evaluation and serving score the clusters and then the tiles of those
     chosen, `C + top_k_clusters * N / C` products a token. Training (a mutable
     collection `"routing"`) scores all N: the balance loss is made of the probabilities
-    of all tiles, and so are the diagnostics `tie_rate` and the losses wherever they are
-    read; under `jit` what nobody reads is not computed. Orders (`steering`) may open any
-    tile and score all as well.
+    of all tiles, and so are the losses and the diagnostic `tie_rate`. Evaluation under
+    `jit` computes them only where they are read. Orders (`steering`) may open any tile
+    and score all as well.
 
     Attributes:
-        num_tiles: N.
-        tiles_per_token: K, the tiles that a token computes.
-        num_clusters: 0 is flat routing; otherwise a divisor of N.
-        top_k_clusters: clusters a token may choose tiles from.
-        axis_name: mapped axis over which the balance loss takes its shares in training,
-            as in `nn.BatchNorm`.
+        settings: see `TileSettings`.
     """
 
-    num_tiles: int
-    tiles_per_token: int = 1
-    num_clusters: int = 0
-    top_k_clusters: int = 1
-    config: routing.RoutingConfig = routing.RoutingConfig()
-    axis_name: AxisName | None = None
+    settings: TileSettings
 
     @nn.compact
     def __call__(
@@ -59,30 +50,31 @@ class Router(nn.Module):
         train: bool = False,
         token_ids: Integer[Array, " T"] | None = None,
     ) -> tuple[Route, routing.RoutingInfo, dict[str, Float[Array, ""]]]:
+        n, config = self.settings.num_tiles, self.settings.routing
         state = self._variables(signature)
-        if self.config.source == "random":
+        if config.source == "random":
             signature = state["signature"].value
         signature = jnp.where(
             state["frozen"].value, state["signature"].value, signature
         )
         scores, used = self._scores(h, signature)
-        if self.config.source == "hash":
+        if config.source == "hash":
             if self.has_variable(steering.STEERING, "tiles"):
                 raise ValueError(
                     "steering must not be given to a layer whose routing source is 'hash'."
                 )
-            tiles = _hash_tiles(token_ids, self.num_tiles, self.tiles_per_token)
+            tiles = _hash_tiles(token_ids, n, self.settings.tiles_per_token)
             gates = jnp.ones(tiles.shape, jnp.float32)
         else:
             tiles, gates = self._select(scores, used, h, signature, state)
         if self._is_training():
             state["signature"].value = jax.lax.stop_gradient(signature)
-        counts = routing.count_tiles(tiles, self.num_tiles)
+        counts = routing.count_tiles(tiles, n)
         info = _info(tiles, gates, counts, scores, used)
         return Route(tiles, gates), info, self._losses(scores, used, counts, train)
 
     def _variables(self, signature):
-        n, config = self.num_tiles, self.config
+        n, config = self.settings.num_tiles, self.settings.routing
         first = (
             (lambda: signature)
             if config.source != "random"
@@ -100,7 +92,7 @@ class Router(nn.Module):
             "signature": self.variable("routing", "signature", first),
             "frozen": self.variable("routing", "frozen", jnp.zeros, (), bool),
         }
-        if c := self.num_clusters:
+        if c := self.settings.num_clusters:
 
             def tiles():
                 return jnp.arange(n, dtype=jnp.int32).reshape(c, n // c)
@@ -114,23 +106,25 @@ class Router(nn.Module):
         return not self.is_initializing() and self.is_mutable_collection("routing")
 
     def _scores(self, h, signature):
-        """Scores, and the directions they were taken along."""
-        if self.config.source == "learned":
+        """Scores, and the signatures that gave them."""
+        config = self.settings.routing
+        if config.source == "learned":
             init = nn.initializers.normal(1.0)
             signature = self.param("router", init, signature.shape)
-        return routing.match(h, signature, self.config.score_scale), signature
+        return routing.match(h, signature, config.score_scale), signature
 
     def _select(self, scores, used, h, signature, state):
-        if not self.num_clusters:
+        s, config = self.settings, self.settings.routing
+        if not s.num_clusters:
             return self._of_all(scores, None, state)
-        config, members = self.config, state["members"].value
+        members = state["members"].value
         address = routing.cluster_signatures(signature, members, config.signature)
         near = routing.match(*jax.lax.stop_gradient((h, address)), config.score_scale)
         near += state["cluster_bias"].value[None]
-        clusters = routing.select_tiles(near, self.top_k_clusters)
-        self._report(state, "cluster_margins", near, clusters)
+        clusters = routing.select_tiles(near, s.top_k_clusters)
+        self._add_margins(state, "cluster_margins", near, clusters)
         steered = self.has_variable(steering.STEERING, "tiles")
-        if self._is_training() or steered or self.top_k_clusters == self.num_clusters:
+        if self._is_training() or steered or s.top_k_clusters == s.num_clusters:
             allowed = routing.open_tiles(clusters, members)
             return self._of_all(scores, allowed, state)
         return self._of_clusters(h, used, clusters, state)
@@ -144,34 +138,36 @@ class Router(nn.Module):
             orders = self.get_variable(steering.STEERING, "tiles")
             biased = steering.obey(biased, orders)
             allowed = None if allowed is None else allowed | (orders > 0)
-        tiles = routing.select_tiles(biased, self.tiles_per_token)
-        self._report(state, "margins", biased, tiles)
-        return tiles, routing.gates(scores, tiles, self.config.gate, allowed)
+        tiles = routing.select_tiles(biased, self.settings.tiles_per_token)
+        self._add_margins(state, "margins", biased, tiles)
+        return tiles, routing.gates(scores, tiles, self.settings.routing.gate, allowed)
 
     def _of_clusters(self, h, used, clusters, state):
-        """The same where nobody asks for margins: only open tiles are scored."""
+        """Tiles and gates from the scores of the tiles in the chosen clusters alone,
+        where no margins are wanted.
+        """
+        config, members = self.settings.routing, state["members"].value
         scores, tiles = routing.match_inside(
-            h, used, clusters, state["members"].value, self.config.score_scale
+            h, used, clusters, members, config.score_scale
         )
         biased = jax.lax.stop_gradient(scores) + state["bias"].value[tiles]
-        columns = routing.select_among(biased, tiles, self.tiles_per_token)
-        gates = routing.gates(scores, columns, self.config.gate)
+        columns = routing.select_among(biased, tiles, self.settings.tiles_per_token)
+        gates = routing.gates(scores, columns, config.gate)
         return jnp.take_along_axis(tiles, columns, axis=-1), gates
 
-    def _report(self, state, name, biased, chosen):
+    def _add_margins(self, state, name, biased, chosen):
+        """Adds a training call's margins to the histograms that `routing.update` reads."""
         if self._is_training():
             state[name].value += balance.margin_histogram(biased, chosen)
 
     def _losses(self, scores, signature, counts, train):
+        config, axis = self.settings.routing, self.settings.axis_name
         share = counts / counts.sum()
-        if train and self.axis_name is not None and not self.is_initializing():
-            share = jax.lax.pmean(share, self.axis_name)
+        if train and axis is not None and not self.is_initializing():
+            share = jax.lax.pmean(share, axis)
         balance = routing.balance_loss(scores, share)
         diversity = routing.diversity_loss(signature)
-        total = (
-            self.config.balance_weight * balance
-            + self.config.diversity_weight * diversity
-        )
+        total = config.balance_weight * balance + config.diversity_weight * diversity
         return {"balance": balance, "diversity": diversity, "total_aux": total}
 
 

@@ -9,10 +9,11 @@ from flax import linen as nn
 from trix_jax import ops, routing
 from trix_jax.nn.kernel import TernaryKernel
 from trix_jax.nn.router import Router
+from trix_jax.nn.settings import TileSettings
 from trix_jax.nn.tiles import (
     Output,
-    check_clusters,
     check_input,
+    finish,
     in_shape_of,
     router_tokens,
 )
@@ -38,18 +39,13 @@ class SparseLookupFFN(nn.Module):
 
     Attributes:
         d_model: D, the width of input and output.
-        num_tiles: N; one is used per token.
-        tiles_per_cluster: a divisor of N; routing goes cluster then tile.
-        grid_size: G, cells of a spline along each coordinate. 16 is the original's; the
-            spline jumps between cells, and 1 was better in `experiments/quality`.
-        compress_hidden: width between W1 and W2; None takes D / 4.
-        ternary_splines: False keeps real coefficients.
-        dropout: rate on the output, in training; needs a "dropout" rng.
-        residual: adds the input to the output (the original does).
-        routing: see `RoutingConfig`.
-        dtype: of the computation; None follows the input.
-        axis_name: mapped axis over which the balance loss sees the load, as in
-            `nn.BatchNorm`.
+        grid_size: G, cells of a tile's spline along each of its two coordinates. 16 is
+            the original's; 1 was better (`experiments/quality`), since the spline jumps
+            between cells.
+        compress_hidden: width of the compressor, between W1 and W2; None takes D / 4.
+        ternary_splines: ternary coefficients; False keeps real ones.
+
+    The other arguments are those of `TileSettings`. A token uses one tile.
 
     Raises:
         ValueError: sizes that do not divide, an input whose last axis is not D.
@@ -66,10 +62,11 @@ class SparseLookupFFN(nn.Module):
     ternary_splines: bool = True
     dropout: float = 0.0
     residual: bool = False
-    routing: RoutingConfig = RoutingConfig()
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    axis_name: AxisName | None = None
+    # The keywords of `TileArguments` that mean something to tiles without matrices.
+    routing: RoutingConfig = TileSettings.routing
+    dtype: Dtype | None = TileSettings.dtype
+    param_dtype: Dtype = TileSettings.param_dtype
+    axis_name: AxisName | None = TileSettings.axis_name
 
     @nn.compact
     def __call__(
@@ -83,37 +80,35 @@ class SparseLookupFFN(nn.Module):
     ) -> Output:
         """Applies the layer. Arguments and results are those of `SparseTriXFFN`."""
         check_input(x, self.d_model)
-        clusters = check_clusters(self.num_tiles, self.tiles_per_cluster, 1, 1)
+        settings = TileSettings(
+            num_tiles=self.num_tiles,
+            tiles_per_cluster=self.tiles_per_cluster,
+            dropout=self.dropout,
+            residual=self.residual,
+            routing=self.routing,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            axis_name=self.axis_name,
+        )
         dtype = self.dtype or x.dtype
-        h = nn.LayerNorm(dtype=dtype, param_dtype=self.param_dtype, name="norm")(
-            x.reshape(-1, self.d_model)
-        )
+        norm = nn.LayerNorm(dtype=dtype, param_dtype=self.param_dtype, name="norm")
+        h = norm(x.reshape(-1, self.d_model))
         shape = (self.num_tiles, self.d_model)
-        directions = self.param(
-            "directions", nn.initializers.normal(DIRECTION_STD), shape, self.param_dtype
-        )
-        router = Router(
-            self.num_tiles, 1, clusters, 1, self.routing, self.axis_name, name="router"
-        )
-        ids = None if token_ids is None else token_ids.reshape(-1)
-        route, info, aux = router(
+        init = nn.initializers.normal(DIRECTION_STD)
+        directions = self.param("directions", init, shape, self.param_dtype)
+        route, info, aux = Router(settings, name="router")(
             router_tokens(h, router_input),
             routing.signatures(directions, self.routing.signature),
             train,
-            ids,
+            None if token_ids is None else token_ids.reshape(-1),
         )
         tile, gate = route.tiles[:, 0], route.gates[:, 0]
         magnitude = self._magnitude(self._compress(h, dtype), tile, progress)
-        output_scale = self.param(
-            "output_scale", nn.initializers.constant(0.1), (), self.param_dtype
-        )
-        y = (
-            ((gate * magnitude * output_scale)[:, None] * directions[tile])
-            .astype(x.dtype)
-            .reshape(x.shape)
-        )
-        y = nn.Dropout(self.dropout)(y, deterministic=not train)
-        return (x + y if self.residual else y), in_shape_of(info, x), aux
+        small = nn.initializers.constant(0.1)
+        scale = self.param("output_scale", small, (), self.param_dtype)
+        y = (gate * magnitude * scale)[:, None] * directions[tile]
+        y = finish(y.astype(x.dtype).reshape(x.shape), x, settings, train)
+        return y, in_shape_of(info, x), aux
 
     def _compress(self, h: Float[Array, "T D"], dtype: Dtype) -> Float[Array, "T two"]:
         """Two numbers in -1..1 that say where on its tile's grid a token is."""

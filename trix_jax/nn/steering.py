@@ -1,4 +1,4 @@
-"""Routes as something to look at and to change: read a layer's signatures, pin or
+"""Routes to look at and to change: read a layer's signatures, pin or
 forbid a tile.
 
 An order is given to tokens of one call, in the collection `"steering"`, which a layer

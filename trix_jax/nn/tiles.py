@@ -10,43 +10,17 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from trix_jax import dispatch, expert_parallel, ops, routing
+from trix_jax.nn.activations import activation
 from trix_jax.nn.kernel import TernaryKernel
 from trix_jax.nn.router import Route, Router
+from trix_jax.nn.settings import TileSettings, check_divides
 from trix_jax.ops import PACKED
-from trix_jax.routing import RoutingConfig, RoutingInfo
-from trix_jax.ternary import Activations, TernaryConfig
-from trix_jax.typing import Array, AxisName, Dtype, Float, Integer, Scalar
+from trix_jax.routing import RoutingInfo
+from trix_jax.ternary import Activations
+from trix_jax.typing import Array, Float, Integer, Scalar
 
 Aux = dict[str, Float[Array, ""]]
 Output = tuple[Float[Array, "*B D"], RoutingInfo, Aux]
-
-
-def squared_relu(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    """Computes `max(x, 0)^2` (So et al., 2021, "Primer",
-    https://arxiv.org/abs/2109.08668).
-    """
-    return jnp.square(jax.nn.relu(x))
-
-
-ACTIVATIONS: dict[str, Callable] = {
-    "relu2": squared_relu,
-    "relu": jax.nn.relu,
-    "gelu": jax.nn.gelu,
-    "silu": jax.nn.silu,
-}
-
-
-def activation(name: str) -> Callable:
-    """Looks an activation up.
-
-    Raises:
-        ValueError: there is none of this name.
-    """
-    if name not in ACTIVATIONS:
-        raise ValueError(
-            f"activation must be one of {', '.join(ACTIVATIONS)}. Got {name!r}."
-        )
-    return ACTIVATIONS[name]
 
 
 def tile_ffn(
@@ -65,7 +39,7 @@ def tile_ffn(
     Args:
         shape: N and F.
         tile_axis: mapped axis that the tiles, and with them `up` and `down`, are spread
-            over; None has them all here.
+            over; None has them all on this device.
         activations: see `TernaryConfig`.
     """
     compute = partial(_outputs, tile_width=shape[1], act=act, activations=activations)
@@ -79,7 +53,7 @@ def tile_ffn(
 
 
 def _outputs(h, tiles, weights, *, tile_width, act, activations):
-    """What each chosen tile makes of its token."""
+    """The output of every chosen tile, `[T, K, D]`."""
     up, down = weights
     num_tiles = up[0].shape[0]
     rows = dispatch.block_rows(tiles.size, num_tiles)
@@ -101,24 +75,13 @@ class RoutedTiles(nn.Module):
     """Routes every token by the tiles' own signatures and computes `tile_ffn` over the
     tiles it chose.
 
-    Attributes are those of the FFNs that wrap it; F is `tile_width`, and
-    `num_clusters=0` is flat routing.
+    Attributes:
+        settings: see `TileSettings`.
+        tile_width: F, the hidden width of one tile.
     """
 
-    num_tiles: int
+    settings: TileSettings
     tile_width: int
-    tiles_per_token: int = 1
-    num_clusters: int = 0
-    top_k_clusters: int = 1
-    activation: str = "relu2"
-    ternary: TernaryConfig = TernaryConfig()
-    routing: RoutingConfig = RoutingConfig()
-    up_init: Callable | None = None
-    down_init: Callable | None = None
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    axis_name: AxisName | None = None
-    tile_axis: str | None = None
 
     @nn.compact
     def __call__(
@@ -129,34 +92,28 @@ class RoutedTiles(nn.Module):
         token_ids: Integer[Array, "*B"] | None = None,
         router_input: Float[Array, "*B D"] | None = None,
     ) -> Output:
-        n, d, f = self.num_tiles, x.shape[-1], self.tile_width
-        axis = None if self.is_initializing() else self.tile_axis
+        s = self.settings
+        n, d, f = s.num_tiles, x.shape[-1], self.tile_width
+        axis = None if self.is_initializing() else s.tile_axis
         parts = 1 if axis is None else jax.lax.axis_size(axis)
         held = check_divides("num_tiles", n, f"devices of {axis}", parts)
-        common = {"config": self.ternary, "param_dtype": self.param_dtype}
-        up = TernaryKernel((held, d, f), kernel_init=self.up_init, name="up", **common)(
-            progress
-        )
+        common = {"config": s.ternary, "param_dtype": s.param_dtype}
+        up = TernaryKernel((held, d, f), kernel_init=s.up_init, name="up", **common)
         down = TernaryKernel(
-            (held, f, d), kernel_init=self.down_init, name="down", **common
-        )(progress)
-        router = Router(
-            n,
-            self.tiles_per_token,
-            self.num_clusters,
-            self.top_k_clusters,
-            self.routing,
-            self.axis_name,
-            name="router",
+            (held, f, d), kernel_init=s.down_init, name="down", **common
         )
-        tokens = x.reshape(-1, d).astype(self.dtype or x.dtype)
-        ids = None if token_ids is None else token_ids.reshape(-1)
-        sums = self._signature_sums(up, axis)
-        signature = routing.signatures(sums, self.routing.signature)
-        matched = router_tokens(tokens, router_input)
-        route, info, aux = router(matched, signature, train, ids)
-        act = activation(self.activation)
-        mode = self.ternary.activations
+        up, down = up(progress), down(progress)
+        tokens = x.reshape(-1, d).astype(s.dtype or x.dtype)
+        signature = routing.signatures(
+            self._signature_sums(up, axis), s.routing.signature
+        )
+        route, info, aux = Router(s, name="router")(
+            router_tokens(tokens, router_input),
+            signature,
+            train,
+            None if token_ids is None else token_ids.reshape(-1),
+        )
+        act, mode = activation(s.activation), s.ternary.activations
         y = tile_ffn(tokens, route, up, down, (n, f), act, axis, mode)
         return y.reshape(x.shape).astype(x.dtype), in_shape_of(info, x), aux
 
@@ -169,7 +126,9 @@ class RoutedTiles(nn.Module):
         return {"signature_sums": up.q.sum(axis=-1).astype(jnp.int16)}
 
     def _signature_sums(self, up: ops.Weights, axis: str | None) -> Float[Array, "N D"]:
-        """Of all tiles, wherever they are."""
+        """The sums that signatures are made of, of all tiles, those of other devices
+        included.
+        """
         if isinstance(up, ops.Packed):
             return self.get_variable(PACKED, "signature_sums").astype(jnp.float32)
         sums = up.q.sum(axis=-1)
@@ -203,6 +162,17 @@ def in_shape_of(info: RoutingInfo, x: Float[Array, "*B D"]) -> routing.RoutingIn
     )
 
 
+def finish(
+    y: Float[Array, "*B D"],
+    x: Float[Array, "*B D"],
+    settings: TileSettings,
+    train: bool,
+) -> Float[Array, "*B D"]:
+    """Computes `dropout(y)`, and adds the input `x` if the layer is residual."""
+    y = nn.Dropout(settings.dropout)(y, deterministic=not train)
+    return x + y if settings.residual else y
+
+
 def check_input(x: Float[Array, "..."], d_model: int) -> None:
     """Raises a ValueError unless `x` is `[..., d_model]` with one or two leading axes
     and at least one token.
@@ -210,42 +180,4 @@ def check_input(x: Float[Array, "..."], d_model: int) -> None:
     if x.ndim not in (2, 3) or x.shape[-1] != d_model or 0 in x.shape:
         raise ValueError(
             f"x must be [tokens, {d_model}] or [batch, length, {d_model}], and not empty. Got {list(x.shape)}."
-        )
-
-
-def check_divides(what: str, total: int, name: str, parts: int) -> int:
-    """Returns `total / parts`, or raises a ValueError that names both."""
-    if parts < 1 or total % parts or total < parts:
-        raise ValueError(f"{name}={parts} must divide {what}={total}.")
-    return total // parts
-
-
-def check_clusters(
-    num_tiles: int, tiles_per_cluster: int, top_k_clusters: int, tiles_per_token: int
-) -> int:
-    """Returns the number of clusters, or raises a ValueError: sizes that do not divide,
-    or too few open tiles.
-    """
-    clusters = check_divides(
-        "num_tiles", num_tiles, "tiles_per_cluster", tiles_per_cluster
-    )
-    if not 1 <= top_k_clusters <= clusters:
-        raise ValueError(
-            f"top_k_clusters={top_k_clusters} must be at least 1 and at most the {clusters} clusters."
-        )
-    check_tiles_per_token(
-        tiles_per_token,
-        top_k_clusters * tiles_per_cluster,
-        "top_k_clusters * tiles_per_cluster",
-    )
-    return clusters
-
-
-def check_tiles_per_token(
-    tiles_per_token: int, available: int, what: str = "num_tiles"
-) -> None:
-    """Raises a ValueError unless a token can choose that many tiles."""
-    if not 1 <= tiles_per_token <= available:
-        raise ValueError(
-            f"tiles_per_token={tiles_per_token} must be at least 1 and at most {what}={available}."
         )

@@ -1,11 +1,13 @@
-"""A decoder-only language model whose FFN is any of the four."""
+"""A decoder-only language model with any of the three TriX FFNs or the dense one."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 from flax import linen as nn
 
+from trix_jax.nn.activations import activation
 from trix_jax.nn.block import (
     Block,
     DenseBlock,
@@ -13,14 +15,9 @@ from trix_jax.nn.block import (
     SparseLookupBlock,
     SparseTriXBlock,
 )
+from trix_jax.nn.settings import TileSettings, check_divides
 from trix_jax.nn.sparse_lookup_ffn import compress_width
-from trix_jax.nn.tiles import (
-    ACTIVATIONS,
-    Aux,
-    check_clusters,
-    check_divides,
-    check_tiles_per_token,
-)
+from trix_jax.nn.tiles import Aux
 from trix_jax.routing import RoutingConfig, RoutingInfo
 from trix_jax.ternary import TernaryConfig
 from trix_jax.typing import Array, AxisName, Float, Integer, Scalar
@@ -29,6 +26,9 @@ FFNKind = Literal["hierarchical", "sparse", "lookup", "dense"]
 RouterInput = Literal["hidden", "embedding"]
 MatchedWidth = Literal["match-params", "match-active", "match-bits"]
 ComputeDtype = Literal["float32", "bfloat16"]
+
+INIT_STD = 0.02  # GPT-2's
+INIT = nn.initializers.normal(INIT_STD)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,8 @@ class TransformerConfig:
             training lane with the width at which the model has as many parameters, FFN
             multiply-accumulates or served FFN bits as its TriX arm.
         expansion: total hidden width of all tiles over D.
-        num_tiles, tiles_per_cluster, top_k_clusters, tiles_per_token: see the FFNs.
+        num_tiles, tiles_per_cluster, top_k_clusters, tiles_per_token: see
+            `TileSettings`.
         router_input: what the signatures are matched with: "embedding" is the token's
             row of the embedding table, so that its tiles depend on the token alone,
             "hidden" the FFN's input, as the original has it. The first is ahead on
@@ -84,67 +85,56 @@ class TransformerConfig:
     routing: RoutingConfig = dataclasses.field(default_factory=RoutingConfig)
 
     def __post_init__(self):
-        for name in (
-            "context",
-            "d_model",
-            "n_layers",
-            "n_heads",
-            "expansion",
-            "num_tiles",
-            "grid_size",
+        self._check_sizes()
+        self._check_choices()
+        check_divides("d_model", self.d_model, "n_heads", self.n_heads)
+        self._check_tiles()
+
+    def _check_sizes(self) -> None:
+        sizes = "context d_model n_layers n_heads expansion num_tiles grid_size"
+        for name in (*sizes.split(), "vocab_size", "ffn_width"):
+            size = getattr(self, name)
+            if size is not None and not isinstance(size, str) and size < 1:
+                raise ValueError(f"{name} must be at least 1. Got {size}.")
+
+    def _check_choices(self) -> None:
+        for name, value, kind in (
+            ("ffn", self.ffn, FFNKind),
+            ("router_input", self.router_input, RouterInput),
+            ("dtype", self.dtype, ComputeDtype),
         ):
-            if getattr(self, name) < 1:
+            if value not in get_args(kind):
                 raise ValueError(
-                    f"{name} must be at least 1. Got {getattr(self, name)}."
+                    f"{name} must be one of {', '.join(get_args(kind))}. Got {value!r}."
                 )
-        for name, kind in (
-            ("ffn", FFNKind),
-            ("router_input", RouterInput),
-            ("dtype", ComputeDtype),
-        ):
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(
-                    f"{name} must be one of {', '.join(get_args(kind))}. Got {getattr(self, name)!r}."
-                )
-        if self.activation is not None and self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation must be one of {', '.join(ACTIVATIONS)}. Got {self.activation!r}."
-            )
+        if self.activation is not None:
+            activation(self.activation)
         if not 0 <= self.dropout < 1:
             raise ValueError(
                 f"dropout must be at least 0 and below 1. Got {self.dropout}."
             )
-        for name in ("vocab_size", "ffn_width"):
-            if isinstance(value := getattr(self, name), int) and value < 1:
-                raise ValueError(f"{name} must be at least 1. Got {value}.")
-        check_divides("d_model", self.d_model, "n_heads", self.n_heads)
+
+    def _check_tiles(self) -> None:
+        n, m, k = self.num_tiles, self.tiles_per_cluster, self.tiles_per_token
         if self.ffn in ("sparse", "hierarchical"):
-            check_divides(
-                "expansion * d_model",
-                self.expansion * self.d_model,
-                "num_tiles",
-                self.num_tiles,
-            )
+            width = self.expansion * self.d_model
+            check_divides("expansion * d_model", width, "num_tiles", n)
         if self.ffn == "sparse":
-            check_tiles_per_token(self.tiles_per_token, self.num_tiles)
+            TileSettings(num_tiles=n, tiles_per_token=k)
         if self.ffn == "hierarchical":
-            check_clusters(
-                self.num_tiles,
-                self.tiles_per_cluster,
-                self.top_k_clusters,
-                self.tiles_per_token,
-            )
+            clusters = {"tiles_per_cluster": m, "top_k_clusters": self.top_k_clusters}
+            TileSettings(num_tiles=n, tiles_per_token=k, **clusters)
         if self.ffn == "lookup":
-            check_clusters(self.num_tiles, self.tiles_per_cluster, 1, 1)
+            TileSettings(num_tiles=n, tiles_per_cluster=m)
             compress_width(self.d_model, self.compress_hidden)
-            if self.tiles_per_token != 1:
+            if k != 1:
                 raise ValueError(
-                    f"tiles_per_token must be 1 with ffn='lookup'. Got {self.tiles_per_token}."
+                    f"tiles_per_token must be 1 with ffn='lookup'. Got {k}."
                 )
 
     @property
     def tile_width(self) -> int:
-        """F."""
+        """Hidden width of one tile (F)."""
         return self.expansion * self.d_model // self.num_tiles
 
     @property
@@ -204,55 +194,68 @@ class TransformerLM(nn.Module):
         Raises:
             ValueError: a sequence longer than the context.
         """
-        c = self.config
-        if c.vocab_size is None:
-            raise ValueError("vocab_size must be set to build a model. Got None.")
-        length = tokens.shape[1]
-        if length > c.context:
-            raise ValueError(
-                f"tokens must be at most context={c.context} long. Got {length}."
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        v = _vocabulary(c, tokens.shape[1])
+        embed = nn.Embed(v, c.d_model, embedding_init=INIT, dtype=dtype, name="embed")
+        rows = embed(tokens)
+        x = rows + self._positions(tokens.shape[1], decode)
+        x = nn.Dropout(c.dropout)(x, deterministic=not train)
+        how: dict[str, Any] = {"progress": progress, "token_ids": tokens}
+        if c.router_input == "embedding":
+            how["router_input"] = rows
+        x, infos, losses = self._blocks(x, train, decode, how)
+        x = nn.LayerNorm(use_bias=False, dtype=dtype, name="norm")(x)
+        head = embed.attend
+        if not c.tied:
+            head = nn.Dense(
+                v, use_bias=False, kernel_init=INIT, dtype=dtype, name="head"
             )
-        init = nn.initializers.normal(0.02)
-        dtype = jnp.dtype(c.dtype)
-        embed = nn.Embed(
-            c.vocab_size, c.d_model, embedding_init=init, dtype=dtype, name="embed"
-        )
-        positions = jnp.arange(length)
+        return head(x).astype(jnp.float32), infos, _mean_losses(losses)
+
+    def _positions(self, length: int, decode: bool) -> Float[Array, "1 L D"]:
+        """Embedded positions: 0 to L - 1, or in decoding those after what is cached."""
+        c, positions = self.config, jnp.arange(length)
         if decode:
             start = self.variable("cache", "position", lambda: jnp.zeros((), jnp.int32))
             positions = positions + start.value
             start.value = start.value + length
-        rows = embed(tokens)
-        router_input = rows if c.router_input == "embedding" else None
-        x = rows + nn.Embed(
-            c.context, c.d_model, embedding_init=init, dtype=dtype, name="positions"
-        )(positions[None])
-        x = nn.Dropout(c.dropout)(x, deterministic=not train)
+        dtype = jnp.dtype(c.dtype)
+        embed = nn.Embed(
+            c.context, c.d_model, embedding_init=INIT, dtype=dtype, name="positions"
+        )
+        return embed(positions[None])
+
+    def _blocks(self, x, train, decode, how):
+        """The blocks' output, and the routing infos and losses of each."""
         infos, losses = [], []
-        for i in range(c.n_layers):
-            block = make_block(c, self.axis_name, f"block_{i:02d}", self.tile_axis)
-            x, info, aux = block(
-                x,
-                train,
-                decode,
-                progress=progress,
-                token_ids=tokens,
-                router_input=router_input,
+        for i in range(self.config.n_layers):
+            block = make_block(
+                self.config, self.axis_name, f"block_{i:02d}", self.tile_axis
             )
+            x, info, aux = block(x, train, decode, **how)
             infos.append(info)
             losses.append(aux)
-        x = nn.LayerNorm(use_bias=False, dtype=dtype, name="norm")(x)
-        if c.tied:
-            logits = embed.attend(x)
-        else:
-            logits = nn.Dense(
-                c.vocab_size, use_bias=False, kernel_init=init, dtype=dtype, name="head"
-            )(x)
-        aux = {
-            name: jnp.mean(jnp.stack([loss[name] for loss in losses]))
-            for name in losses[0]
-        }
-        return logits.astype(jnp.float32), tuple(infos), aux
+        return x, tuple(infos), losses
+
+
+def _vocabulary(config: TransformerConfig, length: int) -> int:
+    """Size of the vocabulary (V). Refuses a config without one, and a sequence longer
+    than the context.
+    """
+    if config.vocab_size is None:
+        raise ValueError("vocab_size must be set to build a model. Got None.")
+    if length > config.context:
+        raise ValueError(
+            f"tokens must be at most context={config.context} long. Got {length}."
+        )
+    return config.vocab_size
+
+
+def _mean_losses(losses: Sequence[Aux]) -> Aux:
+    """Every auxiliary loss, averaged over the layers."""
+    return {
+        name: jnp.mean(jnp.stack([loss[name] for loss in losses])) for name in losses[0]
+    }
 
 
 def make_block(
@@ -264,32 +267,33 @@ def make_block(
     """The block that a config asks for; residual projections start smaller by `sqrt(2 *
     n_layers)`, as in GPT-2.
     """
-    c = config
-    shared: dict[str, Any] = {
-        "dropout": c.dropout,
-        "cache_length": c.context,
-        "attention_init": nn.initializers.normal(0.02),
-        "attention_out_init": nn.initializers.normal(0.02 / (2 * c.n_layers) ** 0.5),
-        "up_init": nn.initializers.normal(0.02),
-        "down_init": nn.initializers.normal(0.02 / (2 * c.n_layers) ** 0.5),
-        "dtype": jnp.dtype(c.dtype),
-        "axis_name": axis_name,
-        "tile_axis": tile_axis,
-        "name": name,
-    }
+    c, common = config, _block_arguments(config)
+    common |= {"axis_name": axis_name, "tile_axis": tile_axis, "name": name}
+    width, heads = c.d_model, c.n_heads
     if c.ffn == "dense":
         act = c.activation or "gelu"
-        return DenseBlock(c.d_model, c.n_heads, c.dense_width, activation=act, **shared)
-    shared |= {"num_tiles": c.num_tiles, "routing": c.routing}
-    if c.ffn != "sparse":
-        shared["tiles_per_cluster"] = c.tiles_per_cluster
+        return DenseBlock(width, heads, c.dense_width, activation=act, **common)
+    n, m, k = c.num_tiles, c.tiles_per_cluster, c.tiles_per_token
+    common["routing"] = c.routing
     if c.ffn == "lookup":
-        for option in ("grid_size", "compress_hidden", "ternary_splines"):
-            shared[option] = getattr(c, option)
-        return SparseLookupBlock(c.d_model, c.n_heads, **shared)
-    shared |= {"ternary": c.ternary, "tiles_per_token": c.tiles_per_token}
-    shared["activation"] = c.activation or "relu2"
+        splines = c.grid_size, c.compress_hidden, c.ternary_splines
+        return SparseLookupBlock(width, heads, n, m, *splines, **common)
+    common |= {"ternary": c.ternary, "activation": c.activation or "relu2"}
     if c.ffn == "sparse":
-        return SparseTriXBlock(c.d_model, c.n_heads, expansion=c.expansion, **shared)
-    shared |= {"d_hidden": c.tile_width, "top_k_clusters": c.top_k_clusters}
-    return HierarchicalTriXBlock(c.d_model, c.n_heads, **shared)
+        return SparseTriXBlock(width, heads, n, c.expansion, k, **common)
+    sizes = c.tile_width, n, m, c.top_k_clusters, k
+    return HierarchicalTriXBlock(width, heads, *sizes, **common)
+
+
+def _block_arguments(config: TransformerConfig) -> dict[str, Any]:
+    """What the blocks of all FFNs are told."""
+    into_residual = nn.initializers.normal(INIT_STD / (2 * config.n_layers) ** 0.5)
+    return {
+        "dropout": config.dropout,
+        "cache_length": config.context,
+        "attention_init": INIT,
+        "attention_out_init": into_residual,
+        "up_init": INIT,
+        "down_init": into_residual,
+        "dtype": jnp.dtype(config.dtype),
+    }

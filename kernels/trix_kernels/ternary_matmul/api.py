@@ -32,7 +32,8 @@ def ternary_matmul(
         activations, implementation: as for `block_matmul`.
 
     Raises:
-        NotImplementedError: the named implementation does not run here, and why.
+        NotImplementedError: the named implementation does not run on this
+            device, and why.
     """
     if implementation == "reference":
         oracle = reference.ternary_matmul

@@ -47,7 +47,8 @@ def block_ffn(
             arrays.
 
     Raises:
-        NotImplementedError: the named implementation does not run here, and why.
+        NotImplementedError: the named implementation does not run on this
+            device, and why.
     """
     reason = unsupported_reason(x, up, down, activations)
     if implementation is None and matmul_reason(x, up, activations):
@@ -92,7 +93,7 @@ def unsupported_reason(
     down: Packed,
     activations: Activations = "float",
 ) -> str | None:
-    """Why the fused kernel does not run on these arrays here; None where it does."""
+    """Why the fused kernel does not run on these arrays; None where it does."""
     if activations == "int8":
         return (
             "The fused FFN takes float activations: a token's largest hidden value, and "

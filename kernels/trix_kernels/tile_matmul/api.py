@@ -83,7 +83,8 @@ def block_matmul(
             name runs exactly that. "reference" is numpy, on concrete arrays.
 
     Raises:
-        NotImplementedError: the named implementation does not run here, and why.
+        NotImplementedError: the named implementation does not run on this
+            device, and why.
     """
     reason = unsupported_reason(x, weights, activations)
     if implementation is None:
@@ -160,7 +161,7 @@ def join(
 def unsupported_reason(
     x: Float[Array, "M R I"], weights: Packed, activations: Activations = "float"
 ) -> str | None:
-    """Why the Mosaic GPU kernel does not run on these arrays here; None where it does."""
+    """Why the Mosaic GPU kernel does not run on these arrays; None where it does."""
     if layout_of(weights) != "planar":
         return "The Mosaic GPU kernels take planar weights. These are in the layout 'rows'."
     if reason := device.unsupported_reason():

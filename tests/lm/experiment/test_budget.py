@@ -28,10 +28,10 @@ def test_budget_without_the_compiler_counts_and_models(monkeypatch, models, tmp_
 
 
 @pytest.mark.slow
-def test_report_case_compiles_a_step_for_an_absent_gpu(models):
+def test_compile_case_compiles_a_step_for_an_absent_gpu(models):
     python = budget.train_steps.compiler()
     if python is None:
         pytest.skip("needs the dependency group aot, or TRIX_AOT_PYTHON")
     model = models["lookup"]
-    done = budget.train_steps.report_case(python, "h100", model, 16, 2, 1)
+    done = budget.train_steps.compile_case(python, "h100", model, 16, 2, 1)
     assert done["peak_bytes"] > 4 * 3 * costs(model).total

@@ -1,7 +1,7 @@
 """Speed and memory of the library on the device that is here, in one run.
 
-`bench` measures the layers against dense FFNs (`layers`), what stands around them
-(`around`: import, compilations, data) and how time and memory grow (`growth`);
+`bench` measures the layers against dense FFNs (`layers`), their surroundings
+(`surroundings`: import, compilations, data) and how time and memory grow (`growth`);
 `report.write` makes files of what it returns.
 """
 
@@ -14,7 +14,7 @@ import jax
 from trix_jax.lm.bench.growth import measure_growth
 from trix_jax.lm.bench.layers import measure_layers, packed_ratios
 from trix_jax.lm.bench.report import write as write
-from trix_jax.lm.bench.surroundings import measure_around
+from trix_jax.lm.bench.surroundings import measure_surroundings
 from trix_jax.lm.bench.timing import Sizes as Sizes
 
 SIZES = Sizes()
@@ -37,7 +37,7 @@ def bench(
         rounds: how often each function is timed; growth takes half as many.
         report: receives a line for each measurement.
         sizes: of the layers.
-        only_layers: leaves `growth` and `around` out.
+        only_layers: leaves `growth` and `surroundings` out.
     """
     ratios = packed_ratios()
     result: dict[str, Any] = {
@@ -51,7 +51,7 @@ def bench(
     for name, ratio in ratios.items():
         report(f"scales per {name}: {ratio:.2f} times fewer bytes than float32")
     if not only_layers:
-        result |= {"around": measure_around(rounds, report)}
+        result |= {"around": measure_surroundings(rounds, report)}
         result |= {"growth": measure_growth(max(rounds // 2, 2), report, sizes)}
     return result
 

@@ -22,10 +22,10 @@ from trix_jax.lm.bench.timing import (
     tokens,
     train,
 )
+from trix_jax.nn.activations import squared_relu
 from trix_jax.nn.block import DenseFFN
 from trix_jax.nn.hierarchical_ffn import HierarchicalTriXFFN
 from trix_jax.nn.sparse_ffn import SparseTriXFFN
-from trix_jax.nn.tiles import squared_relu
 from trix_jax.ternary import TernaryConfig, hard_ternary
 from trix_jax.typing import Variables
 

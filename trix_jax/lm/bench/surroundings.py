@@ -1,5 +1,5 @@
-"""What stands around the layers: how long the import takes, how often a step compiles,
-and whether the data keeps up with the training.
+"""How long the import takes, how often a step compiles, and whether the data keeps up
+with the training.
 """
 
 import statistics
@@ -26,7 +26,7 @@ MODEL = TransformerConfig(
 BATCH = 12  # with MODEL the shapes of configs/shakespeare_char.yaml
 
 
-def measure_around(rounds: int, report: Callable[[str], None]) -> dict[str, Any]:
+def measure_surroundings(rounds: int, report: Callable[[str], None]) -> dict[str, Any]:
     """Import time over Flax's, compilations of each step function, tokens a second of
     the data pipeline over those of the training.
     """

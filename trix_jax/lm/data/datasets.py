@@ -42,7 +42,7 @@ class Dataset(NamedTuple):
         tokens: of the training split; None takes all there is.
         most: files of a folder that are taken, by name.
         is_code: rows name contents at Software Heritage, instead of holding text.
-        duty: what somebody whom the hub refuses must know.
+        duty: what to do when the hub refuses access.
     """
 
     repo: str

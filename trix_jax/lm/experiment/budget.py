@@ -119,7 +119,7 @@ def _peak(python: str | None, config: RunConfig, devices: int) -> int | None:
         return read_json(kept)["peak_bytes"]
     if python is None:
         return None
-    done = train_steps.report_case(
+    done = train_steps.compile_case(
         python, "h100", config.model, train.batch_size, train.accumulate, devices
     )
     kept.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from trix_jax.lm.report.page import (
     table,
     write_page,
 )
-from trix_jax.lm.report.record import check, read_run
+from trix_jax.lm.report.record import RunRecord, check, read_run
 from trix_jax.lm.report.run import routing_section
 
 TIE = 0.005  # nats: a convention; within it no winner is named
@@ -44,11 +44,6 @@ def write_demo_report(workdir: str | Path, result: Mapping[str, Any]) -> Path:
     if not runs["trix"].evals[-1]["tile_usage"]:
         raise ValueError(f"{workdir / 'trix'} must be a run with routing. Got none.")
 
-    sizes, figures = result["bytes"], workdir / "plots"
-    evals = {name: run.evals for name, run in runs.items()}
-    active = {name: values["ffn_active"] for name, values in arms.items()}
-    plots.val_losses(figures / "val_loss.png", evals, floors)
-    plots.savings(figures / "savings.png", active, sizes)
     parts = [
         "# TriX beside a dense twin",
         "Two small language models learn the same text with about the same number of "
@@ -61,11 +56,7 @@ def write_demo_report(workdir: str | Path, result: Mapping[str, Any]) -> Path:
         "several seeds and a curve of dense widths is `experiments/quality` in the "
         "repository.",
         "## What TriX saves",
-        _savings(active, sizes, result["config"]),
-        "![Multiply-accumulates and bytes](plots/savings.png)",
-        "This counts arithmetic and bytes, not seconds: in this run TriX trained at "
-        f"{runs['trix'].speed:,.0f} tokens per second, its twin at "
-        f"{runs['dense'].speed:,.0f}.",
+        *_saved(arms, runs, result),
         "## The numbers",
         _compare(arms, runs),
         "Counting n-grams, trained and scored on the same splits:",
@@ -77,17 +68,43 @@ def write_demo_report(workdir: str | Path, result: Mapping[str, Any]) -> Path:
         f"After the prompt {code(result['prompt'])}:",
         fence(result["prompt"], result["sample"]),
         "## Made with",
-        _setting(runs["trix"].config, result["config"], result["seconds"]),
-        made_with(runs["trix"].env),
-        "The same again:",
-        f"```sh\ntrix-jax demo --steps {result['config']['steps']} "
-        f"--seed {runs['trix'].config.seed}\n```",
+        *_origin(runs["trix"], result),
     ]
     if all((workdir / name / "REPORT.md").is_file() for name in arms):
         parts.append(
             "The runs in full: [TriX](trix/REPORT.md), [dense](dense/REPORT.md)."
         )
+    _draw(workdir / "plots", arms, runs, floors, result["bytes"])
     return write_page(workdir, parts)
+
+
+def _draw(figures: Path, arms, runs, floors, sizes) -> None:
+    evals = {name: run.evals for name, run in runs.items()}
+    active = {name: values["ffn_active"] for name, values in arms.items()}
+    plots.val_losses(figures / "val_loss.png", evals, floors)
+    plots.savings(figures / "savings.png", active, sizes)
+
+
+def _saved(arms, runs: Mapping[str, RunRecord], result) -> list[str]:
+    active = {name: values["ffn_active"] for name, values in arms.items()}
+    return [
+        _savings(active, result["bytes"], result["config"]),
+        "![Multiply-accumulates and bytes](plots/savings.png)",
+        "This counts arithmetic and bytes, not seconds: in this run TriX trained at "
+        f"{runs['trix'].speed:,.0f} tokens per second, its twin at "
+        f"{runs['dense'].speed:,.0f}.",
+    ]
+
+
+def _origin(run: RunRecord, result: Mapping[str, Any]) -> list[str]:
+    """What the demo was made with, and the command that makes it again."""
+    return [
+        _setting(run.config, result["config"], result["seconds"]),
+        made_with(run.env),
+        "The same again:",
+        f"```sh\ntrix-jax demo --steps {result['config']['steps']} "
+        f"--seed {run.config.seed}\n```",
+    ]
 
 
 def _verdict(arms: Mapping[str, Mapping[str, Any]]) -> str:

@@ -6,7 +6,7 @@ step; it is removed once that is on the disk.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from trix_jax.lm.config import RunConfig, TrainConfig, resolve
 from trix_jax.lm.data import check_context, train_batches
 from trix_jax.lm.signals import Interrupted, Signals
 from trix_jax.lm.train import metrics, parallel
+from trix_jax.lm.train.display import Display
 from trix_jax.lm.train.evaluate import Evaluation, evaluate
 from trix_jax.lm.train.optimizer import make_optimizer
-from trix_jax.lm.train.progress import Progress
 from trix_jax.lm.train.run import (
     Position,
     Resume,
@@ -93,10 +93,10 @@ def train(
             position = restore(run, step, report, other_data)
         with (
             metrics.open_log(workdir, position.step, hosts.is_first()) as log,
-            Progress(run.config.train.steps, position.step, report) as progress,
+            Display(run.config.train.steps, position.step, report) as display,
             StepTrace(workdir / "trace", position.step, trace_steps) as trace,
         ):
-            seconds = _loop(run, position, log, progress, signals, trace)
+            seconds = _loop(run, position, log, display, signals, trace)
         hosts.wait_for_all("the last step is saved")
         return write_summary(run, seconds)
 
@@ -139,59 +139,43 @@ def _loop(
     run: Run,
     position: Position,
     log: metrics.MetricsFile | metrics.NoFile,
-    progress: Progress,
+    display: Display,
     signals: Signals,
     trace: StepTrace,
 ) -> float:
     """Steps to the end; the metrics of a step are fetched after the next one is under
     way. Returns seconds trained.
     """
-    train_config, model = run.config.train, run.model
+    config, devices, mapping = run.config.train, tuple(run.devices), run.mapping
     began = time.perf_counter() - position.seconds
-    devices, mapping = tuple(run.devices), run.mapping
-    step_fn = _compiled_step(model.config, train_config, devices, mapping)
+    step_fn = _compiled_step(run.config.model, config, devices, mapping)
     state = parallel.place(position.state, devices, mapping)
-    batches = train_batches(
-        run.store.train,
-        batch_size=train_config.batch_size,
-        context=run.config.model.context,
-        seed=run.config.seed,
-        start_step=position.step,
-    )
-    logger = StepLog(run, log, progress, position.skipped)
+    batches = _batches(run, position.step)
+    logger = StepLog(run, log, display, position.skipped)
     trigger = run.workdir / TRIGGER
-    shape = (train_config.accumulate, -1, model.config.context + 1)
-    for step in range(position.step + 1, train_config.steps + 1):
-        if _is_multiple(step - 1, train_config.rebuild_every):
+    for step in range(position.step + 1, config.steps + 1):
+        if _is_multiple(step - 1, config.rebuild_every):
             state = parallel.rebuild_clusters(state, devices, mapping)
         trace.before(step)
-        state, values = step_fn(state, next(batches).reshape(shape))
+        state, values = step_fn(state, next(batches))
         trace.after(step, values)
         logger.after(step, values)
-        is_last = step == train_config.steps
-        wants_eval = is_last or _is_multiple(step, train_config.eval_every)
-        wants_save = wants_eval or _is_multiple(step, train_config.checkpoint_every)
+        is_last = step == config.steps
+        wants_eval = is_last or _is_multiple(step, config.eval_every)
+        wants_save = wants_eval or _is_multiple(step, config.checkpoint_every)
         is_asked, must_stop = hosts.any_asks(
             step % hosts.AGREE_EVERY == 0, trigger.exists(), bool(signals.caught)
         )
         if not (wants_save or is_asked or must_stop):
             continue
         logger.flush()
-        position = position._replace(
-            step=step,
-            state=parallel.fetch(state, devices, mapping),
-            skipped=logger.skipped,
-        )
-        val_loss = None
-        if wants_eval:
-            position, val_loss = _evaluate(run, position, log, progress)
-        position = position._replace(seconds=time.perf_counter() - began)
-        save(run, position, val_loss)
-        allocator.trim_memory()
+        whole = parallel.fetch(state, devices, mapping)
+        position = position._replace(step=step, state=whole, skipped=logger.skipped)
+        position = _keep(run, position, wants_eval, began, log, display)
         logger.restart_clock()
         if is_asked:
             trigger.unlink(missing_ok=True)
-            progress.say(f"step {step} is saved, as {TRIGGER} asked")
+            display.say(f"step {step} is saved, as {TRIGGER} asked")
         (must_stop,) = hosts.any_asks(True, must_stop or bool(signals.caught))
         if must_stop and not is_last:
             raise Interrupted(
@@ -199,6 +183,38 @@ def _loop(
                 "The same command goes on."
             )
     return time.perf_counter() - began
+
+
+def _batches(run: Run, start: int) -> Iterator[np.ndarray]:
+    """`[accumulate, B, L + 1]` tokens for each step after `start`."""
+    config, context = run.config.train, run.config.model.context
+    batches = train_batches(
+        run.store.train,
+        batch_size=config.batch_size,
+        context=context,
+        seed=run.config.seed,
+        start_step=start,
+    )
+    shape = (config.accumulate, -1, context + 1)
+    return (batch.reshape(shape) for batch in batches)
+
+
+def _keep(
+    run: Run,
+    position: Position,
+    wants_eval: bool,
+    began: float,
+    log: metrics.MetricsFile | metrics.NoFile,
+    display: Display,
+) -> Position:
+    """Evaluates if that is due, and saves."""
+    val_loss = None
+    if wants_eval:
+        position, val_loss = _evaluate(run, position, log, display)
+    position = position._replace(seconds=time.perf_counter() - began)
+    save(run, position, val_loss)
+    allocator.trim_memory()
+    return position
 
 
 @lru_cache(maxsize=4)
@@ -218,7 +234,7 @@ def _evaluate(
     run: Run,
     position: Position,
     log: metrics.MetricsFile | metrics.NoFile,
-    progress: Progress,
+    display: Display,
 ) -> tuple[Position, float]:
     """Evaluates and logs; returns the position with its new routes and best loss, and
     the loss.
@@ -239,7 +255,7 @@ def _evaluate(
             "stopped, and not saved. The newest good checkpoint is as it was."
         )
     log.write(**_eval_line(run, step, result, position.routes))
-    progress.evaluation(step, result)
+    display.evaluation(step, result)
     best = min(position.best, result.val_loss)
     return position._replace(routes=result.routes, best=best), result.val_loss
 

@@ -3,7 +3,7 @@ mapped axis as an argument.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -122,64 +122,28 @@ def make_train_step(
     tile_axis = layout.tile_axis if layout else None
     model = model.clone(axis_name=axis_name, tile_axis=tile_axis)
     schedule = learning_rate_schedule(config)
-    mean = (
-        (lambda tree: jax.lax.pmean(tree, axis_name))
-        if axis_name
-        else (lambda tree: tree)
-    )
-
-    def loss_fn(params, routing_state, tokens, key, progress):
-        params = layout.gathered(params) if layout else params
-        variables = {"params": params, "routing": routing_state}
-        (logits, infos, aux), mutated = model.apply(
-            variables,
-            tokens[:, :-1],
-            True,
-            progress=progress,
-            rngs={"dropout": key},
-            mutable=["routing"],
-        )
-        loss = optax.softmax_cross_entropy_with_integer_labels(
-            logits, tokens[:, 1:]
-        ).mean()
-        return loss + aux["total_aux"], (
-            loss,
-            aux,
-            _counts(infos),
-            mutated.get("routing", {}),
-        )
+    mean = partial(_mean, axis_name)
+    mean_grads = layout.mean if layout else mean
+    norm = layout.norm if layout else optax.tree.norm
 
     def step(state: TrainState, batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        if axis_name:
-            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        keys = jax.random.split(key, batch.shape[0])
+        keys = _dropout_keys(state, batch.shape[0], axis_name)
         progress = state.step / config.steps
-
-        def micro(routing_state, inputs):
-            tokens, key = inputs
-            (_, out), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-                state.params, routing_state, tokens, key, progress
-            )
-            loss, aux, counts, routing_state = out
-            return routing_state, (grads, loss, aux, counts)
-
-        routing_state, outputs = jax.lax.scan(micro, state.routing, (batch, keys))
-        grads, loss, aux = jax.tree.map(lambda x: x.mean(axis=0), outputs[:3])
-        grads = layout.mean(grads) if layout else mean(grads)
-        loss, aux = mean((loss, aux))
-        counts = outputs[3].sum(axis=0)
+        losses = partial(_losses, model, layout, progress)
+        routing_state, (grads, loss, aux, counts) = _over_micro_batches(
+            losses, state, batch, keys
+        )
+        grads, (loss, aux) = mean_grads(grads), mean((loss, aux))
         counts = jax.lax.psum(counts, axis_name) if axis_name else counts
-        grad_norm = layout.norm(grads) if layout else optax.tree.norm(grads)
+        grad_norm = norm(grads)
         grads = clip(grads, grad_norm, config.clip)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        rate = schedule(updates_done(state.opt_state))
         metrics = Metrics(
             loss=loss,
             grad_norm=grad_norm,
-            learning_rate=jnp.asarray(
-                schedule(updates_done(state.opt_state)), jnp.float32
-            ),
+            learning_rate=jnp.asarray(rate, jnp.float32),
             aux_balance=aux.get("balance", jnp.zeros(())),
             aux_diversity=aux.get("diversity", jnp.zeros(())),
             entropy=routing.usage_entropy(counts),
@@ -196,6 +160,51 @@ def make_train_step(
         return kept._replace(step=state.step + 1), metrics
 
     return step
+
+
+def _losses(model, layout, progress, params, routing_state, tokens, key):
+    """The loss of a micro-batch that is differentiated, and what else comes of it."""
+    params = layout.gathered(params) if layout else params
+    (logits, infos, aux), mutated = model.apply(
+        {"params": params, "routing": routing_state},
+        tokens[:, :-1],
+        True,
+        progress=progress,
+        rngs={"dropout": key},
+        mutable=["routing"],
+    )
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+    new_state = mutated.get("routing", {})
+    return loss + aux["total_aux"], (loss, aux, _counts(infos), new_state)
+
+
+def _over_micro_batches(losses, state: TrainState, batch, keys):
+    """The routing state after all micro-batches, means of gradients, loss and auxiliary
+    losses over them, and their summed counts.
+    """
+
+    def micro(routing_state, inputs):
+        (_, out), grads = jax.value_and_grad(losses, has_aux=True)(
+            state.params, routing_state, *inputs
+        )
+        loss, aux, counts, routing_state = out
+        return routing_state, (grads, loss, aux, counts)
+
+    routing_state, outputs = jax.lax.scan(micro, state.routing, (batch, keys))
+    means = jax.tree.map(lambda x: x.mean(axis=0), outputs[:3])
+    return routing_state, (*means, outputs[3].sum(axis=0))
+
+
+def _dropout_keys(state: TrainState, count: int, axis_name: AxisName | None):
+    """A key a micro-batch, of this step and device."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    if axis_name:
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+    return jax.random.split(key, count)
+
+
+def _mean(axis_name: AxisName | None, tree):
+    return jax.lax.pmean(tree, axis_name) if axis_name else tree
 
 
 def make_eval_step(model: TransformerLM) -> Callable[[Any, Any, Any, Any], EvalSums]:

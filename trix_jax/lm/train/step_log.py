@@ -1,4 +1,5 @@
-"""What a run writes of its steps, and how many bad ones it puts up with.
+"""What a run writes of its steps, and when it stops: after more than
+`train.max_skipped` in a row whose loss or gradient is not finite.
 
 A step whose loss or gradient is not finite changes nothing (`trix_jax.lm.train.step`). Its
 line in metrics.jsonl has the event "skipped" in place of "step", `loss` and `grad_norm`
@@ -14,7 +15,7 @@ import jax
 
 from trix_jax.lm.data import batch_windows
 from trix_jax.lm.train import metrics
-from trix_jax.lm.train.progress import Progress
+from trix_jax.lm.train.display import Display
 from trix_jax.lm.train.run import Run
 from trix_jax.lm.train.step import Metrics
 
@@ -35,10 +36,10 @@ class StepLog:
         self,
         run: Run,
         log: metrics.MetricsFile | metrics.NoFile,
-        progress: Progress,
+        display: Display,
         skipped: int,
     ):
-        self._run, self._log, self._progress = run, log, progress
+        self._run, self._log, self._display = run, log, display
         self._pending: tuple[int, Metrics] | None = None
         self.skipped = skipped
         self.restart_clock()
@@ -87,7 +88,7 @@ class StepLog:
         config = self._run.config.train
         if line["step"] % config.log_every == 0 or line["step"] == config.steps:
             self._log.write(**line)
-        self._progress.step(line)
+        self._display.step(line)
 
     def _write_skipped(self, line: dict[str, Any], values: Metrics) -> None:
         self.restart_clock()
@@ -116,6 +117,6 @@ class StepLog:
                 "good checkpoint is as it was. A learning rate below "
                 f"{config.train.learning_rate} may help."
             )
-        self._progress.say(
+        self._display.say(
             f"{what}: skipped, nothing changed; its batch is in metrics.jsonl"
         )

@@ -27,7 +27,6 @@ def write_summary(run: Run, seconds: float) -> dict[str, Any]:
             "are as they were."
         )
     best, last = min(evals, key=lambda line: line["val_loss"]), evals[-1]
-    counted = costs(run.model.config)
     summary = {
         "arm": run.config.arm,
         "seed": run.config.seed,
@@ -40,36 +39,36 @@ def write_summary(run: Run, seconds: float) -> dict[str, Any]:
         "tokens": last["tokens"],
         "steps": last["step"],
         "skipped_steps": sum(line["event"] == "skipped" for line in lines),
-        "params": counted._asdict(),
-        "routing": [
-            {
-                "entropy": entropy,
-                "max_load": max(usage) * len(usage),
-                "dead_tiles": dead,
-            }
-            for entropy, usage, dead in zip(
-                last["routing_entropy"],
-                last["tile_usage"],
-                last["dead_tiles"],
-                strict=True,
-            )
-        ],
-        "min_entropy_share": min(
-            (
-                e / math.log(len(u))
-                for line in evals
-                for e, u in zip(
-                    line["routing_entropy"], line["tile_usage"], strict=True
-                )
-            ),
-            default=None,
-        ),
-        "max_dead_tiles": max(
-            (d for line in evals for d in line["dead_tiles"]), default=None
-        ),
+        "params": costs(run.model.config)._asdict(),
+        **_routing(evals),
         "config_sha256": fingerprint(run.config),
         "git_commit": metrics.git_commit(),
     }
     if hosts.is_first():
         write_json(run.workdir / "summary.json", summary)
     return summary
+
+
+def _routing(evals: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the last evaluation a layer's entropy, greatest load and dead tiles; of all of
+    them the least share of the greatest entropy, and the most dead tiles of a layer.
+    """
+    last = evals[-1]
+    columns = (last[key] for key in ("routing_entropy", "tile_usage", "dead_tiles"))
+    layers = [
+        {"entropy": entropy, "max_load": max(usage) * len(usage), "dead_tiles": dead}
+        for entropy, usage, dead in zip(*columns, strict=True)
+    ]
+    shares = (
+        entropy / math.log(len(usage))
+        for line in evals
+        for entropy, usage in zip(
+            line["routing_entropy"], line["tile_usage"], strict=True
+        )
+    )
+    dead = (count for line in evals for count in line["dead_tiles"])
+    return {
+        "routing": layers,
+        "min_entropy_share": min(shares, default=None),
+        "max_dead_tiles": max(dead, default=None),
+    }

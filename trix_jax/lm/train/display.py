@@ -11,7 +11,7 @@ from rich.progress import Progress as Bar
 SECONDS_BETWEEN_LINES = 15.0
 
 
-class Progress:
+class Display:
     """Shows steps as they go by and evaluations as they come."""
 
     def __init__(self, steps: int, start: int, report: Callable[[str], None]):
