@@ -77,8 +77,7 @@ def token_store(setting: Setting, data: str, runs: Path, more: str) -> Path:
     flags = [*shlex.split(f"{setting.flags} {more}"), "--data.path", data]
     config = parse_run([str(ROOT / setting.preset), *flags])
     directory = runs / setting.name / "data"
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with held(directory.parent):
+    with held(directory.with_name("data.lock")):
         prepare(config.data, directory, lambda _: None)
     return directory
 

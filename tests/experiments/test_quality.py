@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import report as reports
 from experiments.quality import arms, design, measure, patches, report, run
 from experiments.quality.design import SETTINGS
 from trix_jax.lm.accounting import costs
 from trix_jax.lm.config import TrainConfig, TransformerConfig
 from trix_jax.lm.experiment import results
+from trix_jax.lm.experiment.report import write_experiment_report
 from trix_jax.lm.train import loop, step
 from trix_jax.lm.train.optimizer import MUON_RMS, make_optimizer
 from trix_jax.lm.train.step import init_state
@@ -25,26 +28,32 @@ SMALL = (
     "--model.d-model 16 --model.n-layers 1 --model.n-heads 2 --model.context 16 --train.steps 3 "
     "--train.eval-every 2 --train.batch-size 2 --train.eval-batch-size 8"
 )
-# A worker on a shrunken setting: what its arms are is said in the process itself.
-WORKER = """
-import sys
-from experiments.quality import arms, design, run
-from experiments.quality.design import SETTINGS, Step
+# A setting that trains in minutes, for this process and those of the workers.
+SHRUNKEN = """
+from experiments.quality import arms, design
+from experiments.quality.design import Step
 
 base = design.SHAKESPEARE.arm("sparse-16-top4-embedding")
 hashed = design.SHAKESPEARE.arm("sparse-16-top4-hash")
+half = arms.patched("half-hashed", tuned=True, of=arms.hidden)
 wild = arms.Arm("wild", base.flags + " --train.warmup-steps 0 --train.clip 0", 1e30)
-SETTINGS["shakespeare-char"] = design.SHAKESPEARE._replace(
+shrunken = design.SHAKESPEARE._replace(
     groups={
         "dense-curve": (arms.dense(8), arms.dense(16)),
         "arms": (base,),
         "routes": (base, hashed),
         "ablations": (arms.variant("sign", "--model.routing.signature sign"), wild),
-        "on-the-way": (arms.hidden, arms.patched("half-hashed", tuned=True, of=arms.hidden)),
+        "on-the-way": (arms.hidden, half),
     },
     also=(("wild", 1e30, 1),),
     order=(Step("dense-curve", 0), Step("routes", 0), Step("on-the-way", 0)),
 )
+"""
+WORKER = f"""{SHRUNKEN}
+import sys
+from experiments.quality import run
+
+design.SETTINGS["shakespeare-char"] = shrunken
 sys.exit(run.main())
 """
 
@@ -77,7 +86,21 @@ def test_committed_report_is_what_the_committed_results_give(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_workers_sweep_measure_and_report(text, tmp_path, user_env):
+def test_committed_reports_of_scale_are_what_the_committed_results_give(tmp_path):
+    experiments = reports.with_results()
+    assert len(experiments) == 3
+    for name, experiment in experiments.items():
+        committed, folder = reports.SCALE / name, tmp_path / name
+        ignored = shutil.ignore_patterns("REPORT.md", "plots")
+        shutil.copytree(committed, folder, ignore=ignored)
+        found = write_experiment_report(folder, experiment=experiment).read_text()
+        assert found == (committed / "REPORT.md").read_text(), name
+        for path in re.findall(r"\((plots/\S+\.png)\)", found):
+            assert (committed / path).exists()
+
+
+@pytest.mark.slow
+def test_two_workers_sweep_measure_and_report(text, tmp_path, user_env, monkeypatch):
     flags = f"{SMALL} --data.source text --data.tokenizer char"
     argv = [sys.executable, "-c", WORKER, "shakespeare-char", "--data", str(text)]
     argv += ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
@@ -116,6 +139,9 @@ def test_two_workers_sweep_measure_and_report(text, tmp_path, user_env):
     }
     again = {result.arm: result for result in results.read(path)}
     assert again["dense-16"].val_loss == found["dense-16"].val_loss
+    scope = {}
+    exec(SHRUNKEN, scope)
+    monkeypatch.setitem(SETTINGS, "shakespeare-char", scope["shrunken"])
     _measure_and_report(tmp_path, again, base, hashed)
 
 

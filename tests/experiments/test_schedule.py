@@ -8,7 +8,7 @@ import pytest
 
 from experiments.quality.arms import Arm
 from experiments.quality.design import SEEDS, SETTINGS, Setting, Step
-from experiments.quality.run import placed
+from experiments.quality.run import RESULTS, placed
 from experiments.quality.schedule import next_rate, runs_to_come, spec_of
 from trix_jax.cli.experiment import parse_run
 from trix_jax.lm.experiment import results
@@ -133,16 +133,30 @@ def test_schedule_of_every_setting_ends():
         assert len({r.name for r in done}) == len(order)
 
 
+def shape_of(model):
+    if model.ffn == "dense":
+        return model.dense_width, None, None, None
+    tile_width = None if model.ffn == "lookup" else model.tile_width
+    return None, model.num_tiles, tile_width, model.tiles_per_token
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
-def test_flags_of_every_arm_are_understood_and_no_two_arms_are_the_same(setting):
-    seen = {}
+def test_flags_of_every_arm_mean_what_its_results_were_made_with_and_no_other_arm(
+    setting,
+):
+    seen, made_with = {}, {}
+    for r in results.read(RESULTS / f"{setting.name}.json"):
+        shape = r.width, r.num_tiles, r.tile_width, r.tiles_per_token
+        made_with.setdefault(r.arm, set()).add(shape)
     for group in setting.groups.values():
         for arm in group:
             preset, *flags = placed(spec_of(setting, arm, 1e-3, 42), Path(), "").flags
             config = parse_run([preset, *flags])
             config = dataclasses.replace(config, arm="")
             assert seen.setdefault((config, arm.patch), arm.name) == arm.name
+            shapes = made_with.get(arm.name, set())
+            assert shapes <= {shape_of(config.model)}, arm.name
     assert len(seen) == len(set(seen.values()))
 
 

@@ -107,7 +107,7 @@ def test_results_file_replaces_a_run_and_stays_in_order(tmp_path):
         for arm, loss in (("b", 1.0), ("a", 2.0), ("b", 3.0))
     ]
     for one in lines:
-        add(path, one)
+        add(path, one, tmp_path / "runs")
     assert read(path) == [lines[1], lines[2]]
     assert [p.name for p in path.parent.iterdir()] == ["s.json"]
 
@@ -117,7 +117,7 @@ def test_workers_side_by_side_lose_no_result(tmp_path):
 
     def add_ten(arm):
         for seed in range(10):
-            add(path, made_up(arm=arm, seed=seed, val_loss=1.0))
+            add(path, made_up(arm=arm, seed=seed, val_loss=1.0), tmp_path)
 
     with ThreadPoolExecutor(2) as workers:
         list(workers.map(add_ten, "ab"))

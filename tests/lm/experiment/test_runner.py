@@ -129,7 +129,8 @@ def test_workers_side_by_side_never_make_the_same_run(stub, tmp_path):
     assert states(rows, "seed") == {0: "waiting", 1: "done"}
     assert rows[0]["why"] == "another worker is at it"
     # Who held it has finished it, after the schedule was asked.
-    results.add(tmp_path / "metrics.json", stub_result(runs[0], tmp_path / "runs"))
+    folder = tmp_path / "runs"
+    results.add(tmp_path / "metrics.json", stub_result(runs[0], folder), folder)
     hold.close()
     assert states(rows_of(grid(runs), tmp_path), "seed") == {0: "done", 1: "done"}
     assert not (tmp_path / "runs" / runs[0].name / "log.txt").exists()

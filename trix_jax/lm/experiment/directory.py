@@ -1,6 +1,7 @@
 """What a run's directory says of its run, also while another process is at it."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -76,19 +77,28 @@ def claim(directory: Path) -> IO[str] | None:
     """
     directory.mkdir(parents=True, exist_ok=True)
     file = (directory / "lock").open("w", encoding="utf-8")
-    with contextlib.suppress(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
         return file
     file.close()
     return None
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keeps others who write to a folder waiting, until the end or a SIGKILL."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+def held(path: Path) -> Iterator[None]:
+    """Keeps others who would hold this file waiting, until the end or a SIGKILL."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        _lock(file, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(descriptor)
+
+
+def _lock(file: IO[str], how: int) -> bool:
+    """Whether nobody else has it; where the file system knows no locks nobody has."""
+    try:
+        fcntl.flock(file, how)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+    return True

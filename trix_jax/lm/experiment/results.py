@@ -20,6 +20,7 @@ from trix_jax.lm.experiment.spec import Spec, name_of, public_command
 from trix_jax.lm.report.record import read_run
 
 LAST_SHARE = 0.05  # of the steps, whose training loss counts as the last
+LOCK = "results.lock"  # in a folder of runs
 # Keys that only some records have; the others are written even where they are null.
 OPTIONAL = ("size", "width", "num_tiles", "tile_width")
 
@@ -97,10 +98,12 @@ def write(path: Path, results: Iterable[Result]) -> None:
     write_whole(path, json.dumps(trees, indent=1) + "\n")
 
 
-def add(path: Path, result: Result) -> None:
-    """Adds a record, or replaces that of the same run; workers wait for each other."""
+def add(path: Path, result: Result, folder: Path) -> None:
+    """Adds a record, or replaces that of the same run; workers that share a folder of
+    runs wait for each other.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with held(path.parent):
+    with held(folder / LOCK):
         kept = [one for one in read(path) if one.name != result.name]
         order = ("arm", "learning_rate", "seed")
         ordered = sorted(
@@ -117,7 +120,7 @@ def collect(specs: Sequence[Spec], folder: Path, path: Path) -> list[Result]:
     Raises:
         ValueError: the directory of a finished run is damaged.
     """
-    with held(path.parent):
+    with held(folder / LOCK):
         ended = [
             spec
             for spec in specs

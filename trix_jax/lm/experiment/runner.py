@@ -178,7 +178,7 @@ def _finish(status: _Status, path: Path) -> None:
     except ValueError as error:
         status.state, status.why = "failed", str(error)
         return
-    results.add(path, result)
+    results.add(path, result, status.folder)
     _note_end(status, result)
 
 
