@@ -1,4 +1,6 @@
-"""REPORT.md and its figures, from the committed results (`python -m experiments.report`)."""
+"""REPORT.md and its figures, from the committed results; `python -m experiments.report`
+makes it with all others.
+"""
 
 import itertools
 from collections.abc import Sequence
@@ -243,3 +245,7 @@ def protocol(path: Path) -> list[str]:
         f"{'; '.join(lines)}. An interpolated bigram on the same characters: {runs[0]['bigram_ppl']:.2f}. "
         "Worth little: 50,000 characters to learn from, 3,328 to be judged by, one seed.\n",
     ]
+
+
+if __name__ == "__main__":
+    print(write())

@@ -146,12 +146,7 @@ def _vocabulary(config: RunConfig) -> int:
     return {"byte": 257, "char": 100}.get(config.data.tokenizer, config.data.vocab_size)
 
 
-def _text(
-    rows: list[dict[str, Any]],
-    seeds: int,
-    usd_per_hour: float,
-    command: str,
-) -> str:
+def _table(rows: list[dict[str, Any]], seeds: int) -> str:
     head = (
         "size|arm|parameters|steps|tokens|peak MiB on 1|a GPU of 8|step ms|a run on 1|"
         f"on 8|USD, {seeds} seed(s)|on Thor"
@@ -174,6 +169,15 @@ def _text(
             _duration(SLACK * row["thor_hours"]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _text(
+    rows: list[dict[str, Any]],
+    seeds: int,
+    usd_per_hour: float,
+    command: str,
+) -> str:
     thor = SLACK * sum(row["thor_hours"] for row in rows)
     h100 = SLACK * seeds * sum(row["h100_hours"] for row in rows)
     memory = "Peak memory is from the ahead-of-time compile for sm_90a."
@@ -181,7 +185,7 @@ def _text(
         memory += " A dash was not compiled: the aot group is needed (TRIX_AOT_PYTHON)."
     return "\n".join(
         [
-            *lines,
+            _table(rows, seeds),
             "",
             f"{memory} Everything with a unit of time or money is **modelled**: {SLACK:g} times the "
             "least that arithmetic and memory traffic allow, never measured on such a machine; "

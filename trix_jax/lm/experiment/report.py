@@ -44,12 +44,8 @@ def write_experiment_report(
     """
     directory = Path(directory)
     experiment = experiment or read_notes(directory)
-    specs, runs = experiment.specs, directory / "runs"
-    if runs.is_dir():
-        results = collect(specs, runs, directory / RESULTS)
-    else:
-        known = {result.name: result for result in read(directory / RESULTS)}
-        results = [known[spec.name] for spec in specs if spec.name in known]
+    specs = experiment.specs
+    results = _results(directory, specs)
     finished = [result for result in results if result.is_finite]
     if not finished:
         raise ValueError(
@@ -60,10 +56,9 @@ def write_experiment_report(
     sizes = list(dict.fromkeys(size for size, _ in found))
     figures = directory / "plots"
     plots.costs(figures / "costs.png", found, known_floors if len(sizes) == 1 else {})
-    label = _label(experiment, results)
     parts = [
         f"# {experiment.title}",
-        *filter(None, [experiment.question, label]),
+        *filter(None, [experiment.question, _label(experiment, results)]),
         *(_headline(size, found, known_floors.get(size, {})) for size in sizes),
         "![Validation loss against parameters, compute, bits and seconds](plots/costs.png)",
         "## What the original's plan expected",
@@ -76,6 +71,14 @@ def write_experiment_report(
     path = directory / "REPORT.md"
     write_whole(path, "\n\n".join(parts) + "\n")
     return path
+
+
+def _results(directory: Path, specs: Sequence[Spec]) -> list[Result]:
+    """In the order asked; collected anew where the run directories are."""
+    if (directory / "runs").is_dir():
+        return collect(specs, directory / "runs", directory / RESULTS)
+    known = {result.name: result for result in read(directory / RESULTS)}
+    return [known[spec.name] for spec in specs if spec.name in known]
 
 
 def _label(experiment: Experiment, results: Sequence[Result]) -> str:

@@ -94,9 +94,8 @@ def run_all(
             if signals.caught:
                 _stop(statuses.values(), path)
                 show([_row(s) for s in statuses.values()])
-                raise Interrupted(
-                    f"stopped by {signals.caught}; every run has saved. The same command goes on."
-                )
+                what = f"stopped by {signals.caught}; every run has saved."
+                raise Interrupted(f"{what} The same command goes on.")
             for status in statuses.values():
                 if status.state == "running":
                     _reap(status, path, free, retries)
