@@ -4,8 +4,10 @@
 `checkpoints/`, and `data/` where the run prepared its own.
 """
 
+import contextlib
+import fcntl
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -14,7 +16,7 @@ import numpy as np
 import optax
 import yaml
 
-from trix_jax.files import write_json, write_whole
+from trix_jax.files import write_json, write_whole, writing
 from trix_jax.lm import config as run_config
 from trix_jax.lm.checkpoint import checkpoint
 from trix_jax.lm.config import RunConfig, to_tree
@@ -116,6 +118,29 @@ def resume_step(workdir: Path, resume: Resume, report: Report) -> int | None:
             f"resume='must' needs a workdir with a checkpoint. Got {workdir}, which has none."
         )
     return good
+
+
+@contextlib.contextmanager
+def held(workdir: Path, report: Report) -> Iterator[None]:
+    """Keeps other processes out of a run directory, until this one ends in whatever way.
+
+    Raises:
+        RuntimeError: another process trains there.
+    """
+    with writing(workdir / ".lock"):
+        file = (workdir / ".lock").open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(
+                f"another process trains in {workdir}: wait for it, or use another workdir."
+            ) from None
+        except OSError as error:
+            report(
+                f"{workdir} cannot be locked ({error.strerror}): train here once only"
+            )
+        yield
 
 
 def settle(
