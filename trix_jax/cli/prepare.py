@@ -3,7 +3,7 @@
 import dataclasses
 
 from trix_jax.cli.common import print_json, say
-from trix_jax.lm.data import DataConfig, prepare
+from trix_jax.lm.data import DataConfig, check_typed, prepare
 from trix_jax.lm.data.datasets import DATASETS
 from trix_jax.lm.presets import parse
 from trix_jax.lm.signals import Signals
@@ -19,6 +19,8 @@ class Args:
     workdir: str
     """Where the store goes."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    rebuild: bool = False
+    """Make the store again, from what the text is now."""
     json: bool = False
     """End standard output with the result as one line of JSON."""
 
@@ -29,10 +31,12 @@ def main(argv: list[str]) -> None:
         (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
     )
     args = parse(Args, flags, "prepare", _named(name) if name else None)
+    check_typed(args.data, flags)
     report = say(args.json)
     state = f"before {args.workdir} was complete; nothing was written there"
     with Signals() as signals, signals.at_once(state):
-        store = prepare(args.data, args.workdir, report)
+        changed = "rebuild" if args.rebuild else "refuse"
+        store = prepare(args.data, args.workdir, report, changed=changed)
     report(f"{args.workdir}: fingerprint {store.fingerprint}")
     if args.json:
         print_json(
