@@ -10,6 +10,8 @@ The recipe, for an FFN `act(x @ W_up) @ W_down`:
    layer ternarizes them itself, with a scale a channel, and reads its address off them.
 3. Fine-tune a few hundred steps: the routing state starts at zero and finds even loads.
 
+Routes are by hidden state: a tile's units are those that answer to similar ones.
+
 One run of the defaults, 1,000 and 200 steps, one seed (two CPU cores of an AMD EPYC,
 jax 0.12.0.1, 24 November 2026), validation loss in nats a byte: dense 1.154, and 1.134
 after 200 steps more.
@@ -80,7 +82,7 @@ def main(steps: int, short: int):
     print(f"dense, {short} more: {evaluate(teacher, longer):.3f}")
 
     for k in (N, 4, 2):
-        model = Transformer(tiles(k))
+        model = Transformer(tiles(k), by_token=False)
         fresh = jax.jit(model.init)(key, sample)
         variables = convert(trained, fresh)
         before = evaluate(model, variables)

@@ -3,8 +3,9 @@
     python examples/linen_transformer.py [STEPS]
 
 Reads the source of Python's own `argparse`, so nothing is downloaded. What a dense FFN
-does not ask for: its auxiliary loss, averaged over the blocks, is added, and the
-collection "routing" goes through the step beside the parameters.
+does not ask for: the token embeddings go through every block to the layer's routing, its
+auxiliary loss, averaged over the blocks, is added, and the collection "routing" goes
+through the step beside the parameters.
 """
 
 import argparse
@@ -24,33 +25,46 @@ V, L, D, H, LAYERS = 128, 64, 64, 4, 2  # vocabulary (ASCII), length, width, hea
 
 
 class Block(nn.Module):
-    """Computes `x += attention(norm(x))`, `x += ffn(norm(x))`."""
+    """Computes `x += attention(norm(x))`, `x += ffn(norm(x))`; the FFN's signatures meet
+    `router_input`.
+    """
 
     ffn: Callable[[], nn.Module]
 
     @nn.compact
-    def __call__(self, x_BLD, train: bool):
+    def __call__(self, x_BLD, router_input_BLD, train: bool):
         qkv = nn.DenseGeneral((3, H, D // H), use_bias=False)(nn.RMSNorm()(x_BLD))
         q_BLHE, k_BLHE, v_BLHE = jnp.moveaxis(qkv, -3, 0)
         y = jax.nn.dot_product_attention(q_BLHE, k_BLHE, v_BLHE, is_causal=True)
         x_BLD += nn.DenseGeneral(D, axis=(-2, -1), use_bias=False)(y)
-        y_BLD, _, aux = self.ffn()(nn.RMSNorm()(x_BLD), train)
+        y_BLD, _, aux = self.ffn()(
+            nn.RMSNorm()(x_BLD), train, router_input=router_input_BLD
+        )
         return x_BLD + y_BLD, aux["total_aux"]
 
 
 class Transformer(nn.Module):
-    """Next-token logits, and the mean of the blocks' auxiliary losses."""
+    """Next-token logits, and the mean of the blocks' auxiliary losses.
+
+    Attributes:
+        ffn: makes a block's FFN.
+        by_token: whether routes are the token's, by its embedding, or the hidden
+            state's.
+    """
 
     ffn: Callable[[], nn.Module]
+    by_token: bool = True
 
     @nn.compact
     def __call__(self, tokens_BL, train: bool = False):
         embed = nn.Embed(V, D, embedding_init=nn.initializers.normal(0.02))
         positions = self.param("positions", nn.initializers.normal(0.02), (L, D))
-        x_BLD = embed(tokens_BL) + positions[None, : tokens_BL.shape[1]]
+        embeddings_BLD = embed(tokens_BL)
+        x_BLD = embeddings_BLD + positions[None, : tokens_BL.shape[1]]
+        router_input_BLD = embeddings_BLD if self.by_token else None
         losses = []
         for _ in range(LAYERS):
-            x_BLD, aux = Block(self.ffn)(x_BLD, train)
+            x_BLD, aux = Block(self.ffn)(x_BLD, router_input_BLD, train)
             losses.append(aux)
         return embed.attend(nn.RMSNorm()(x_BLD)), jnp.mean(jnp.stack(losses))
 

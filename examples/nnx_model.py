@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from trix_jax import HierarchicalTriXFFN, routing
+from trix_jax import SparseTriXFFN, routing
 
 Routing = nnx.variable_type_from_name("routing", allow_register=True)
 
@@ -22,14 +22,16 @@ class Regressor(nnx.Module):
 
     def __init__(self, width: int, rngs: nnx.Rngs):
         self.embed = nnx.Linear(2, width, rngs=rngs)
-        ffn = HierarchicalTriXFFN(width, num_tiles=8, tiles_per_cluster=4)
+        ffn = SparseTriXFFN(width, num_tiles=16, tiles_per_token=4)
         sample = jnp.zeros((1, width))
         self.ffn = nnx.bridge.ToNNX(ffn, rngs=rngs).lazy_init(sample)
         self.head = nnx.Linear(width, 1, rngs=rngs)
 
     def __call__(self, inputs, train: bool = False):
         x = self.embed(inputs)
-        y, info, aux = self.ffn(x, train, mutable=["routing"] if train else False)
+        mutable = ["routing"] if train else False
+        # In a deeper model every layer gets the embedding as its `router_input`.
+        y, info, aux = self.ffn(x, train, router_input=x, mutable=mutable)
         return self.head(x + y), info, aux["total_aux"]
 
 

@@ -3,7 +3,9 @@
     python examples/plain_functions.py
 
 `apply` is a pure function of `{"params", "routing"}`, so JAX's transformations work as
-they do on any other; what to do with the routing state is said at each.
+they do on any other; what to do with the routing state is said at each. `x` stands for
+token embeddings: the first layer matches its own input, the stack of layers gets `x` as
+`router_input`.
 """
 
 import os
@@ -17,7 +19,7 @@ from jax.sharding import AxisType, PartitionSpec
 from trix_jax import SparseTriXFFN, routing
 
 D, LAYERS = 16, 3
-ffn = SparseTriXFFN(D, num_tiles=4)
+ffn = SparseTriXFFN(D, num_tiles=16, tiles_per_token=4)
 x = jax.random.normal(jax.random.key(0), (8, 4, D))
 variables = ffn.init(jax.random.key(1), x)
 
@@ -44,7 +46,7 @@ assert (moved["tiles"]["router"]["bias"] != 0).any()
 # vmap, over the batch: the same outputs, each example with counts of its own.
 outputs, info, _ = jax.jit(jax.vmap(lambda row: ffn.apply(variables, row)))(x)
 assert jnp.allclose(outputs, y, atol=1e-5)
-assert info.counts.shape == (8, 4)
+assert info.counts.shape == (8, 16)
 
 # scan over layers, with remat: weights and state carry a leading axis, `routing.update`
 # takes them as they are.
@@ -57,7 +59,9 @@ def stack_loss(params, state, x):
     def layer(h, weights):
         params, state = weights
         variables = {"params": params, "routing": state}
-        (y, _, aux), new = ffn.apply(variables, h, train=True, mutable=["routing"])
+        (y, _, aux), new = ffn.apply(
+            variables, h, train=True, router_input=x, mutable=["routing"]
+        )
         return h + y, (aux["total_aux"], new["routing"])
 
     y, (aux, reported) = jax.lax.scan(layer, x, (params, state))
@@ -68,14 +72,14 @@ grads, reported = jax.jit(jax.grad(stack_loss, has_aux=True))(
     stack["params"], stack["routing"], x
 )
 moved = routing.update(reported)
-assert moved["tiles"]["router"]["bias"].shape == (LAYERS, 4)
+assert moved["tiles"]["router"]["bias"].shape == (LAYERS, 16)
 
 # shard_map, data parallel. Two traps: the layer and `update` take the axis name, so
 # that losses and loads are those of the whole batch; and `check_vma=False`, because
 # under shard_map's own rule the gradient of replicated parameters arrives summed
 # already, and a pmean would not undo it.
 mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
-parallel_ffn = SparseTriXFFN(D, num_tiles=4, axis_name="data")
+parallel_ffn = ffn.clone(axis_name="data")
 P = PartitionSpec
 
 

@@ -1,5 +1,5 @@
-"""`SparseTriXFFN`: flat routing over a few ternary tiles, in a training step of your
-own.
+"""`SparseTriXFFN`, as recommended: four of sixteen ternary tiles a token, by the token's
+embedding, in a training step of your own.
 
     python examples/sparse_ffn.py
 """
@@ -9,18 +9,23 @@ import jax.numpy as jnp
 
 from trix_jax import SparseTriXFFN, freeze, routing
 
-x = jax.random.normal(jax.random.key(0), (8, 16, 32))  # (batch, length, d_model)
-target = jnp.sin(2 * x)
+table = jax.random.normal(jax.random.key(0), (50, 32))  # a model's embeddings
+tokens = jax.random.randint(jax.random.key(1), (8, 16), 0, 50)  # (batch, length)
+embeddings = table[tokens]
+x = embeddings + 0.5 * jax.random.normal(jax.random.key(2), embeddings.shape)
+target = jnp.sin(2 * x)  # x: the hidden state that reaches the FFN
 
-ffn = SparseTriXFFN(d_model=32, num_tiles=4, tiles_per_token=2)
-variables = ffn.init(jax.random.key(1), x)  # "params", and the routing's state
+ffn = SparseTriXFFN(d_model=32, num_tiles=16, tiles_per_token=4)
+variables = ffn.init(jax.random.key(3), x)  # "params", and the routing's state
 
 
 @jax.jit
 def step(params, state):
     def loss_fn(params):
         variables = {"params": params, "routing": state}
-        (y, _, aux), new = ffn.apply(variables, x, train=True, mutable=["routing"])
+        (y, _, aux), new = ffn.apply(
+            variables, x, train=True, router_input=embeddings, mutable=["routing"]
+        )
         task = jnp.mean((y - target) ** 2)
         return task + aux["total_aux"], (task, new["routing"])  # 1. add total_aux
 
@@ -38,6 +43,10 @@ assert loss < first
 
 trained = {"params": params, "routing": state}
 packed = freeze(ffn, trained, x)
-y, info, _ = ffn.apply(packed, x)
-assert (y == ffn.apply(trained, x)[0]).all()
+y, info, _ = ffn.apply(packed, x, router_input=embeddings)
+assert (y == ffn.apply(trained, x, router_input=embeddings)[0]).all()
+by_token = {}
+for token, tiles in zip(tokens.ravel(), info.tiles.reshape(-1, 4), strict=True):
+    by_token.setdefault(int(token), set()).add(tuple(tiles.tolist()))
+assert all(len(found) == 1 for found in by_token.values())  # the token alone decides
 print(f"equal bit for bit after packing; tokens a tile {info.counts.astype(int)}")

@@ -3,8 +3,9 @@ spot.
 
     python examples/vision_transformer.py
 
-Four classes: the direction of the stripes. Under `train=True` the dropout of the layer
-needs an rng, as any Linen dropout does.
+Four classes: the direction of the stripes. There are no tokens, so `router_input` is left
+out and patches are routed by their hidden state. Under `train=True` the dropout of the
+layer needs an rng, as any Linen dropout does.
 """
 
 import jax
@@ -23,7 +24,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BLD, train: bool):
         x_BLD += nn.MultiHeadDotProductAttention(H)(nn.LayerNorm()(x_BLD))
-        ffn = SparseTriXFFN(D, num_tiles=8, tiles_per_token=2, dropout=0.1)
+        ffn = SparseTriXFFN(D, num_tiles=16, tiles_per_token=4, dropout=0.1)
         y_BLD, _, aux = ffn(nn.LayerNorm()(x_BLD), train)
         return x_BLD + y_BLD, aux["total_aux"]
 

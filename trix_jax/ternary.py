@@ -171,6 +171,26 @@ def hard_ternary(
     return Ternary(q, scale)
 
 
+def as_served(config: TernaryConfig) -> TernaryConfig:
+    """The config whose weights are those that `freeze` stores, at any progress; real
+    weights (mode "none") are served as they are.
+    """
+    if config.mode == "none":
+        return config
+    return dataclasses.replace(config, mode="ste", full_precision_fraction=0.0)
+
+
+def is_as_served(config: TernaryConfig, progress: float) -> bool:
+    """Whether training computes at `progress` with the weights that are served."""
+    first = {
+        "none": 0.0,
+        "ste": config.full_precision_fraction,
+        "progressive": config.hard_fraction,
+        "soft": float("inf"),
+    }
+    return progress >= first[config.mode]
+
+
 def expand_scale(
     scale: Float[Array, "*N G S"], contraction: int
 ) -> Float[Array, "*N I S"]:

@@ -74,7 +74,7 @@ def test_unknown_verb_exits_two_and_lists_verbs(capsys):
         (["--model.n-heads", "3"], "n_heads=3 must divide d_model=16"),
         (["--model.tiles-per-token", "9"], "tiles_per_token=9"),
         (["--train.steps", "0"], "steps must be at least 1"),
-        (["--arm", "dens"], "arm must be one of base, dense"),
+        (["--arm", "dens"], "arm must be one of dense, base"),
         (["--data.path", "/nowhere/x.txt"], "/nowhere/x.txt"),
         (["--model.vocab-size", "3"], "vocab_size=3 must be the tokenizer's"),
     ],

@@ -44,7 +44,7 @@ def test_read_yaml_missing_file_raises(tmp_path):
 def test_preset_flags_unknown_arm_names_those_there_are(tmp_path):
     path = tmp_path / "p.yaml"
     path.write_text("arms: {dense: {model.ffn: dense}}\n")
-    with pytest.raises(ValueError, match=r"base, dense\. Got 'dens'"):
+    with pytest.raises(ValueError, match=r"dense, base\. Got 'dens'"):
         presets.preset_flags(path, "dens")
 
 

@@ -94,11 +94,14 @@ def test_named_arm_is_what_the_original_plan_asks(path):
         assert (model.num_tiles, model.router_input) == (TILES[path.stem], "hidden")
 
 
-def test_arm_that_starts_from_itself_is_refused(tmp_path):
+@pytest.mark.parametrize("like", ["twin", "moe", "[dense]", "other"])
+def test_arm_that_starts_from_no_plain_arm_is_refused(like, tmp_path):
     path = tmp_path / "p.yaml"
-    path.write_text("arms: {dense: {like: dense, model.ffn: dense}}\n")
-    with pytest.raises(ValueError, match=r"like .* another arm\. Got 'dense'"):
-        preset(path, "dense")
+    path.write_text(
+        f"arms: {{twin: {{like: {like}}}, other: {{like: dense}}, dense: {{}}}}\n"
+    )
+    with pytest.raises(ValueError, match=r"arms.twin.like .* without a like"):
+        preset(path, "twin")
 
 
 def test_matched_width_is_that_of_the_arm_it_starts_from(tmp_path):

@@ -1,24 +1,19 @@
 """Blocks, attention and the language model: formulas, causality, cached decoding."""
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
-from flax.traverse_util import flatten_dict
 
 from trix_jax import (
     HierarchicalTriXBlock,
     HierarchicalTriXFFN,
-    RoutingConfig,
     SparseLookupBlock,
     SparseLookupFFN,
     SparseTriXBlock,
     SparseTriXFFN,
-    TernaryConfig,
     TransformerConfig,
     TransformerLM,
 )
@@ -189,57 +184,6 @@ FIELDS = {
 }
 
 
-# None of these is a default, so that one which a block forgets to pass is seen.
-ARGUMENTS = {
-    "d_hidden": 6,
-    "num_tiles": 8,
-    "expansion": 2,
-    "tiles_per_cluster": 4,
-    "top_k_clusters": 2,
-    "tiles_per_token": 2,
-    "grid_size": 3,
-    "compress_hidden": 5,
-    "ternary_splines": False,
-    "width": 24,
-    "dropout": 0.25,
-    "activation": "silu",
-    "ternary": TernaryConfig(rule="threshold"),
-    "routing": RoutingConfig(gate="none"),
-    "up_init": jax.nn.initializers.ones,
-    "down_init": jax.nn.initializers.zeros,
-    "dtype": jnp.bfloat16,
-    "param_dtype": jnp.bfloat16,
-    "axis_name": "data",
-    "tile_axis": "tile",
-}
-
-
-def arguments_of(layer):
-    names = {field.name for field in dataclasses.fields(layer)}
-    return {n: getattr(layer, n) for n in names & ARGUMENTS.keys()}
-
-
-@pytest.mark.parametrize("name", BLOCKS)
-def test_every_argument_of_a_block_reaches_its_ffn_and_the_tiles(name):
-    kind, modules = type(BLOCKS[name]), {}
-    taken = {field.name for field in dataclasses.fields(kind)} & ARGUMENTS.keys()
-    block = kind(D, H, **{n: ARGUMENTS[n] for n in taken})
-
-    def note(call, args, kwargs, context):
-        modules[context.module.name] = context.module
-        return call(*args, **kwargs)
-
-    with nn.intercept_methods(note):
-        jax.eval_shape(block.init, jax.random.key(0), jnp.ones((2, L, D)))
-    ffn = arguments_of(modules["ffn"])
-    assert ffn == {n: ARGUMENTS[n] for n in ffn}
-    assert type(modules["ffn"]) is FFN_OF[name]
-    if name != "dense":
-        settings = arguments_of(modules["router"].settings)
-        shared = ffn.keys() & settings.keys()
-        assert {n: settings[n] for n in shared} == {n: ffn[n] for n in shared}
-
-
 # Language model --------------------------------------------------------------------------------------------------------
 
 
@@ -317,42 +261,6 @@ def test_model_without_a_vocabulary_is_refused():
     model = TransformerLM(config(vocab_size=None))
     with pytest.raises(ValueError, match="vocab_size must be set"):
         jax.eval_shape(model.init, jax.random.key(0), TOKENS)
-
-
-STATE = {"bias", "margins", "signature", "frozen"}
-CLUSTERS = STATE | {"members", "cluster_bias", "cluster_margins"}
-TILED = {"tiles/up/kernel", "tiles/down/kernel"}
-FFN_PATHS = {
-    "dense": ({"up/kernel", "down/kernel"}, set()),
-    "sparse": (TILED, {f"tiles/router/{name}" for name in STATE}),
-    "hierarchical": (
-        TILED | {"norm/scale", "output_scale"},
-        {f"tiles/router/{name}" for name in CLUSTERS},
-    ),
-    "lookup": (
-        {"norm/scale", "norm/bias", "directions", "output_scale"}
-        | {"splines/kernel", "spline_scale"}
-        | {
-            f"compress_{end}/{of}" for end in ("in", "out") for of in ("kernel", "bias")
-        },
-        {f"router/{name}" for name in CLUSTERS},
-    ),
-}
-
-
-@every_ffn
-def test_paths_of_variables_stay_what_saved_runs_have(ffn):
-    model = TransformerLM(config(ffn, n_layers=1, tied=False))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
-    params, state = FFN_PATHS[ffn]
-    attention = {"attention/qkv/kernel", "attention/out/kernel"}
-    block = attention | {"attention_norm/scale", "ffn_norm/scale"}
-    block |= {f"ffn/{path}" for path in params}
-    outside = {"embed/embedding", "positions/embedding", "norm/scale", "head/kernel"}
-    expected = outside | {f"block_00/{path}" for path in block}
-    assert set(flatten_dict(shapes["params"], sep="/")) == expected
-    found = set(flatten_dict(shapes.get("routing", {}), sep="/"))
-    assert found == {f"block_00/ffn/{path}" for path in state}
 
 
 def count(**kwargs):

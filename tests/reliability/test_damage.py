@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from trix_jax.lm.checkpoint import checkpoint
+from trix_jax.lm.data import prepare
 from trix_jax.lm.serve.load import load_run, open_run_data
 from trix_jax.lm.train.evaluate import evaluate
 from trix_jax.lm.train.loop import train
@@ -181,3 +182,26 @@ def test_other_data_is_refused_unless_asked_for(
         train(config, run, devices=one_device, report=quiet)
     done = train(config, run, devices=one_device, other_data=True, report=quiet)
     assert done["steps"] == 10
+
+
+def test_other_data_with_another_tokenizer_is_refused_and_nothing_is_overwritten(
+    run_dir, tiny_config, one_device, tmp_path
+):
+    """Another alphabet of the same size: the ids would fit, and mean other letters."""
+    run, quiet = tmp_path / "run", lambda _: None
+    shutil.copytree(run_dir, run)
+    own = (run / "tokenizer.json").read_bytes()
+    text = Path(tiny_config.data.path).read_text()
+    (tmp_path / "other.txt").write_text(text.replace("t", "T").replace("e", "E"))
+    data = dataclasses.replace(tiny_config.data, path=str(tmp_path / "other.txt"))
+    store = prepare(data, tmp_path / "store", quiet)
+    assert store.tokenizer.vocab_size == load_run(run)[2].vocab_size
+    data = dataclasses.replace(tiny_config.data, path=str(tmp_path / "store"))
+    config = dataclasses.replace(tiny_config, data=data)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(
+        ValueError, match=r"must have the tokenizer of .*tokenizer\.json"
+    ):
+        train(config, run, devices=one_device, other_data=True, report=quiet)
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+    assert (run / "tokenizer.json").read_bytes() == own

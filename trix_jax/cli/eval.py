@@ -40,12 +40,15 @@ def main(argv: list[str]) -> None:
         f"{result.val_ppl:.3f}, {result.val_bits_per_byte:.4f} bits per byte, "
         f"{result.tokens:,} tokens"
     )
+    if result.val_loss_unquantized is not None:
+        report(f"unquantized, as it trained: {result.val_loss_unquantized:.4f}")
     runs = implementation(variables, model.config.ternary.activations)
     report(f"ternary matmuls: {runs}")
     if args.json:
         print_json(
             {
                 "val_loss": result.val_loss,
+                "val_loss_unquantized": result.val_loss_unquantized,
                 "val_ppl": result.val_ppl,
                 "val_bits_per_byte": result.val_bits_per_byte,
                 "tokens": result.tokens,

@@ -1,6 +1,7 @@
 """`trix-jax export --checkpoint DIR --output DIR`."""
 
 import dataclasses
+from typing import Any
 
 from trix_jax.cli.common import print_json, say
 from trix_jax.lm.presets import parse
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> None:
         f"{args.output}: FFN weights {sizes['ffn_float32']:,} bytes in float32, "
         f"{sizes['ffn_packed']:,} packed with their scales, {ratio:.2f} times fewer"
     )
-    more = {}
+    more = _change(args, model, variables, report)
     if args.card:
         from trix_jax.lm.report.record import read_run
         from trix_jax.lm.serve.card import write_card
@@ -57,3 +58,24 @@ def main(argv: list[str]) -> None:
         report(f"{program}: {program.stat().st_size:,} bytes, tokens to logits")
     if args.json:
         print_json({"output": args.output, **sizes, "ratio": ratio, **more})
+
+
+def _change(args: Args, model, variables, report) -> dict[str, Any]:
+    """What packing does to the validation loss of weights that trained unquantized to
+    the end; nothing for others, whose numbers stay.
+    """
+    from trix_jax.lm.serve.load import open_run_data
+    from trix_jax.lm.train.evaluate import evaluate, trains_as_served
+
+    if trains_as_served(model.config, 1.0):
+        return {}
+    what = f"mode {model.config.ternary.mode!r} trained with real weights and is packed ternary"
+    try:
+        store = open_run_data(args.checkpoint)
+    except (ValueError, OSError) as error:
+        report(f"{what}: its numbers change. By how much is not known: {error}")
+        return {}
+    result = evaluate(model, variables, store)
+    before, after = result.val_loss_unquantized, result.val_loss
+    report(f"{what}: validation loss {before:.4f} becomes {after:.4f}")
+    return {"val_loss": after, "val_loss_unquantized": before}

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         if error.name and error.name.startswith("trix"):
             raise
         print(
-            f"trix-jax {verb} needs {error.name}, which the lm extra brings: pip install 'trix-jax[lm]'.",
+            f"trix-jax {verb} needs {error.name}, which the lm extra brings: pip install -e '.[lm]' in a clone.",
             file=sys.stderr,
         )
         return FAILED

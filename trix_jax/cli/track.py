@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
         count = track(args.workdir, args.to, follow=args.follow)
     except ModuleNotFoundError as error:
         raise RuntimeError(
-            f"the {args.to} extra is needed: pip install 'trix-jax[{args.to}]' ({error})."
+            f"the {args.to} extra is needed: pip install -e '.[{args.to}]' in a clone ({error})."
         ) from error
     say(args.json)(f"{count:,} lines of metrics sent to {args.to}")
     if args.json:

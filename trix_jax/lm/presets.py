@@ -54,17 +54,19 @@ def preset_flags(path: str | Path, arm: str) -> tuple[list[str], list[str]]:
         )
     if arm not in (BASE_ARM, *arms):
         raise ValueError(
-            f"arm must be one of {', '.join(sorted({BASE_ARM, *arms}))}. Got {arm!r}."
+            f"arm must be one of {', '.join([*sorted(arms), BASE_ARM])}. Got {arm!r}."
         )
     overrides = _overrides(path, arms, arm)
     like = overrides.pop("like", None)
     start = to_flags(tree)
     if like is not None:
-        if like == arm or like not in arms:
+        first = _overrides(path, arms, like) if isinstance(like, str) else {}
+        if like not in list(arms) or "like" in first:
             raise ValueError(
-                f"arms.{arm}.like in {path} must name another arm. Got {like!r}."
+                f"arms.{arm}.like in {path} must name an arm without a like of its own. "
+                f"Got {like!r}."
             )
-        start += to_flags(_overrides(path, arms, like))
+        start += to_flags(first)
     return start, to_flags(overrides)
 
 

@@ -211,7 +211,7 @@ def test_read_experiment_makes_a_run_of_every_size_arm_and_seed(small, tmp_path)
         ({"colour": "red"}, "colour in .* must be one of"),
         (
             {"arms": ["moe"], "arm_set": {}},
-            "arm must be one of base, dense, lookup",
+            "arm must be one of dense, lookup, base",
         ),
     ],
 )

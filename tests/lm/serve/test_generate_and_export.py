@@ -18,7 +18,7 @@ from trix_jax import TransformerConfig, TransformerLM, freeze
 from trix_jax.interop import safetensors
 from trix_jax.lm.data import open_store
 from trix_jax.lm.serve.export import export
-from trix_jax.lm.serve.generate import SamplingConfig, generate, sample
+from trix_jax.lm.serve.generate import SamplingConfig, cut, generate, sample
 from trix_jax.lm.serve.load import load_run, open_run_data, resolve_step
 from trix_jax.lm.train.evaluate import evaluate
 from trix_kernels import device
@@ -157,6 +157,36 @@ def test_sample_temperature_top_k_and_top_p_cut_what_they_say():
     sharp = draws(SamplingConfig(temperature=0.05), logits)
     assert sharp[0] > 0.99
     assert draws(SamplingConfig(temperature=0.0), logits)[0] == 1
+
+
+def shares_in_float64(logits, config):
+    """What `cut` leaves, by counting down from the likeliest; of equals the earlier."""
+    with np.errstate(over="ignore"):
+        scaled = (logits - logits.max()).astype(np.float64) / config.temperature
+    order = np.argsort(-logits, kind="stable")[: config.top_k or None]
+    shares = np.exp(scaled[order]) / np.exp(scaled[order]).sum()
+    before = np.concatenate([[0.0], np.cumsum(shares)[:-1]])
+    kept = order[before < config.top_p] if config.top_p < 1 else order
+    full = np.zeros(logits.size)
+    full[kept] = np.exp(scaled[kept])
+    return full / full.sum()
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1.0, 1e38])
+@pytest.mark.parametrize("top_k", [0, 1, 3, 100])
+@pytest.mark.parametrize("top_p", [1e-9, 0.9, 1.0])
+def test_cut_at_its_limits_is_that_of_float64(temperature, top_k, top_p):
+    logits = np.asarray([-3.0, 2.0, 7.5, 7.5, -80.0, 4.0, 0.0, 7.25], np.float32)
+    config = SamplingConfig(temperature, top_k, top_p)
+    got = np.asarray(jax.nn.softmax(cut(jnp.asarray(logits)[None], config)[0]))
+    want = shares_in_float64(logits, config)
+    # A share's own rounding, and that of exponents up to the greatest scaled logit.
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-7)
+
+
+def test_tiniest_temperature_takes_the_likeliest():
+    logits = jnp.asarray([1.0, 3.0, 2.0, -1e30])
+    assert draws(SamplingConfig(temperature=1e-38), logits)[1] == 1
 
 
 @pytest.mark.parametrize(

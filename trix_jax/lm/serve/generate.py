@@ -44,21 +44,33 @@ class SamplingConfig:
 def sample(
     logits: Float[Array, "B V"], key: jax.Array, config: SamplingConfig
 ) -> Integer[Array, " B"]:
-    """Draws a token from `softmax(logits / temperature)` cut to `top_k` and `top_p`."""
+    """Draws a token from `softmax(cut(logits, config))`, or takes the likeliest at
+    temperature 0.
+    """
     if config.temperature == 0:
         return jnp.argmax(logits, axis=-1)
-    logits = logits / config.temperature
-    ordered = jnp.sort(logits, axis=-1)[:, ::-1]
-    if 0 < config.top_k < logits.shape[-1]:
-        least = ordered[:, config.top_k - 1 : config.top_k]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-        ordered = jnp.where(ordered < least, -jnp.inf, ordered)
-    if config.top_p < 1:
-        before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
-        before = before - jax.nn.softmax(ordered, axis=-1)
-        kept = jnp.where(before < config.top_p, ordered, jnp.inf)
-        logits = jnp.where(logits < kept.min(axis=-1, keepdims=True), -jnp.inf, logits)
-    return jax.random.categorical(key, logits, axis=-1)
+    return jax.random.categorical(key, cut(logits, config), axis=-1)
+
+
+def cut(logits: Float[Array, "B V"], config: SamplingConfig) -> Float[Array, "B V"]:
+    """Computes `(logits - max(logits)) / temperature`, with -inf for what `top_k` and
+    `top_p` leave out: of equal logits the later ids.
+
+    The greatest is taken off first, so that no temperature, however small, overflows.
+    """
+    temperature = max(config.temperature, float(jnp.finfo(jnp.float32).tiny))
+    logits = logits.astype(jnp.float32)
+    order = jnp.argsort(-logits, axis=-1, stable=True)
+    logits = (logits - logits.max(axis=-1, keepdims=True)) / temperature
+    if config.top_k == 0 and config.top_p == 1:
+        return logits
+    rank = jnp.argsort(order, axis=-1)
+    kept = jnp.arange(logits.shape[-1])[None] < (config.top_k or logits.shape[-1])
+    ordered = jnp.where(kept, jnp.take_along_axis(logits, order, axis=-1), -jnp.inf)
+    shares = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(shares, axis=-1) - shares
+    kept &= before < config.top_p if config.top_p < 1 else True
+    return jnp.where(jnp.take_along_axis(kept, rank, axis=-1), logits, -jnp.inf)
 
 
 def generate(

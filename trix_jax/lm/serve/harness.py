@@ -4,7 +4,9 @@
     run("runs/a", ["my_task"], include_path="folder/of/task/files")
 
 A string's probability is that of its tokens, each given at most a context of those
-before it. What starts a text is conditioned on the tokenizer's end-of-text mark; a
+before it, cut from the left. Context and continuation are encoded together and parted
+by the harness' own rule, and whole texts are read in its own windows, which count every
+token once. What starts a text is conditioned on the tokenizer's end-of-text mark; a
 tokenizer without one has nothing to condition the first token on, which then is not
 scored.
 """
@@ -16,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import lm_eval
 import numpy as np
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
+from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from trix_jax.lm.serve.generate import SamplingConfig, generate
 from trix_jax.lm.serve.load import load_run
@@ -26,7 +28,7 @@ from trix_jax.lm.serve.load import load_run
 NEW_TOKENS = 256  # the harness' own default for tasks that do not say
 
 
-class TrixLM(LM):
+class TrixLM(TemplateLM):
     """A run or an export as the harness sees it."""
 
     def __init__(self, checkpoint: str | Path, step: str = "latest", batch: int = 16):
@@ -35,44 +37,61 @@ class TrixLM(LM):
         self._context, self._batch = self._model.config.context, batch
         self._score = jax.jit(self._score_batch)
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    @property
+    def eot_token_id(self) -> int | None:
+        return self._tokenizer.eot
+
+    def tok_encode(self, string: str, **options: Any) -> list[int]:
+        """Ids of a text, behind the end-of-text mark if there is one."""
+        return self._start() + self._ids(string)
+
+    def loglikelihood(self, requests, disable_tqdm: bool = False):
         """Log-probability of a continuation, and whether greedy decoding gives it.
 
         Raises:
             ValueError: a continuation that is empty, or longer than the model's
                 context.
         """
-        return self._scores([self._pair(*request.args) for request in requests])
+        pairs = [self._pair(*request.args) for request in requests]
+        return self._loglikelihood_tokens(pairs)
 
-    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False):
+        """The same of (context ids, continuation ids)."""
+        return self._scores([self._fitted(*pair) for pair in requests])
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False):
         """Log-probability of whole texts, window after window of the context."""
         totals = []
         for request in requests:
-            ids = self._start() + self._ids(request.args[0])
-            windows = [
-                ids[at : at + self._context + 1]
-                for at in range(0, len(ids) - 1, self._context)
-            ]
-            scored = self._scores([(window, 1) for window in windows])
+            prefix, *ids = self.tok_encode(request.args[0]) or [0]
+            windows = get_rolling_token_windows(ids, prefix, self._context, 1)
+            pairs = [make_disjoint_window(window) for window in windows]
+            scored = self._loglikelihood_tokens(pairs)
             totals.append(sum(value for value, _ in scored))
         return totals
 
-    def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Continues texts until one of the strings that end them, which is left out."""
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """Continues texts until the end-of-text mark, or one of the strings that end
+        them; neither is part of the answer.
+        """
         return [self._continue(*request.args) for request in requests]
 
     def _continue(self, context: str, options: dict[str, Any]) -> str:
         until = options.get("until") or []
         until = [until] if isinstance(until, str) else until
-        temperature = options.get("temperature") or 0.0
-        config = SamplingConfig(temperature=float(temperature))
         count = options.get("max_gen_toks") or NEW_TOKENS
-        prompt = np.asarray(self._start() + self._ids(context), np.int32)
-        ids: list[int] = []
+        ids = self.tok_encode(context)
+        if count < self._context:  # room for what is asked for, as others leave it
+            ids = ids[count - self._context :]
+        prompt = np.asarray(ids, np.int32)
+        new: list[int] = []
         text = ""
-        for token in generate(self._model, self._variables, prompt, count, config):
-            ids.append(token)
-            text = self._tokenizer.decode(ids)
+        sampling = _sampling(options)
+        for token in generate(self._model, self._variables, prompt, count, sampling):
+            if token == self._tokenizer.eot:
+                break
+            new.append(token)
+            text = self._tokenizer.decode(new)
             ends = [text.find(mark) for mark in until if mark and mark in text]
             if ends:
                 return text[: min(ends)]
@@ -84,14 +103,23 @@ class TrixLM(LM):
     def _start(self) -> list[int]:
         return [] if self._tokenizer.eot is None else [self._tokenizer.eot]
 
-    def _pair(self, context: str, continuation: str) -> tuple[list[int], int]:
-        """Tokens, and the first that is scored, at least the second of them."""
-        before, after = self._start() + self._ids(context), self._ids(continuation)
+    def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of a context and of what follows it; white space that ends the context
+        belongs to what follows, where a token may hold both.
+        """
+        if context:
+            return self._encode_pair(context, continuation)
+        return self._start(), self._ids(continuation)
+
+    def _fitted(self, before: list[int], after: list[int]) -> tuple[list[int], int]:
+        """Ids that the model can read, and the first that is scored, at least the
+        second of them.
+        """
         if not after or len(after) > self._context:
             raise ValueError(
                 f"a continuation must have 1 to {self._context} tokens. Got {len(after)}."
             )
-        ids = (before + after)[-self._context - 1 :]
+        ids = [*before, *after][-self._context - 1 :]
         return ids, max(1, len(ids) - len(after))
 
     def _scores(self, pairs: list[tuple[list[int], int]]) -> list[tuple[float, bool]]:
@@ -122,6 +150,14 @@ class TrixLM(LM):
         return jnp.where(counted, own, 0).sum(axis=1), (likeliest | ~counted).all(
             axis=1
         )
+
+
+def _sampling(options: dict[str, Any]) -> SamplingConfig:
+    """A task's own options; greedy unless it asks for a temperature."""
+    greedy = options.get("do_sample") is False
+    temperature = 0.0 if greedy else float(options.get("temperature") or 0.0)
+    top_k, top_p = options.get("top_k") or 0, options.get("top_p") or 1.0
+    return SamplingConfig(temperature, int(top_k), float(top_p))
 
 
 def run(

@@ -55,6 +55,8 @@ class Display:
             else ""
         )
         text = f"step {step}/{self._steps}  validation loss {result.val_loss:.4f}, perplexity {result.val_ppl:.3f}{routing}"
+        if result.val_loss_unquantized is not None:
+            text += f"  (unquantized {result.val_loss_unquantized:.4f})"
         self._last = time.monotonic()
         self.say(text)
 

@@ -2,6 +2,7 @@
 generate or export.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import lru_cache
@@ -18,15 +19,20 @@ from trix_jax.lm.data import (
 )
 from trix_jax.lm.train.step import make_eval_step
 from trix_jax.nn.transformer import TransformerConfig, TransformerLM
+from trix_jax.ops import PACKED
+from trix_jax.ternary import as_served, is_as_served
 
 ROUTES_KEPT = 131_072  # validation tokens whose tiles are remembered, to tell how stable the routing is
 
 
 class Evaluation(NamedTuple):
-    """Results on a split.
+    """Results on a split, of the weights as they are served.
 
     Attributes:
         val_loss: nats a token.
+        val_loss_unquantized: of the weights that training computes with, where they are
+            others: before late quantization, in soft mode and in progressive mode
+            before its end; None where they are the same.
         val_bits_per_byte: of the text's UTF-8 bytes, so that tokenizers compare.
         tile_usage: share of assignments a tile, a list a layer.
         routes: tiles of the first `ROUTES_KEPT` tokens, `uint16[layers, tokens, K]`.
@@ -41,6 +47,7 @@ class Evaluation(NamedTuple):
     max_load: list[float]
     dead_tiles: list[int]
     routes: np.ndarray
+    val_loss_unquantized: float | None = None
 
 
 @lru_cache(maxsize=8)
@@ -56,13 +63,39 @@ def evaluate(
     progress: float = 1.0,
 ) -> Evaluation:
     """Evaluates on every token of the validation split but the first, in windows of the
-    model's context.
+    model's context, as the model will be served: ternary weights are ternary, whatever
+    training computes with at `progress`.
     """
-    step = _compiled(model.config)
+    config = model.config
+    result = _evaluate(_served(config), variables, store, batch_size, progress)
+    if PACKED in variables or trains_as_served(config, progress):
+        return result
+    trained = _evaluate(config, variables, store, batch_size, progress)
+    return result._replace(val_loss_unquantized=trained.val_loss)
+
+
+def trains_as_served(config: TransformerConfig, progress: float) -> bool:
+    """Whether training computes at `progress` with the weights that are served."""
+    has_latent = config.ffn in ("sparse", "hierarchical")
+    return not has_latent or is_as_served(config.ternary, progress)
+
+
+def _served(config: TransformerConfig) -> TransformerConfig:
+    return dataclasses.replace(config, ternary=as_served(config.ternary))
+
+
+def _evaluate(
+    config: TransformerConfig,
+    variables: Any,
+    store: Store,
+    batch_size: int,
+    progress: float,
+) -> Evaluation:
+    step = _compiled(config)
     loss, tokens, routes, kept = 0.0, 0.0, [], 0
     total = np.zeros((), np.float64)
     for batch, mask in eval_batches(
-        store.val, batch_size=batch_size, context=model.config.context
+        store.val, batch_size=batch_size, context=config.context
     ):
         sums = jax.device_get(step(variables, batch, mask, progress))
         loss, tokens = loss + float(sums.loss), tokens + float(sums.tokens)

@@ -282,6 +282,7 @@ def _eval_line(
         "step": step,
         "tokens": step * run.tokens_per_step,
         "val_loss": result.val_loss,
+        **_unquantized(result),
         "val_ppl": result.val_ppl,
         "val_bits_per_byte": result.val_bits_per_byte,
         "tile_usage": result.tile_usage,
@@ -289,3 +290,9 @@ def _eval_line(
         "routing_stability": kept,
         "dead_tiles": result.dead_tiles,
     }
+
+
+def _unquantized(result: Evaluation) -> dict[str, float]:
+    """The loss of the weights that training computes with, where they are others."""
+    value = result.val_loss_unquantized
+    return {} if value is None else {"val_loss_unquantized": value}

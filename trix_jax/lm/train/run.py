@@ -148,9 +148,19 @@ def settle(
     is_new: bool,
 ) -> None:
     """Writes the resolved config, the tokenizer and the environment; a run that is
-    there must have the same config.
+    there must have the same config and tokenizer, since without it nobody can read its
+    steps again.
+
+    Raises:
+        ValueError: it has another; says which, and nothing is written.
     """
-    path = workdir / "config.yaml"
+    path, own = workdir / "config.yaml", workdir / "tokenizer.json"
+    tokenizer = (store.directory / "tokenizer.json").read_bytes()
+    if not is_new and own.is_file() and own.read_bytes() != tokenizer:
+        raise ValueError(
+            f"{store.directory} must have the tokenizer of {workdir}, {own}: with "
+            "another one its steps could not be read again. Use another workdir."
+        )
     if path.exists():
         written = run_config.load(path)
         before, now = (provenance.flat(to_tree(c)) for c in (written, config))
@@ -161,8 +171,7 @@ def settle(
             )
     workdir.mkdir(parents=True, exist_ok=True)
     write_whole(path, yaml.safe_dump(to_tree(config), sort_keys=False))
-    tokenizer = (store.directory / "tokenizer.json").read_text(encoding="utf-8")
-    write_whole(workdir / "tokenizer.json", tokenizer)
+    write_whole(own, tokenizer)
     write_json(workdir / "env.json", metrics.environment(devices))
 
 

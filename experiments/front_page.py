@@ -1,0 +1,260 @@
+"""The tables of the front page and of the results page, from committed results.
+
+    python -m experiments.front_page
+
+reads `experiments/quality/results/*.json` and writes between the lines
+`<!-- front page: NAME -->` and `<!-- end -->` of README.md and docs/results.md.
+
+A loss is the mean over seeds at the best learning rate, with the half width of its 95 %
+t-interval. Memory is that of the FFN weights: as served, counted by the runs
+themselves; in training, float32 weights and Muon's one float32 moment, 8 bytes each.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from experiments.quality import curve
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "experiments" / "quality" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+TRAINING_BYTES = 8
+TRIX, HASH, HIDDEN = (
+    "sparse-16-top4-embedding",
+    "sparse-16-top4-hash",
+    "sparse-16-top4",
+)
+
+
+class Setting(NamedTuple):
+    """A file of results.
+
+    Attributes:
+        compute, memory, params: the trained dense widths nearest to the compute, the
+            served memory and the parameters of TriX; None where none was trained.
+        widths: of the dense curve, where it carries comparisons.
+    """
+
+    about: str
+    compute: int | None = None
+    memory: int | None = None
+    params: int | None = None
+    widths: tuple[int, ...] = ()
+
+
+FRONT = "english-256-muon"
+SETTINGS = {
+    FRONT: Setting(
+        "English, 2,048 BPE tokens, width 256, Muon",
+        256,
+        128,
+        1024,
+        (128, 256, 512, 1024),
+    ),
+    "shakespeare-char-muon": Setting(
+        "TinyShakespeare, 65 characters, width 128, Muon",
+        128,
+        64,
+        512,
+        (64, 128, 256, 512),
+    ),
+    "shakespeare-char": Setting("the same, AdamW", 128, 64, 512),
+    "english-bpe-muon": Setting(
+        "English, 2,048 BPE tokens, width 128, Muon", params=512
+    ),
+    "english-bpe": Setting("the same, AdamW", params=512),
+    "stdlib-bytes": Setting("Python source, bytes, width 128, AdamW"),
+}
+
+
+class Arm(NamedTuple):
+    """Runs of one arm at its best rate: seed to run."""
+
+    runs: Mapping[int, dict[str, Any]]
+
+    @property
+    def one(self) -> dict[str, Any]:
+        """Any run: sizes are the same in all."""
+        return next(iter(self.runs.values()))
+
+    @property
+    def losses(self) -> dict[int, float]:
+        return {seed: run["val_loss"] for seed, run in self.runs.items()}
+
+
+def read(setting: str) -> dict[str, Arm]:
+    """The arms of a setting, each at the rate that is best for the seed that sweeps."""
+    runs = json.loads((RESULTS / f"{setting}.json").read_text("utf-8"))
+    arms = {}
+    for name in {run["arm"] for run in runs}:
+        own = [r for r in runs if r["arm"] == name and r["val_loss"] is not None]
+        first = min(run["seed"] for run in own)
+        swept = {r["val_loss"]: r["learning_rate"] for r in own if r["seed"] == first}
+        rate = swept[min(swept)]
+        arms[name] = Arm({r["seed"]: r for r in own if r["learning_rate"] == rate})
+    return arms
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Computes `mean, t * s / sqrt(n)`: a mean and the half width of its 95 % interval."""
+    quantile = stats.t.ppf(0.975, len(values) - 1)
+    return float(np.mean(values)), float(quantile * stats.sem(values))
+
+
+def shown(values: Sequence[float], sign: str = "") -> str:
+    if len(values) < 2:
+        return f"{values[0]:{sign}.3f} (one seed)"
+    mean, half = interval(values)
+    return f"{mean:{sign}.3f} ± {half:.3f}"
+
+
+def loss_of(arms: Mapping[str, Arm], name: str) -> str:
+    return shown(list(arms[name].losses.values())) if name in arms else "not run"
+
+
+def less(arms: Mapping[str, Arm], name: str, sign: str = "+") -> str:
+    """The loss of TriX less that of another arm, paired by seed."""
+    if name not in arms:
+        return "not run"
+    one, other = arms[TRIX].losses, arms[name].losses
+    return shown([one[seed] - other[seed] for seed in sorted(one.keys() & other)], sign)
+
+
+def row(what: str, arms: Mapping[str, Arm], name: str) -> list[str]:
+    """What an FFN costs and reaches."""
+    run, dense = arms[name].one, arms[f"dense-{SETTINGS[FRONT].params}"].one
+    others = dense["params_total"] - dense["ffn_bits"] // 16
+    return [
+        what,
+        loss_of(arms, name),
+        f"{run['active_width']:,.0f}",
+        f"{run['ffn_bits'] / 8e6:.2f}",
+        f"{(run['params_total'] - others) * TRAINING_BYTES / 1e6:.1f}",
+        "not measured",
+    ]
+
+
+def table(head: str, rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, numbers to the right."""
+    names = head.split("; ")
+    rule = ["---", *["---:"] * (len(names) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (names, rule, *rows)) + "\n"
+
+
+def comparison() -> str:
+    """TriX, the dense FFNs of equal compute, memory and parameters, and the floor."""
+    arms, setting = read(FRONT), SETTINGS[FRONT]
+    twins = {
+        "compute": setting.compute,
+        "served memory": setting.memory,
+        "parameters": setting.params,
+    }
+    rows = [row("**TriX, recommended**", arms, TRIX)]
+    for what, width in twins.items():
+        rows.append(row(f"dense, equal {what}", arms, f"dense-{width}"))
+    floors = json.loads((RESULTS / "ngram-floors.json").read_text("utf-8"))
+    losses = floors[FRONT]["val_loss"]
+    order = min(losses, key=losses.get)
+    rows.append([f"floor: counted {order}-grams", f"{losses[order]:.3f}", *[""] * 4])
+    head = "FFN; loss (nats a token); compute (active width); served (MB)"
+    return table(f"{head}; in training (MB); time (ms a step)", rows)
+
+
+def differences() -> str:
+    """What the recommended configuration is worth, and what it is behind."""
+    arms, params = read(FRONT), f"dense-{SETTINGS[FRONT].params}"
+    compute = arms[TRIX].one["active_width"]
+    return (
+        f"TriX reaches the loss of a dense FFN of width {equivalent(FRONT, arms)} "
+        f"with the compute of width {compute:.0f}.\n"
+        f"**It loses to the dense FFN of equal parameters**, by {less(arms, params, '')} "
+        "nats.\nA fixed hash of the token chooses tiles as well as the signatures do: "
+        f"they are {less(arms, HASH, '')} nats behind it.\n"
+    )
+
+
+def equivalent(name: str, arms: Mapping[str, Arm]) -> str:
+    """The dense width with the loss of TriX, and its 95 % interval."""
+    dense = {w: list(arms[f"dense-{w}"].losses.values()) for w in SETTINGS[name].widths}
+    if not dense:
+        return "no curve"
+    found = curve.equivalent_interval(dense, list(arms[TRIX].losses.values()))
+    return f"{found.value:.0f} (95 %: {found.low:.0f} to {found.high:.0f})"
+
+
+def losses() -> str:
+    """The recommended configuration beside dense FFNs, setting by setting."""
+    rows = []
+    for name, setting in SETTINGS.items():
+        arms = read(name)
+        widths = (setting.compute, setting.memory, setting.params)
+        others = [TRIX, *(f"dense-{w}" for w in widths), HASH, HIDDEN]
+        rows.append([setting.about, *(loss_of(arms, other) for other in others)])
+    head = "setting; TriX, recommended; dense, equal compute; dense, equal memory"
+    head += "; dense, equal parameters; TriX by a hash; TriX by hidden state"
+    return table(head, rows)
+
+
+def paired() -> str:
+    """The same as differences of the recommended configuration to each."""
+    rows = []
+    for name, setting in SETTINGS.items():
+        arms = read(name)
+        widths = (setting.compute, setting.memory, setting.params)
+        others = [*(f"dense-{w}" for w in widths), HASH, HIDDEN]
+        cells = [less(arms, other) for other in others]
+        rows.append([setting.about, *cells, equivalent(name, arms)])
+    head = "setting; dense, equal compute; dense, equal memory; dense, equal parameters"
+    return table(
+        f"{head}; TriX by a hash; TriX by hidden state; dense width of equal loss", rows
+    )
+
+
+LAYERS = {
+    TRIX: "sparse, 16 tiles, 4 a token, by token (recommended)",
+    "sparse-4-embedding": "sparse, 4 tiles, 1 a token, by token",
+    HIDDEN: "sparse, 16 tiles, 4 a token, by hidden state",
+    "sparse-4": "sparse, 4 tiles, 1 a token, by hidden state (the original's)",
+    "hierarchical-16-embedding": "hierarchical, 16 tiles, 1 a token, by token",
+    "hierarchical-16": "hierarchical, the same by hidden state (the original's)",
+    "lookup-16-grid-1-embedding": "lookup, 16 tiles, one cell a spline, by token",
+    "lookup-16-nothing": "attention alone, no FFN",
+    "lookup-16": "lookup, 16 tiles, by hidden state (the original's)",
+    "dense-512": "dense, 512 wide",
+    "dense-64": "dense, 64 wide",
+}
+
+
+def layers() -> str:
+    """Every layer on TinyShakespeare under AdamW."""
+    arms, rows = read("shakespeare-char"), []
+    for name, what in LAYERS.items():
+        run, has_ffn = arms[name].one, name != "lookup-16-nothing"
+        sizes = (run["active_width"], run["ffn_bits"] / 8e3) if has_ffn else (0, 0)
+        cells = [str(len(arms[name].runs)), *(f"{size:,.0f}" for size in sizes)]
+        rows.append([what, loss_of(arms, name), *cells])
+    return table("FFN; loss; seeds; active width; served (kB)", rows)
+
+
+PARTS = {p.__name__: p for p in (comparison, differences, losses, paired, layers)}
+
+
+def filled(page: str) -> str:
+    """A page with its generated parts made anew."""
+    pattern = r"(<!-- front page: (\w+) -->\n).*?(<!-- end -->)"
+    return re.sub(pattern, lambda m: m[1] + PARTS[m[2]]() + m[3], page, flags=re.S)
+
+
+def main() -> None:
+    for path in PAGES:
+        path.write_text(filled(path.read_text("utf-8")), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

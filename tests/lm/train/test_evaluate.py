@@ -1,0 +1,101 @@
+"""Losses are those of the weights as they will be served, whatever training computes
+with.
+"""
+
+import dataclasses
+import json
+
+import pytest
+
+from trix_jax import freeze
+from trix_jax.cli.main import main
+from trix_jax.lm.data import open_store
+from trix_jax.lm.serve.load import load_run
+from trix_jax.lm.train import metrics
+from trix_jax.lm.train.evaluate import evaluate
+from trix_jax.lm.train.loop import train
+from trix_jax.ternary import TernaryConfig, as_served, is_as_served
+
+
+def with_ternary(config, **changes):
+    ternary = dataclasses.replace(config.model.ternary, **changes)
+    model = dataclasses.replace(config.model, ternary=ternary)
+    return dataclasses.replace(config, model=model)
+
+
+@pytest.fixture(scope="module")
+def late(tiny_config, one_device, tmp_path_factory):
+    """Real weights to the end, nearly: quantized in the last step of ten."""
+    run = tmp_path_factory.mktemp("late") / "run"
+    config = with_ternary(tiny_config, full_precision_fraction=0.8, hard_fraction=1.0)
+    train(config, run, devices=one_device, report=lambda _: None)
+    return run
+
+
+def evals(run):
+    lines = metrics.read(run / "metrics.jsonl")
+    return {line["step"]: line for line in lines if line["event"] == "eval"}
+
+
+def packed_loss(run, step):
+    model, variables, _ = load_run(run, step)
+    tokens = [[0] * model.config.context]
+    import jax.numpy as jnp
+
+    packed = freeze(model, variables, jnp.asarray(tokens))
+    return evaluate(model, packed, open_store(run / "data")).val_loss
+
+
+def test_loss_before_late_quantization_is_that_of_the_frozen_weights(late):
+    lines = evals(late)
+    assert lines[5]["val_loss"] == packed_loss(late, 5)
+    assert lines[5]["val_loss_unquantized"] != lines[5]["val_loss"]
+    assert lines[10]["val_loss"] == packed_loss(late, 10)
+    assert "val_loss_unquantized" not in lines[10]
+
+
+def test_best_is_the_best_as_served(late):
+    lines = evals(late)
+    summary = json.loads((late / "summary.json").read_text())
+    assert summary["best_val_loss"] == min(line["val_loss"] for line in lines.values())
+    model, variables, _ = load_run(late, "best")
+    result = evaluate(model, variables, open_store(late / "data"))
+    assert result.val_loss == summary["best_val_loss"]
+
+
+@pytest.mark.slow
+def test_soft_weights_are_evaluated_and_exported_with_what_packing_changes(
+    tiny_config, one_device, tmp_path, capsys
+):
+    run, out = str(tmp_path / "run"), str(tmp_path / "out")
+    config = with_ternary(tiny_config, mode="soft")
+    train(config, run, devices=one_device, report=lambda _: None)
+    assert main(["export", "--checkpoint", run, "--output", out, "--json"]) == 0
+    *_, line = capsys.readouterr().out.splitlines()
+    said = json.loads(line)
+    data = ["--data", f"{run}/data"]
+    assert main(["eval", "--checkpoint", out, *data, "--json"]) == 0
+    *_, line = capsys.readouterr().out.splitlines()
+    assert said["val_loss"] == json.loads(line)["val_loss"]
+    assert json.loads(line)["val_loss_unquantized"] is None
+    assert said["val_loss_unquantized"] != said["val_loss"]
+    assert main(["eval", "--checkpoint", run, "--json"]) == 0
+    *_, line = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["val_loss_unquantized"] == said["val_loss_unquantized"]
+
+
+@pytest.mark.parametrize(
+    ("config", "progress", "served"),
+    [
+        (TernaryConfig(), 0.0, True),
+        (TernaryConfig(mode="none"), 0.0, True),
+        (TernaryConfig(mode="soft"), 1.0, False),
+        (TernaryConfig(mode="progressive", hard_fraction=0.6), 0.59, False),
+        (TernaryConfig(mode="progressive", hard_fraction=0.6), 0.6, True),
+        (TernaryConfig(full_precision_fraction=0.3), 0.29, False),
+        (TernaryConfig(full_precision_fraction=0.3), 0.3, True),
+    ],
+)
+def test_when_training_computes_with_what_is_served(config, progress, served):
+    assert is_as_served(config, progress) == served
+    assert is_as_served(as_served(config), 0.0)
