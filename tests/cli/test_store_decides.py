@@ -1,6 +1,7 @@
 """Flags and presets beside a store that is there: the store decides, and runs say so."""
 
 import dataclasses
+import json
 
 import pytest
 import yaml
@@ -65,3 +66,27 @@ def test_preset_yields_to_the_store_and_the_run_records_what_is_true(
     assert recorded["data"] == dataclasses.asdict(true)
     assert recorded["model"]["vocab_size"] == 300
     assert main([*map(str, argv)]) == 0  # goes on: nothing of the run has changed
+
+
+def test_prepare_of_a_preset_makes_what_its_training_makes(
+    preset, corpus, tmp_path, capsys
+):
+    flags = ["--data.source", "text", "--data.path", str(corpus), "--json"]
+    place, more = str(tmp_path / "store"), ["--data.max-tokens", "3000"]
+    assert main(["prepare", str(preset), "--workdir", place, *flags, *more]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    config = DataConfig("text", str(corpus), "char", val_fraction=0.25, max_tokens=3000)
+    trained = prepare(config, tmp_path / "data", lambda _: None)
+    assert result["fingerprint"] == trained.fingerprint
+    assert result["train_tokens"] == 3000
+    size = len(corpus.read_text())
+    assert result["val_tokens"] == size - int(size * 0.75)
+    # Its own 7 training tokens hold no window of its model's context.
+    assert main(["prepare", str(preset), "--workdir", place + "7", *flags]) == 2
+    assert "at least context + 1 = 17 tokens. Got 7" in capsys.readouterr().err
+
+
+def test_prepare_of_neither_name_nor_preset_says_what_there_is(capsys):
+    assert main(["prepare", "fineweb_6m", "--workdir", "x"]) == 2
+    assert "fineweb_5m, " in (said := capsys.readouterr().err)
+    assert "a .yaml file. Got 'fineweb_6m'" in said
