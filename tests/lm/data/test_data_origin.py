@@ -89,9 +89,15 @@ def test_run_that_goes_on_is_told_and_keeps_its_tokens(
         open_data(run, tmp_path, quiet)
 
 
-def test_source_that_is_gone_blocks_nothing(config, corpus_folder, tmp_path):
+@pytest.mark.parametrize("source", ["stdlib", "jsonl"])
+def test_source_that_is_gone_blocks_nothing(source, tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    texts = (json.dumps({"text": f"text {i}"}) + "\n" for i in range(30))
+    (folder / "a.jsonl").write_text("".join(texts))
+    config = DataConfig(source=source, path=str(folder))
     before = prepare(config, tmp_path / "store", quiet).fingerprint
-    corpus_folder.rename(tmp_path / "elsewhere")
+    folder.rename(tmp_path / "elsewhere")
     lines = []
     assert prepare(config, tmp_path / "store", lines.append).fingerprint == before
     assert [line for line in lines if "is not there any more" in line]

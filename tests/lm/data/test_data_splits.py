@@ -119,3 +119,53 @@ def test_split_that_is_of_no_use_is_refused_and_leaves_nothing(
     with pytest.raises(ValueError, match=message):
         prepare(config, tmp_path / "store", quiet, context)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
+def test_validation_set_of_its_own_is_all_and_only_validation(kind, tmp_path):
+    texts = [f"document {i}: " + "word " * (i % 7) for i in range(50)]
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "a.txt").write_text("other words, ÿ")
+    (tmp_path / "val" / "b.txt").write_text("document 3: word")
+    fields = {"tokenizer": kind, "vocab_size": 300, "val_path": str(tmp_path / "val")}
+    store, lines = prepared(tmp_path, texts, **fields)
+    decode = store.tokenizer.decode
+    assert decode(whole(store.val)).split("<|endoftext|>") == [
+        "other words, ÿ",
+        "document 3: word",
+        "",
+    ]
+    assert decode(whole(store.train)).split("<|endoftext|>") == [*texts, ""]
+    assert store.val_bytes == len("other words, ÿdocument 3: word".encode())
+    assert "validation from val" in store.manifest["source"]
+    capped, _ = prepared(tmp_path, texts, max_tokens=9, max_bytes=99, **fields)
+    assert capped.tokenizer.decode(whole(capped.val)) == decode(whole(store.val))
+    assert len(capped.train) == 9
+    assert not [line for line in lines if "few to divide" in line]
+
+
+def test_one_training_and_one_validation_text_have_no_end_marks(tmp_path):
+    for name in ("train.txt", "val.txt"):
+        (tmp_path / name).write_text(f"the text of {name}")
+    paths = {"path": str(tmp_path / "train.txt"), "val_path": str(tmp_path / "val.txt")}
+    store = prepare(DataConfig(**paths), tmp_path / "store", quiet)
+    assert bytes(whole(store.train).tolist()) == b"the text of train.txt"
+    assert bytes(whole(store.val).tolist()) == b"the text of val.txt"
+    assert store.manifest["sources"]["val"]["files"][0]["name"] == "val.txt"
+    (tmp_path / "val.txt").write_text("the tixt of val.txt")
+    with pytest.raises(ValueError, match=r"than there is now: val\.txt changed"):
+        prepare(DataConfig(**paths), tmp_path / "store", quiet)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "does not exist"), ("", "is empty"), ("x", "the validation split must")],
+)
+def test_validation_set_that_is_none_is_refused(content, message, tmp_path):
+    path, val = tmp_path / "train.txt", tmp_path / "val.txt"
+    path.write_text("some text")
+    if content is not None:
+        val.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        prepare(DataConfig(path=str(path), val_path=str(val)), tmp_path / "s", quiet)
+    assert not (tmp_path / "s").exists()

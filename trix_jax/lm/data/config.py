@@ -22,11 +22,15 @@ class DataConfig:
             and a `path`, it is read off the path.
         path: A prepared store, a file or a folder. None: the embedded default, or a
             download.
+        val_path: A file or a folder of text that is validation, as it is; all text at
+            `path` is then training, and `val_fraction` says nothing. None: a share of
+            the text is.
         tokenizer: Ids are characters of the corpus, UTF-8 bytes, or a byte-level BPE
             trained on the training documents.
         vocab_size: Size of the BPE vocabulary; the other tokenizers have their own.
         val_fraction: Share of the text that is never trained on.
-        max_bytes: Stop reading after this much text. None: read all.
+        max_bytes: Stop reading after this much text, not counting that of `val_path`.
+            None: read all.
         max_tokens: Take this many training tokens; validation stays as it is. None:
             take all.
         near_duplicates: Leave out training documents whose sets of five successive
@@ -47,6 +51,7 @@ class DataConfig:
     near_duplicates: float | None = None
     languages: str | None = None
     licenses: Literal["permissive"] | None = None
+    val_path: str | None = None
 
 
 def check(config: DataConfig) -> None:
@@ -62,6 +67,10 @@ def check(config: DataConfig) -> None:
         raise ValueError(
             "near_duplicates must be between 0 and 1, both excluded, or None. "
             f"Got {config.near_duplicates}."
+        )
+    if config.val_path is not None and is_store(config.val_path):
+        raise ValueError(
+            f"val_path must be text, not a token store. Got {config.val_path!r}."
         )
     if config.tokenizer not in ("char", "byte", "bpe"):
         raise ValueError(

@@ -18,12 +18,13 @@ from typing import Literal
 
 import numpy as np
 
-from trix_jax.lm.data import origin, splits
+from trix_jax.lm.data import splits
 from trix_jax.lm.data.config import DataConfig, check, check_same, recipe
+from trix_jax.lm.data.corpus import Corpus, corpus_of
 from trix_jax.lm.data.datasets import filled_in
 from trix_jax.lm.data.near_duplicates import NearDuplicates
 from trix_jax.lm.data.pipeline import check_context
-from trix_jax.lm.data.sources import describe, infer_source, iter_documents, local_files
+from trix_jax.lm.data.sources import infer_source
 from trix_jax.lm.data.store import (
     TOKENIZER,
     SplitWriter,
@@ -82,11 +83,15 @@ def prepare(
     check(config)
     if config.path is not None and is_store(config.path):
         return open_store(config.path)
-    if config.source == "stdlib" and config.path is not None:
-        config = dataclasses.replace(config, source=infer_source(config.path))
-    config = filled_in(config)
     directory = Path(directory)
-    if is_new := changed == "rebuild" or not is_store(directory):
+    is_kept = changed != "rebuild" and is_store(directory)
+    if config.source == "stdlib" and config.path is not None:
+        # That of a store that stays, whose path may be gone or look otherwise now.
+        made = read_manifest(directory)["config"] if is_kept else {}
+        source = made.get("source") or infer_source(config.path)
+        config = dataclasses.replace(config, source=source)
+    config = filled_in(config)
+    if not is_kept:
         check_free(directory)
         try:
             with new_store(directory) as building:
@@ -95,7 +100,9 @@ def prepare(
             if changed == "rebuild" or not is_store(directory):
                 raise  # else another process prepared it meanwhile
     check_same(directory, recipe(config))
-    if not is_new and (found := _changes(config, directory, report)):
+    if is_kept and (
+        found := corpus_of(config).changes(read_manifest(directory), report)
+    ):
         said = f"{directory} was prepared from other text than there is now: {found}"
         if changed == "refuse":
             raise ValueError(
@@ -106,65 +113,27 @@ def prepare(
     return open_store(directory)
 
 
-def _changes(config: DataConfig, directory: Path, report: Callable[[str], None]) -> str:
-    """How the source differs from what the store was made from, or nothing. A source
-    that is gone is as it was.
-    """
-    manifest = read_manifest(directory)
-    if config.path is None:
-        now = describe(config.source, None)
-        return "" if now == manifest["source"] else f"{manifest['source']}, now {now}"
-    path, noted = Path(config.path), manifest.get("sources", {"files": []})
-    if not noted["files"]:
-        return ""
-    if not path.exists():
-        report(f"{path} is not there any more; {directory} holds its tokens")
-        return ""
-    selection = config.languages, config.licenses
-    try:
-        files = local_files(config.source, path, lambda _: None, *selection)
-        return origin.in_words(origin.changes(noted, path, files))
-    except ValueError as error:
-        return str(error).rstrip(".")
-
-
 def _build(
     config: DataConfig, building: Path, context: int, report: Callable[[str], None]
 ) -> None:
-    def documents(
-        report: Callable[[str], None] = lambda line: None,
-        opened: origin.Opened | None = None,
-    ) -> Iterator[str]:
-        bounds = config.max_bytes, report, config.languages, config.licenses
-        return iter_documents(config.source, config.path, *bounds, opened)
-
-    opened = origin.Opened()
-    with_characters = config.tokenizer == "char"
-    texts = documents(report, opened)
-    survey = splits.survey(texts, config.val_fraction, with_characters)
-    if not survey.documents:
-        raise ValueError(
-            f"source={config.source!r} at path={config.path!r} holds no text."
-        )
-    splits.tell_cut(survey, report)
-    tokenizer = _make_tokenizer(documents, survey, config)
+    corpus = corpus_of(config)
+    survey = corpus.survey(report)
+    tokenizer = _make_tokenizer(corpus, survey)
     tokenizer.save(building / TOKENIZER)
-    copies = _near_duplicates(documents, survey, config, report)
+    copies = _near_duplicates(corpus, survey, report)
     with (
         SplitWriter(building, "train", tokenizer.vocab_size) as train,
         SplitWriter(building, "val", tokenizer.vocab_size) as val,
     ):
         written = {"train": train, "val": val}
-        removed = _write(
-            documents(), written, survey, tokenizer, copies, config, report
-        )
+        removed = _write(corpus, written, survey, tokenizer, copies, report)
     for name, split in (("training", train), ("validation", val)):
         check_context(name, split, context)
-    source = describe(config.source, config.path)
-    sources = origin.note(opened, Path(config.path or ""))
+    source, sources = corpus.describe(), corpus.note()
     write_manifest(building, recipe(config), source, written, removed, sources)
+    count = survey.documents + survey.val_documents
     report(
-        f"prepared {survey.documents:,} document(s): {source}; {tokenizer.kind} vocabulary of {tokenizer.vocab_size:,}"
+        f"prepared {count:,} document(s): {source}; {tokenizer.kind} vocabulary of {tokenizer.vocab_size:,}"
     )
     for name, split in written.items():
         report(f"{name}: {split.tokens:,} tokens, {split.bytes:,} bytes of text")
@@ -177,33 +146,29 @@ def _build(
 
 
 def _near_duplicates(
-    documents: Callable[[], Iterable[str]],
-    survey: splits.Survey,
-    config: DataConfig,
-    report: Callable[[str], None],
+    corpus: Corpus, survey: splits.Survey, report: Callable[[str], None]
 ) -> NearDuplicates | None:
-    if config.near_duplicates is None or survey.documents < 2:
+    threshold = corpus.config.near_duplicates
+    if threshold is None or survey.documents + survey.val_documents < 2:
         return None
     report("indexing validation documents, to find their near-duplicates")
-    sides = splits.sides(documents(), survey, config.val_fraction)
-    val = (text for side, text in sides if side == "val")
-    return NearDuplicates(val, config.near_duplicates)
+    return NearDuplicates(corpus.side("val", survey), threshold)
 
 
 def _write(
-    documents: Iterable[str],
+    corpus: Corpus,
     written: dict[str, SplitWriter],
     survey: splits.Survey,
     tokenizer: Tokenizer,
     copies: NearDuplicates | None,
-    config: DataConfig,
     report: Callable[[str], None],
 ) -> int:
     """Writes the tokens of both sides; returns how many documents were left out."""
-    end = np.asarray([tokenizer.eot] if survey.documents > 1 else [], np.int32)
+    config = corpus.config
+    end = np.asarray([tokenizer.eot] if survey.several else [], np.int32)
     train, removed, read = written["train"], 0, {"train": 0, "val": 0}
     began = last = time.monotonic()
-    for batch in _batches(splits.sides(documents, survey, config.val_fraction)):
+    for batch in _batches(corpus.sides(survey)):
         for side, text in batch:
             read[side] += len(text.encode())
         left = (config.max_tokens or sys.maxsize) - train.tokens
@@ -247,18 +212,15 @@ def _batches(sides: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]
         yield batch
 
 
-def _make_tokenizer(
-    documents: Callable[[], Iterable[str]], survey: splits.Survey, config: DataConfig
-) -> Tokenizer:
-    match config.tokenizer:
+def _make_tokenizer(corpus: Corpus, survey: splits.Survey) -> Tokenizer:
+    match corpus.config.tokenizer:
         case "char":
-            return CharTokenizer(survey.characters, with_eot=survey.documents > 1)
+            return CharTokenizer(survey.characters, with_eot=survey.several)
         case "byte":
             return ByteTokenizer()
         case "bpe":
-            sides = splits.sides(documents(), survey, config.val_fraction)
-            train = (text for side, text in sides if side == "train")
-            return train_bpe(_first(train, TOKENIZER_BYTES), config.vocab_size)
+            train = _first(corpus.side("train", survey), TOKENIZER_BYTES)
+            return train_bpe(train, corpus.config.vocab_size)
 
 
 def _first(documents: Iterable[str], num_bytes: int) -> Iterator[str]:

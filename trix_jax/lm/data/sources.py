@@ -52,6 +52,8 @@ STDLIB_LEFT_OUT = frozenset(
     "test tests site-packages dist-packages idlelib lib2to3 encodings pydoc_data __pycache__".split()
 )
 
+TOKEN_FILES = {".bin", ".npy"}  # of nanoGPT and others
+
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
@@ -127,12 +129,17 @@ def infer_source(path: str | Path) -> Source:
         ".txt": "text",
         ".json": "jsonl",
     }
-    if not path.is_dir():
-        return kinds.get(suffix_of(path), "text")
-    held = {suffix_of(file) for file in walk(path)}
+    held = {suffix_of(file) for file in walk(path)} if path.is_dir() else set()
     for suffix, source in kinds.items():
-        if suffix in held:
+        if suffix in (held or {suffix_of(path)}):
             return source
+    if found := sorted(TOKEN_FILES & (held or {suffix_of(path)})):
+        raise ValueError(
+            f"path={str(path)!r} holds tokens ({', '.join(found)}), and text is needed: "
+            "give what they were made from."
+        )
+    if not path.is_dir():
+        return "text"
     raise ValueError(
         f"path={str(path)!r} holds no .parquet, .jsonl, .txt or .json file; for source files say source='code'."
     )

@@ -27,6 +27,7 @@ class Survey(NamedTuple):
         last_val_key: several documents: those with a key up to this one are validation.
         cut_key: the document of this key, with its copies, is cut in two; None: none is.
         cut_share: how much of it is validation.
+        val_documents: of a validation set of its own; `documents` are then training.
     """
 
     documents: int
@@ -34,6 +35,12 @@ class Survey(NamedTuple):
     last_val_key: int = -1
     cut_key: int | None = None
     cut_share: float = 0.0
+    val_documents: int = 0
+
+    @property
+    def several(self) -> bool:
+        """Whether documents need a mark at their end."""
+        return max(self.documents, self.val_documents) > 1
 
 
 def survey(
@@ -56,6 +63,19 @@ def survey(
         return Survey(1, frozenset(characters))
     cut = _cut(np.array(keys), np.array(sizes), val_fraction)
     return Survey(len(keys), frozenset(characters), *cut)
+
+
+def survey_two(
+    documents: Iterable[str], val_documents: Iterable[str], with_characters: bool
+) -> Survey:
+    """Reads training and validation documents that are divided already."""
+    counts, characters = [0, 0], set()
+    for side, texts in enumerate((documents, val_documents)):
+        for text in texts:
+            counts[side] += 1
+            if with_characters:
+                characters.update(text)
+    return Survey(counts[0], frozenset(characters), val_documents=counts[1])
 
 
 def _cut(
@@ -126,11 +146,14 @@ def cut_in_two(text: str, share: float) -> tuple[str, str]:
 
 def check_share(found: Survey, val_fraction: float, read: dict[str, int]) -> None:
     """Raises a ValueError unless validation has about what was asked of the bytes read.
-    A single document is cut by characters, exactly.
+    A single document is cut by characters, exactly; a validation set of its own has no
+    share.
     """
     asked = val_fraction * sum(read.values())
-    if found.documents == 1 or (
-        LEAST * asked - FINEST <= read["val"] <= MOST * asked + FINEST
+    if (
+        found.documents == 1
+        or found.val_documents
+        or (LEAST * asked - FINEST <= read["val"] <= MOST * asked + FINEST)
     ):
         return
     raise ValueError(
