@@ -3,6 +3,7 @@ them.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -56,10 +57,15 @@ def writing(what: object) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
+    """Waits until a file, or the names in a folder, are on the disk. Some file systems
+    (of networks, of other systems) cannot be asked about folders.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 

@@ -1,6 +1,6 @@
 """The arms: ways to build the FFN, or to train it, each a name and flags.
 
-Controls and ablations start from `BEST`. What no flag makes is in `patches.py`.
+Controls and ablations start from `best`. What no flag makes is in `patches.py`.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ class Arm:
         flags: what `trix-jax train PRESET` is given.
         start: the learning rate that its sweep begins with.
         rate_of: another arm, whose best rate this one inherits instead of sweeping.
-        patch: what is replaced in the library meanwhile, a name in `patches.PATCHES`.
+        patch: what is replaced in the library, a name in `patches.PATCHES`.
     """
 
     name: str
@@ -31,8 +31,6 @@ def dense(width: int, start: float = 4e-3) -> Arm:
 
 TOP4 = "--arm sparse --model.tiles-per-token 4"
 BY_TOKEN = "--model.router-input embedding"
-HIDDEN = "sparse-16-top4"  # signatures meet the hidden state, as the seed has it
-BEST = f"{HIDDEN}-embedding"  # so far: what controls and ablations start from
 
 
 def by_token(arm: Arm) -> Arm:
@@ -41,29 +39,29 @@ def by_token(arm: Arm) -> Arm:
     return Arm(f"{arm.name}-embedding", flags, 2e-3)
 
 
-hidden = Arm(HIDDEN, TOP4)
-best = by_token(hidden)
+# Signatures meet the hidden state, as in the original.
+hidden = Arm("sparse-16-top4", TOP4)
+best = by_token(hidden)  # so far: what controls and ablations start from
 hierarchical = Arm("hierarchical-16", "--arm hierarchical", 2e-3)
 sparse_4 = Arm("sparse-4", "--arm sparse --model.num-tiles 4", 1e-3)
 lookup = Arm("lookup-16", "--arm lookup", 1e-3)
-AS_ASKED = (hidden, sparse_4, hierarchical, lookup)  # as the request has them
-ARMS = (*map(by_token, AS_ASKED), *AS_ASKED)
+ORIGINAL = (hidden, sparse_4, hierarchical, lookup)
+ARMS = (*map(by_token, ORIGINAL), *ORIGINAL)
 
 
-def variant(name: str, flags: str, tuned: bool = False, of: str = BEST) -> Arm:
+def variant(name: str, flags: str, tuned: bool = False, of: Arm = best) -> Arm:
     """An ablation of an arm: with a rate of its own, or the arm's."""
-    base = f"{TOP4} {BY_TOKEN}" if of == BEST else TOP4
-    start = 2e-3 if of == BEST else 4e-3
-    return Arm(f"{of}-{name}", f"{base} {flags}", start, None if tuned else of)
+    source = None if tuned else of.name
+    return Arm(f"{of.name}-{name}", f"{of.flags} {flags}".strip(), of.start, source)
 
 
-def patched(name: str, tuned: bool = False, of: str = BEST) -> Arm:
+def patched(name: str, tuned: bool = False, of: Arm = best) -> Arm:
     """An ablation that no flag of the library makes."""
     return dataclasses.replace(variant(name, "", tuned, of), patch=name)
 
 
 # Who chooses the same tiles: each by what it looks at, the hidden state or the token.
-by_hash = Arm(f"{HIDDEN}-hash", "--arm hash --model.tiles-per-token 4", 2e-3)
+by_hash = Arm(f"{hidden.name}-hash", "--arm hash --model.tiles-per-token 4", 2e-3)
 BY_TOKEN_ROUTES = tuple(
     variant(source, f"--model.routing.source {source}", tuned=True)
     for source in ("learned", "random")
@@ -71,8 +69,8 @@ BY_TOKEN_ROUTES = tuple(
 ROUTES = (
     *BY_TOKEN_ROUTES,
     by_hash,
-    Arm(f"{HIDDEN}-learned", "--arm learned --model.tiles-per-token 4"),
-    Arm(f"{HIDDEN}-random", "--arm random --model.tiles-per-token 4"),
+    Arm(f"{hidden.name}-learned", "--arm learned --model.tiles-per-token 4"),
+    Arm(f"{hidden.name}-random", "--arm random --model.tiles-per-token 4"),
     hidden,
 )
 FLOATS = (variant("float", "--model.ternary.mode none", tuned=True),)
@@ -126,7 +124,7 @@ ABLATIONS = (
 
 def together(name: str, flags: str) -> Arm:
     """Late quantization with something else that looks like a gain."""
-    return Arm(f"{BEST}-late-{name}", f"{best.flags} {flags}")
+    return Arm(f"{best.name}-late-{name}", f"{best.flags} {flags}")
 
 
 TOGETHER = (
@@ -145,13 +143,13 @@ slow_hierarchical = Arm(
 
 # Steps on the way from the hidden state to the token.
 ON_THE_WAY = (
-    patched("token", tuned=True, of=HIDDEN),
-    patched("hash-gated", tuned=True, of=HIDDEN),
-    patched("half-hashed", tuned=True, of=HIDDEN),
-    patched("ema", of=HIDDEN),
-    variant("float", "--model.ternary.mode none", tuned=True, of=HIDDEN),
+    patched("token", tuned=True, of=hidden),
+    patched("hash-gated", tuned=True, of=hidden),
+    patched("half-hashed", tuned=True, of=hidden),
+    patched("ema", of=hidden),
+    variant("float", "--model.ternary.mode none", tuned=True, of=hidden),
     *(
-        variant(f"gate-{gate}", f"--model.routing.gate {gate}", tuned=True, of=HIDDEN)
+        variant(f"gate-{gate}", f"--model.routing.gate {gate}", tuned=True, of=hidden)
         for gate in ("none", "softmax", "renormalized")
     ),
 )

@@ -6,16 +6,19 @@
 
 An arm above the curve's left end is "below" the narrowest dense LM, one under its right
 end "above" the widest: nothing is extrapolated.
+
+References:
+    Efron and Tibshirani, 1993, "An Introduction to the Bootstrap", sections 6.5 and 9.4
+    (bootstrapping residuals).
 """
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-
-from experiments.quality.intervals import bootstrap_means, pooled_deviation
 
 Losses = Mapping[int, Sequence[float]]  # width to the losses of its seeds
 BELOW, ABOVE = 0.0, math.inf  # widths that stand for "off the curve"
@@ -154,6 +157,42 @@ def carries(steps: Sequence[Doubling], least: float = 3.0) -> bool:
         return False
     inside = steps[needed[0] : needed[-1] + 1]
     return all(step.resolution >= least for step in inside)
+
+
+def resolution_text(step: Doubling) -> str:
+    return "unknown" if math.isnan(step.resolution) else f"{step.resolution:.1f}"
+
+
+def pooled_deviation(groups: Sequence[Sequence[float]]) -> float:
+    """Standard deviation inside the groups, one for all: `sqrt(sum of squares / degrees
+    of freedom)`; NaN where no group has two values.
+    """
+    squares = sum(sum((v - statistics.fmean(g)) ** 2 for v in g) for g in groups)
+    freedom = sum(len(g) - 1 for g in groups)
+    return math.sqrt(squares / freedom) if freedom else math.nan
+
+
+def bootstrap_means(
+    groups: Sequence[Sequence[float]], draws: int = 4000, seed: int = 0
+) -> np.ndarray:
+    """Means of all groups, `[draws, groups]`, their seeds drawn anew.
+
+    With three seeds a group's own values say too little about their spread, so the
+    residuals of all groups are drawn from, each inflated by `sqrt(n / (n - 1))`, which
+    makes their variance that of the sample. A group of one value is drawn like the
+    others.
+    """
+    residuals = np.concatenate(
+        [
+            (np.asarray(g) - np.mean(g)) * math.sqrt(len(g) / (len(g) - 1))
+            for g in groups
+            if len(g) > 1
+        ]
+        or [np.zeros(1)]
+    )
+    rng = np.random.default_rng(seed)
+    drawn = [rng.choice(residuals, (draws, len(g))).mean(axis=1) for g in groups]
+    return np.stack([np.mean(g) + d for g, d in zip(groups, drawn, strict=True)], 1)
 
 
 def _mean(block: list[float]) -> float:

@@ -1,9 +1,9 @@
 """What is asked of each setting: arms, their groups, and the order of training.
 
-A step of a plan asks a group for some seeds: none is a first look at the rate where the
-sweep starts, one is the sweep that brackets every arm's learning rate, more train at the
-rate which that found. `run.next_run` turns a plan and the results so far into the run
-that comes next, so the order here is the order of expected value.
+A step asks a group for some seeds: none is a first look at the rate where the sweep
+starts, one is the sweep that brackets every arm's learning rate, more train at the rate
+which that found. `schedule.runs_to_come` turns the steps and the results so far into the
+runs that come next, so the order here is the order of expected value.
 """
 
 from typing import NamedTuple
@@ -52,7 +52,7 @@ class Setting(NamedTuple):
     Attributes:
         preset: relative to the repository's root.
         groups: arms by group; an arm may be in several.
-        plan: steps in order.
+        order: steps, one after the other.
         flags: of every run.
         also: what is run besides, last: `(arm, rate, seeds)`.
     """
@@ -60,7 +60,7 @@ class Setting(NamedTuple):
     name: str
     preset: str
     groups: dict[str, tuple[Arm, ...]]
-    plan: tuple[Step, ...]
+    order: tuple[Step, ...]
     flags: str = ""
     also: tuple[tuple[str, float, int], ...] = ()
 
@@ -96,7 +96,7 @@ SHAKESPEARE = Setting(
         "top-1": (by_token(sparse_4),),
         "routes": (best, *ROUTES),
         "floats": (best, *FLOATS),
-        "seed-table": (hierarchical, sparse_4),
+        "original-table": (hierarchical, sparse_4),
         "dead-tiles": (by_token(hierarchical), slow_hierarchical),
         "ablations": ABLATIONS,
         "inheriting": INHERITING,
@@ -104,7 +104,7 @@ SHAKESPEARE = Setting(
         "on-the-way": (hidden, *ON_THE_WAY),
     },
     also=(("dense-512", 1e-3, 3),),  # nanoGPT's own rate
-    plan=(
+    order=(
         Step("best", 1),
         Step("best", 3),
         Step("routes", 1),
@@ -116,7 +116,7 @@ SHAKESPEARE = Setting(
         Step("floats", 3),
         Step("lookups", 1),
         Step("arms", 3),
-        Step("seed-table", 5),
+        Step("original-table", 5),
         Step("dead-tiles", 1),
         Step("dense-wide", 3),
         Step("routes", 5),
@@ -148,7 +148,7 @@ SHAKESPEARE_MUON = Setting(
         "inheriting": (patched("whole"), *INHERITING),
         "together": TOGETHER,
     },
-    plan=(
+    order=(
         Step("twins", 1),
         Step("floats", 1),
         Step("dense-curve", 1),
@@ -183,7 +183,7 @@ ENGLISH = Setting(
         "routes": (best, *ROUTES),
         "top-1": (by_token(sparse_4),),
     },
-    plan=(
+    order=(
         Step("finalists", 1),
         Step("finalists", 3),
         Step("top-1", 1),
@@ -209,7 +209,7 @@ ENGLISH_256 = Setting(
         "finalists": (best, late, by_hash, hidden),
         "arms": (best, late, by_token(sparse_4), hidden),
     },
-    plan=(
+    order=(
         Step("dense-curve", 1),
         Step("tiles", 1),
         Step("dense-curve", 3),
@@ -232,7 +232,7 @@ STDLIB = Setting(
         "routes": (best, hidden),
         "arms": (best, hidden),
     },
-    plan=(
+    order=(
         Step("arms", 1),
         Step("arms", 3),
         Step("twins", 3),

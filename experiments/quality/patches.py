@@ -1,14 +1,13 @@
-"""Ablations that no flag of the library has: what they replace in it while they train.
+"""Ablations that no flag of the library has: what each replaces in it, in the process of
+its run (`patched`) and nowhere else.
 
 An idea is tried from here first and gets an option only where it wins; most lose, and the
 library stays as small as it was. All but those of the lookup act on the flat layer's training path; a
 patched run is evaluated under its patch and is not meant to be exported.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
-from unittest import mock
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from flax import linen as nn
 
 from trix_jax import routing
 from trix_jax.lm import accounting
-from trix_jax.lm.train import evaluate, loop, optimizer, step
+from trix_jax.lm.train import optimizer
 from trix_jax.nn import activations, block, kernel, router, sparse_lookup_ffn, tiles
 from trix_jax.nn.sparse_lookup_ffn import SparseLookupFFN, compress_width
 
@@ -350,28 +349,16 @@ PATCHES: dict[str, tuple[tuple[object, str, object], ...]] = {
 }
 
 
-@contextlib.contextmanager
-def applied(name: str | None) -> Iterator[None]:
-    """The library with a patch in it; None changes nothing.
-
-    What the library keeps compiled, with the optimizer in it, knows settings and no
-    patches, so it is forgotten before and after.
+def apply(name: str) -> None:
+    """Puts a patch into the library for the rest of the process, which should have
+    compiled nothing yet.
 
     Raises:
-        KeyError: there is no such patch.
+        ValueError: there is no such patch.
     """
-    if name is None:
-        yield
-        return
-    with contextlib.ExitStack() as stack:
-        for owner, attribute, replacement in PATCHES[name]:
-            stack.enter_context(mock.patch.object(owner, attribute, replacement))
-        _forget()
-        stack.callback(_forget)
-        yield
-
-
-def _forget() -> None:
-    for kept in (loop._compiled_step, step._compiled_init, evaluate._compiled):
-        kept.cache_clear()
-    jax.clear_caches()
+    if name not in PATCHES:
+        raise ValueError(
+            f"patch must be one of {', '.join(sorted(PATCHES))}. Got {name!r}."
+        )
+    for owner, attribute, replacement in PATCHES[name]:
+        setattr(owner, attribute, replacement)

@@ -1,61 +1,73 @@
-"""Every table and plot from the committed results.
-
-    python -m experiments.quality.report
-
-reads `results/*.json` and writes `REPORT.md` and `results/*.png`.
+"""REPORT.md and its figures, from the committed results; `python -m experiments.report`
+makes it with all others.
 """
 
-import argparse
-import json
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from experiments.quality import curve, doing_table, plots, results
-from experiments.quality.arms import BEST, HIDDEN
+from experiments.quality import curve, measure
+from experiments.quality.arms import best, hidden, lookup
 from experiments.quality.design import SEEDS, SETTINGS, Setting
-from experiments.quality.results import Result, Tuned, tuned
-from experiments.quality.tables import (
+from experiments.quality.widths import (
+    Curve,
     arms_table,
     dense_losses,
     dense_table,
-    difference_table,
+    losses_over_width,
     mean_loss,
-    sweep_table,
+    targets_table,
 )
-from experiments.quality.targets import targets_table
+from trix_jax.files import read_json, write_whole
+from trix_jax.lm.experiment import plots, results
+from trix_jax.lm.experiment.results import Result
+from trix_jax.lm.experiment.tables import difference_table, sweep_table
+from trix_jax.lm.experiment.tuning import Tuned, at_rate, tuned
 
 HERE = Path(__file__).parent
 NANOGPT = ("dense-512", 1e-3, (1.85, 1.93))  # its README says 1.88
 # What the targets call a way to route, and its arm.
 CONTROLS = {
-    "a learned router by token": f"{BEST}-learned",
-    "a learned router by hidden state": f"{HIDDEN}-learned",
-    "token hash": f"{HIDDEN}-hash",
-    "frozen random by token": f"{BEST}-random",
-    "frozen random by hidden state": f"{HIDDEN}-random",
+    "a learned router by token": f"{best.name}-learned",
+    "a learned router by hidden state": f"{hidden.name}-learned",
+    "token hash": f"{hidden.name}-hash",
+    "frozen random by token": f"{best.name}-random",
+    "frozen random by hidden state": f"{hidden.name}-random",
 }
 PAIRED = "Differences are paired by seed: positive is worse."
-COMPARED = (
-    (
+
+
+class Comparison(NamedTuple):
+    """The arms of a group against one of them."""
+
+    group: str
+    base: str
+    title: str
+    note: str = PAIRED
+
+
+COMPARISONS = (
+    Comparison(
         "routes",
-        BEST,
-        f"Who chooses the tiles of {BEST}",
+        best.name,
+        f"Who chooses the tiles of {best.name}",
         f"{PAIRED} Arms with `embedding` look at the token's row of the embedding table, the others at the "
         "hidden state; the hash gives each token id a set of tiles and has no gate.",
     ),
-    ("floats", BEST, "Ternary against float weights", PAIRED),
-    (
+    Comparison("floats", best.name, "Ternary against float weights"),
+    Comparison(
         "ablations",
-        BEST,
-        f"Ablations of {BEST}",
+        best.name,
+        f"Ablations of {best.name}",
         f"{PAIRED} What has no flag is in `patches.py`.",
     ),
-    ("together", f"{BEST}-late", "With late quantization", PAIRED),
-    ("lookups", "lookup-16", "Where the lookup loses", PAIRED),
-    (
+    Comparison("together", f"{best.name}-late", "With late quantization"),
+    Comparison("lookups", lookup.name, "Where the lookup loses"),
+    Comparison(
         "on-the-way",
-        HIDDEN,
-        f"From {HIDDEN} to {BEST}",
+        hidden.name,
+        f"From {hidden.name} to {best.name}",
         f"{PAIRED} `token` replaces the hidden state by a fixed random vector of the token id, `hash-gated` gives "
         "hashed tiles the gates of their signatures, `half-hashed` takes two tiles by hash and two by signature.",
     ),
@@ -70,29 +82,30 @@ NOTE = (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=HERE, help="holds results/")
-    folder = parser.parse_args(argv).folder
+def write(folder: Path = HERE) -> Path:
+    """Writes `folder/REPORT.md` and the figures in `folder/results`, from the results
+    that are there; returns the page's path.
+    """
     parts = [
         "# Does it win?\n",
-        "Made by `python -m experiments.quality.report` from `results/`; the plan is `design.py`.\n",
+        "Made by `python -m experiments.report` from `results/`; what is asked, and in which order, is `design.py`.\n",
     ]
     for setting in SETTINGS.values():
         runs = results.read(folder / "results" / f"{setting.name}.json")
         if runs:
             parts += section(setting, runs, folder / "results")
-    parts += doing_table.section(folder / "results")
+    parts += measure.section(folder / "results")
     parts += protocol(folder / "results" / "original-protocol.json")
-    text = "\n".join(parts)
-    (folder / "REPORT.md").write_text(text, encoding="utf-8")
+    write_whole(folder / "REPORT.md", "\n".join(parts))
+    return folder / "REPORT.md"
 
 
 def section(setting: Setting, runs: Sequence[Result], folder: Path) -> list[str]:
     """What one setting says."""
     dense = {
-        arm.one["width"]: arm
+        arm.one.width: arm
         for arm in of_groups(setting, runs, "dense-curve", "dense-wide")
+        if arm.one.width
     }
     arms = of_groups(setting, runs, "arms")
     parts = [
@@ -102,9 +115,9 @@ def section(setting: Setting, runs: Sequence[Result], folder: Path) -> list[str]
     if len(dense) > 1 and arms:
         parts += on_the_curve(setting, arms, dense, folder)
         parts += targets(runs, arms, dense)
-    for group, base, title, note in COMPARED:
-        parts += compared(setting, runs, group, base, title, note)
-    parts += seed_table(setting, runs)
+    for comparison in COMPARISONS:
+        parts += compared(setting, runs, comparison)
+    parts += original_table(setting, runs)
     return [*parts, *sweeps(setting, runs, folder), *nanogpt(runs)]
 
 
@@ -115,9 +128,11 @@ def of_groups(setting: Setting, runs: Sequence[Result], *groups: str) -> list[Tu
     return [arm for arm in found if arm is not None]
 
 
-def on_the_curve(setting, arms, dense, folder) -> list[str]:
+def on_the_curve(
+    setting: Setting, arms: Sequence[Tuned], dense: Curve, folder: Path
+) -> list[str]:
     steps = curve.doublings(dense_losses(dense), [mean_loss(arm) for arm in arms])
-    plots.losses_over_width(arms, dense, folder / f"{setting.name}-width.png")
+    losses_over_width(arms, dense, folder / f"{setting.name}-width.png")
     return [
         "### The instrument: the dense curve\n",
         dense_table(dense, steps),
@@ -129,7 +144,7 @@ def on_the_curve(setting, arms, dense, folder) -> list[str]:
     ]
 
 
-def resolution(steps: Sequence[curve.Doubling], dense: dict[int, Tuned]) -> str:
+def resolution(steps: Sequence[curve.Doubling], dense: Curve) -> str:
     """Whether the setting carries comparisons, in words."""
     few = [str(w) for w in sorted(dense) if len(dense[w].runs) < 3]
     open_ = [str(w) for w in sorted(dense) if not dense[w].is_bracketed]
@@ -145,77 +160,68 @@ def resolution(steps: Sequence[curve.Doubling], dense: dict[int, Tuned]) -> str:
     return text + "\n"
 
 
-def targets(runs, arms, dense) -> list[str]:
-    base = tuned(runs, BEST)
+def targets(runs: Sequence[Result], arms: Sequence[Tuned], dense: Curve) -> list[str]:
+    base = tuned(runs, best.name)
     if base is None:
         return []
     found = {name: tuned(runs, arm) for name, arm in CONTROLS.items()}
     present = {name: arm for name, arm in found.items() if arm is not None}
-    return ["### Targets of the issue\n", targets_table(arms, present, base, dense)]
+    return ["### Targets\n", targets_table(arms, present, base, dense)]
 
 
-def compared(
-    setting: Setting,
-    runs: Sequence[Result],
-    group: str,
-    base_name: str,
-    title: str,
-    note: str,
-) -> list[str]:
+def compared(setting: Setting, runs: Sequence[Result], what: Comparison) -> list[str]:
     """Every arm of a group against one, paired by seed."""
-    base, rows = tuned(runs, base_name), []
-    if base is None or group not in setting.groups:
+    base, rows = tuned(runs, what.base), []
+    if base is None or what.group not in setting.groups:
         return []
-    for arm in setting.groups[group]:
+    arms, note = setting.groups[what.group], what.note
+    for arm in arms:
         found = tuned(runs, arm.name, arm.rate_of)
-        if found and arm.name != base_name:
+        if found and arm.name != what.base:
             rows.append(("inherited" if arm.rate_of else "its own", found))
-    if left := not_run(setting, runs, group):
+    have = {run.arm for run in runs}
+    if left := [arm.name for arm in arms if arm.name not in have]:
         note += f" Planned and not run: {', '.join(left)}."
-    table = [difference_table(rows, base, "arm")] if rows else []
-    return [f"### {title}\n", *table, f"{note}\n"]
+    table = [difference_table(rows, base)] if rows else []
+    return [f"### {what.title}\n", *table, f"{note}\n"]
 
 
-def seed_table(setting: Setting, runs: Sequence[Result]) -> list[str]:
-    arms = of_groups(setting, runs, "seed-table")
+def original_table(setting: Setting, runs: Sequence[Result]) -> list[str]:
+    arms = of_groups(setting, runs, "original-table")
     if len(arms) != 2:
         return []
     first, second = arms
     return [
         f"### Is {first.arm} better than {second.arm}?\n",
-        "The request says that Hierarchical-16 beats Sparse-4, by 13.4% of perplexity.\n",
-        difference_table([("its own", first)], second, "arm"),
+        "The original says that Hierarchical-16 beats Sparse-4, by 13.4% of perplexity.\n",
+        difference_table([("its own", first)], second),
     ]
-
-
-def not_run(setting: Setting, runs: Sequence[Result], group: str) -> list[str]:
-    have = {run["arm"] for run in runs}
-    return [arm.name for arm in setting.groups[group] if arm.name not in have]
 
 
 def sweeps(setting: Setting, runs: Sequence[Result], folder: Path) -> list[str]:
-    have = {run["arm"] for run in runs if run["seed"] == SEEDS[0]}
-    names = list(dict.fromkeys(arm.name for g in setting.groups.values() for arm in g))
+    have = {run.arm for run in runs if run.seed == SEEDS[0]}
+    arms = itertools.chain(*setting.groups.values())
+    names = [n for n in dict.fromkeys(arm.name for arm in arms) if n in have]
     groups = [setting.groups.get(group, ()) for group in ("arms", "routes")]
     panels = [
-        [n for n in names if n in have and n.startswith("dense-")],
+        [name for name in names if name.startswith("dense-")],
         *([arm.name for arm in group if arm.name in have] for group in groups),
     ]
-    panels = [panel for panel in panels if panel]
-    plots.losses_over_rate(runs, panels, SEEDS[0], folder / f"{setting.name}-rates.png")
+    path = folder / f"{setting.name}-rates.png"
+    plots.rates(path, runs, [panel for panel in panels if panel], SEEDS[0])
     return [
         f"### The sweeps, seed {SEEDS[0]}\n",
-        f"![Loss over learning rate](results/{setting.name}-rates.png)\n",
-        sweep_table(runs, [n for n in names if n in have], SEEDS[0]),
+        f"![Loss over learning rate](results/{path.name})\n",
+        sweep_table(runs, names, SEEDS[0]),
     ]
 
 
 def nanogpt(runs: Sequence[Result]) -> list[str]:
     arm, rate, (low, high) = NANOGPT
-    found = results.at_rate(runs, arm, rate)
-    if not found or found[min(found)]["setting"] != "shakespeare-char":
+    found = at_rate(runs, arm, rate)
+    if not found or found[min(found)].setting != "shakespeare-char":
         return []
-    losses = [run["val_loss"] for run in found.values()]
+    losses = [run.val_loss for run in found.values()]
     each = ", ".join(f"{loss:.4f}" for loss in losses)
     inside = all(low <= loss <= high for loss in losses)
     return [
@@ -226,10 +232,10 @@ def nanogpt(runs: Sequence[Result]) -> list[str]:
 
 
 def protocol(path: Path) -> list[str]:
-    """The footnote on the original's protocol, from `protocol.py`."""
+    """The footnote on the original's protocol, of runs that were made once."""
     if not path.exists():
         return []
-    runs = json.loads(path.read_text(encoding="utf-8"))
+    runs = read_json(path)
     lines = [
         f"{run['arm']}: best {run['best_ppl']:.2f}, final {run['final_ppl']:.2f} (the original: {run['original_ppl']})"
         for run in runs
@@ -242,4 +248,4 @@ def protocol(path: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    print(write())

@@ -6,12 +6,6 @@ import numpy as np
 import pytest
 
 from experiments.quality import curve
-from experiments.quality.intervals import (
-    bootstrap_means,
-    paired,
-    pooled_deviation,
-    t_interval,
-)
 
 WIDTHS = (32, 64, 128, 256)
 
@@ -97,33 +91,13 @@ def test_resolution_looks_between_the_outermost_arms_too():
     assert not curve.carries(steps)  # 64 to 128 is worth nothing
 
 
-def test_t_interval_by_hand():
-    found = t_interval([1.0, 2.0, 3.0])
-    assert found.mean == 2
-    assert found.half == pytest.approx(4.302653 / 3**0.5)
-    assert t_interval([1.0]).half == math.inf
-    assert not t_interval([1.0]).excludes_zero
-    with pytest.raises(ValueError, match="must not be empty"):
-        t_interval([])
-
-
-def test_paired_interval_takes_common_seeds_and_cancels_what_they_share():
-    base = {1: 1.0, 2: 2.0, 3: 3.0, 9: 0.0}
-    found = paired({1: 1.1, 2: 2.1, 3: 3.1, 4: 7.0}, base)
-    assert found.n == 3
-    assert found.mean == pytest.approx(0.1)
-    assert found.half == pytest.approx(0, abs=1e-12)
-    assert found.excludes_zero
-    assert paired({5: 1.0}, base) is None
-
-
 def test_pooled_deviation_is_that_inside_the_groups():
-    assert pooled_deviation([[0, 2], [10, 12], [5]]) == pytest.approx(2**0.5)
-    assert math.isnan(pooled_deviation([[1], [2]]))
+    assert curve.pooled_deviation([[0, 2], [10, 12], [5]]) == pytest.approx(2**0.5)
+    assert math.isnan(curve.pooled_deviation([[1], [2]]))
 
 
 def test_bootstrap_means_spread_like_the_standard_error():
     groups = [[0.0, 1.0, 2.0], [10.0, 11.0, 12.0], [5.0]]
-    drawn = bootstrap_means(groups, draws=4000)
+    drawn = curve.bootstrap_means(groups, draws=4000)
     np.testing.assert_allclose(drawn.mean(axis=0), [1, 11, 5], atol=0.06)
     np.testing.assert_allclose(drawn.std(axis=0), [3**-0.5, 3**-0.5, 1], rtol=0.06)

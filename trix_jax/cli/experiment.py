@@ -1,34 +1,29 @@
 """`trix-jax experiment FILE.yaml`: sizes x arms x seeds."""
 
 import dataclasses
-import json
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 from trix_jax.cli.common import print_json, say
 from trix_jax.cli.train import Args as TrainArgs
-from trix_jax.files import write_json
-from trix_jax.lm.config import RunConfig, read_yaml
-from trix_jax.lm.data import DataConfig, is_store, prepare
+from trix_jax.lm.config import RunConfig
 from trix_jax.lm.experiment.job_files import render
 from trix_jax.lm.experiment.live import Table
-from trix_jax.lm.experiment.runner import PLAN, Run, is_done, make_slots, run_all
-from trix_jax.lm.presets import parse, parse_preset, to_flags
-from trix_jax.lm.signals import Signals
-
-KEYS = {
-    "name",
-    "title",
-    "question",
-    "label",
-    "sizes",
-    "arms",
-    "seeds",
-    "set",
-    "arm_set",
-}
+from trix_jax.lm.experiment.results import collect
+from trix_jax.lm.experiment.runner import grid, run_all
+from trix_jax.lm.experiment.slots import make_slots
+from trix_jax.lm.experiment.spec import (
+    RESULTS,
+    Experiment,
+    Spec,
+    prepare_data,
+    read_experiment,
+    read_notes,
+    write_notes,
+)
+from trix_jax.lm.presets import parse, parse_preset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,24 +54,8 @@ class Args:
     """End standard output with the rows as one line of JSON."""
 
 
-class Planned(NamedTuple):
-    """A run, and what its flags mean."""
-
-    run: Run
-    config: RunConfig
-
-
-class Experiment(NamedTuple):
-    """An experiment's file, read and checked."""
-
-    name: str
-    tree: dict[str, Any]
-    runs: list[Planned]
-    data: dict[str, DataConfig]
-
-
 def main(argv: list[str]) -> int:
-    """Runs it and writes its report; 1 if a run failed."""
+    """Runs it and writes its report; 1 if a run failed or diverged."""
     if not argv or argv[0].startswith("-"):
         parse(Args, argv or ["--help"], "experiment FILE.yaml")
         raise ValueError("experiment needs a file: trix-jax experiment FILE.yaml.")
@@ -85,150 +64,83 @@ def main(argv: list[str]) -> int:
         raise ValueError(
             f"retries must not be negative and slots at least 1. Got {args.retries} and {args.slots}."
         )
-    experiment = read_experiment(argv[0])
-    workdir = Path(args.workdir or f"runs/{experiment.name}")
-    runs = [p for p in experiment.runs if p.run.name.startswith(args.only)]
-    if not runs:
-        raise ValueError(
-            f"only={args.only!r} must be the start of a run's name. Got none of "
-            f"{', '.join(p.run.name for p in experiment.runs)}."
-        )
+    experiment = read_experiment(argv[0], parse_run)
+    workdir = args.workdir or f"runs/{experiment.name}"
+    specs = _chosen(experiment.specs, args.only)
     if args.render:
-        names = [p.run.name for p in runs]
-        count = args.slots or len(names)
-        print(
-            render(args.render, experiment.name, names, argv[0], str(workdir), count),
-            end="",
-        )
+        names = [spec.name for spec in specs]
+        slots = args.slots or len(names)
+        text = render(args.render, experiment.name, names, argv[0], workdir, slots)
+        print(text, end="")
         return 0
     if args.dry_run:
-        return _plan(experiment, runs, argv[0], args)
-    return _run(experiment, runs, workdir, args)
+        return _say_budget(experiment, specs, argv[0], args)
+    return _run(experiment, specs, Path(workdir), args)
 
 
-def _plan(experiment: Experiment, runs: list[Planned], path: str, args: Args) -> int:
+def parse_run(flags: list[str]) -> RunConfig:
+    """The settings that flags of `trix-jax train` mean."""
+    return parse_preset(TrainArgs, flags, "train").config
+
+
+def _chosen(specs: Sequence[Spec], only: str) -> list[Spec]:
+    chosen = [spec for spec in specs if spec.name.startswith(only)]
+    if not chosen:
+        raise ValueError(
+            f"only={only!r} must be the start of a run's name. Got none of "
+            f"{', '.join(spec.name for spec in specs)}."
+        )
+    return chosen
+
+
+def _say_budget(
+    experiment: Experiment, specs: Sequence[Spec], path: str, args: Args
+) -> int:
     """Markdown on standard output, or JSON; what goes on, on standard error."""
-    from trix_jax.lm.experiment.budget import plan
+    from trix_jax.lm.experiment.budget import estimate
 
-    text, rows = plan(
-        {(p.run.size, p.run.arm): p.config for p in runs},
-        len({p.run.seed for p in runs}),
+    arms = dict.fromkeys((spec.size, spec.arm) for spec in specs)
+    text, rows = estimate(
+        {arm: experiment.configs[arm] for arm in arms},
+        len({spec.seed for spec in specs}),
         args.usd_per_hour,
         f"trix-jax experiment {path} --dry-run",
         say(True),
     )
-    title = experiment.tree.get("title") or experiment.name
-    say(args.json)(f"# Plan: {title}\n\n{len(runs)} runs.\n\n{text}")
+    head = f"# Budget: {experiment.title}\n\n{len(specs)} runs."
+    say(args.json)(f"{head}\n\n{text}")
     if args.json:
-        print_json({"name": experiment.name, "runs": len(runs), "plan": rows})
+        print_json({"name": experiment.name, "runs": len(specs), "budget": rows})
     return 0
 
 
-def _run(experiment: Experiment, runs: list[Planned], workdir: Path, args: Args) -> int:
-    report = say(args.json)
+def _run(
+    experiment: Experiment, specs: Sequence[Spec], workdir: Path, args: Args
+) -> int:
+    report, names = say(args.json), {spec.name for spec in specs}
     workdir.mkdir(parents=True, exist_ok=True)
-    _write_plan(experiment, workdir)
-    _prepare(experiment, {p.run.size for p in runs}, workdir, report)
+    write_notes(experiment, workdir)
+    prepare_data(experiment, {spec.size for spec in specs}, workdir, report)
     if args.prepare_only:
         return 0
-    slots = make_slots(args.slots)
-    done = sum(is_done(p.run, workdir) for p in runs)
+    slots, folder = make_slots(args.slots), workdir / "runs"
+    placed = read_notes(workdir).specs
+    done = collect(placed, folder, workdir / RESULTS)
     report(
-        f"{len(runs)} runs, {done} of them done; {len(slots)} at a time: "
-        f"{', '.join(slot.name for slot in slots)}"
+        f"{len(specs)} runs, {sum(one.name in names for one in done)} of them done; "
+        f"{len(slots)} at a time: {', '.join(slot.name for slot in slots)}"
     )
+    schedule = grid([spec for spec in placed if spec.name in names])
+    path = workdir / RESULTS
     with Table(sys.stderr if args.json else sys.stdout) as table:
-        rows = run_all([p.run for p in runs], workdir, slots, args.retries, table.show)
+        rows = run_all(schedule, folder, path, slots, args.retries, table.show)
     if any(row["state"] == "done" for row in rows):
         from trix_jax.lm.experiment.report import write_experiment_report
 
         report(f"read {write_experiment_report(workdir, report)}")
     if args.json:
         print_json({"name": experiment.name, "workdir": str(workdir), "runs": rows})
-    failed = [row for row in rows if row["state"] == "failed"]
-    for row in failed:
-        report(f"{row['size']}/{row['arm']}/seed-{row['seed']} failed: {row['why']}")
-    return 1 if failed else 0
-
-
-def read_experiment(path: str) -> Experiment:
-    """Reads the file and checks every run's flags by `trix-jax train`'s own parser.
-
-    Raises:
-        ValueError: it is no experiment.
-    """
-    tree = read_yaml(path)
-    if odd := sorted(set(tree) - KEYS):
-        raise ValueError(
-            f"{odd[0]} in {path} must be one of {', '.join(sorted(KEYS))}."
-        )
-    for key, kind in (("sizes", dict), ("arms", list), ("seeds", list)):
-        if not isinstance(tree.get(key), kind) or not tree[key]:
-            raise ValueError(f"{key} in {path} must be a {kind.__name__} with entries.")
-    every, by_arm = tree.get("set") or {}, tree.get("arm_set") or {}
-    if odd := sorted(set(by_arm) - set(tree["arms"])):
-        raise ValueError(f"arm_set in {path} must name arms. Got {odd[0]!r}.")
-    runs, data = [], {}
-    for size, given in tree["sizes"].items():
-        given = {"config": given} if isinstance(given, str) else dict(given)
-        if "config" not in given:
-            raise ValueError(f"sizes.{size} in {path} must have a config. Got none.")
-        config_path = _find(given.pop("config"), Path(path))
-        for arm in tree["arms"]:
-            flags = to_flags({**every, **given, **(by_arm.get(arm) or {})})
-            first = [config_path, "--arm", str(arm), *flags]
-            parsed = parse_preset(TrainArgs, first, "train")
-            own = data.setdefault(str(size), parsed.config.data)
-            store = f"data/{size}"
-            if own.path and is_store(own.path):
-                store = str(Path(own.path).absolute())
-            if parsed.config.data != own:
-                raise ValueError(
-                    f"the arms of {size} in {path} must share their data. Got other data for {arm}."
-                )
-            for seed in tree["seeds"]:
-                config = dataclasses.replace(parsed.config, seed=int(seed))
-                argv = (*first[:3], "--seed", str(seed), *first[3:])
-                steps = config.train.steps
-                run = Run(str(size), str(arm), int(seed), steps, argv, store)
-                runs.append(Planned(run, config))
-    return Experiment(str(tree.get("name") or Path(path).stem), tree, runs, data)
-
-
-def _find(config: str, experiment: Path) -> str:
-    """A config's path: from here, or from a folder above the experiment's file."""
-    for folder in (Path(), *experiment.absolute().parents):
-        if (folder / config).is_file():
-            return str(folder / config)
-    raise ValueError(f"config {config} of {experiment} is not there.")
-
-
-def _write_plan(experiment: Experiment, workdir: Path) -> None:
-    """Notes the plan; a directory holds one experiment."""
-    plan = {
-        "name": experiment.name,
-        **{k: experiment.tree.get(k) for k in ("title", "question", "label")},
-        "runs": [
-            p.run._asdict() | {"flags": list(p.run.flags)} for p in experiment.runs
-        ],
-    }
-    path = workdir / PLAN
-    if path.exists():
-        before = json.loads(path.read_bytes())["name"]
-        if before != experiment.name:
-            raise ValueError(
-                f"{workdir} holds the experiment {before!r}. Got {experiment.name!r}: use another workdir."
-            )
-    write_json(path, plan)
-
-
-def _prepare(
-    experiment: Experiment, sizes: set[str], workdir: Path, report: Callable
-) -> None:
-    for size in sorted(sizes):
-        data = experiment.data[size]
-        if data.path and is_store(data.path):
-            continue
-        state = f"while preparing {workdir / 'data' / size}; nothing was written there"
-        with Signals() as signals, signals.at_once(state):
-            prepare(data, workdir / "data" / size, report)
+    bad = [row for row in rows if row["state"] in ("failed", "diverged")]
+    for row in bad:
+        report(f"{row['name']} {row['state']}: {row['why'] or 'see its log.txt'}")
+    return 1 if bad else 0

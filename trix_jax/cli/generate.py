@@ -34,6 +34,10 @@ class Args:
 def main(argv: list[str]) -> None:
     """Prints the prompt and what follows it, as it comes."""
     args = parse(Args, argv, "generate")
+    if (at := _no_text(args.prompt)) is not None:
+        raise ValueError(
+            f"prompt must be text in UTF-8. Got {args.prompt[at]!r} at {at}."
+        )
     model, variables, tokenizer = load_run(args.checkpoint, args.step)
     prompt = tokenizer.encode(args.prompt)
     ids = [*map(int, prompt)]
@@ -51,3 +55,14 @@ def main(argv: list[str]) -> None:
         print_json({"text": text, "prompt": args.prompt, "tokens": args.tokens})
     else:
         print(text[len(shown) :])
+
+
+def _no_text(prompt: str) -> int | None:
+    """Where a prompt holds half a character, as bytes that are no UTF-8 leave; None if
+    nowhere.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None

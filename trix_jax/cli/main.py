@@ -2,11 +2,21 @@
 exit code.
 """
 
+import difflib
 import importlib
+import os
 import sys
 
+from trix_jax.cli.common import silence
 from trix_jax.lm.allocator import keep_freed_memory
-from trix_jax.lm.signals import BAD_INPUT, DONE, FAILED, INTERRUPTED, Interrupted
+from trix_jax.lm.signals import (
+    BAD_INPUT,
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    PIPE_CLOSED,
+    Interrupted,
+)
 
 VERBS = {
     "demo": "train a small TriX and its dense twin, compare, pack, generate, report: minutes on a laptop, no download",
@@ -32,12 +42,15 @@ def main(argv: list[str] | None = None) -> int:
     interrupted after saving.
     """
     argv = sys.argv[1:] if argv is None else argv
+    _open_standard_streams()
     verb, *rest = argv or ["--help"]
     if verb in ("-h", "--help"):
         print(_usage())
         return DONE
     if verb not in VERBS:
-        print(f"trix-jax: {verb!r} is no verb.\n\n{_usage()}", file=sys.stderr)
+        near = difflib.get_close_matches(verb, VERBS, 1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        print(f"trix-jax: {verb!r} is no verb.{hint}\n\n{_usage()}", file=sys.stderr)
         return BAD_INPUT
     keep_freed_memory()
     try:
@@ -57,7 +70,10 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except Interrupted as stop:
         print(f"trix-jax {verb}: {stop}", file=sys.stderr)
-        return INTERRUPTED
+        return PIPE_CLOSED if stop.by == "SIGPIPE" else INTERRUPTED
+    except BrokenPipeError:  # what read our output has seen enough
+        silence(sys.stdout)
+        return PIPE_CLOSED
     except (
         ValueError,
         ArithmeticError,
@@ -66,6 +82,19 @@ def main(argv: list[str] | None = None) -> int:
         NotImplementedError,
     ) as error:
         return _explain(verb, error)
+
+
+def _open_standard_streams() -> None:
+    """Where one is closed (`>&-`), what is written goes nowhere; otherwise the next file
+    that is opened would take its place, and its lines.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    sys.stdout = sys.stdout or os.fdopen(os.dup(1), "w")
+    sys.stderr = sys.stderr or os.fdopen(os.dup(2), "w")
 
 
 def _usage() -> str:

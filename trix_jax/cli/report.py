@@ -8,7 +8,7 @@ import tyro
 
 from trix_jax.cli.common import print_json, say
 from trix_jax.lm.experiment.report import write_experiment_report
-from trix_jax.lm.experiment.runner import PLAN
+from trix_jax.lm.experiment.spec import NOTES
 from trix_jax.lm.presets import parse
 from trix_jax.lm.report.run import write_run_report
 
@@ -29,13 +29,13 @@ def main(argv: list[str]) -> None:
     """Writes the report."""
     args = parse(Args, argv, "report")
     directory, report = Path(args.directory), say(args.json)
-    if (directory / PLAN).is_file():
+    if (directory / NOTES).is_file():
         path = write_experiment_report(directory, report)
     elif (directory / "metrics.jsonl").is_file():
         path = write_run_report(directory)
     else:
         raise ValueError(
-            f"directory must hold a run (metrics.jsonl) or an experiment ({PLAN}). Got {directory}."
+            f"directory must hold a run (metrics.jsonl) or an experiment ({NOTES}). Got {directory}."
         )
     report(f"read {path}")
     if args.json:

@@ -6,11 +6,12 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 # Exit codes of `trix-jax`: done; the run failed; bad usage or input; interrupted after
 # saving, so that the same command goes on.
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 75
+PIPE_CLOSED = 128 + 13  # as a process that SIGPIPE ends
 
 
 class Interrupted(BaseException):
@@ -18,11 +19,22 @@ class Interrupted(BaseException):
 
     No Exception, as KeyboardInterrupt is none: it comes at any moment, and what handles
     errors must not take it for one.
+
+    Attributes:
+        by: the name of the signal, "SIGPIPE" for a pipe that its reader closed.
     """
+
+    def __init__(self, message: str, by: str = ""):
+        super().__init__(message)
+        self.by = by
 
 
 class Signals:
-    """While it is open, `caught` names the first SIGTERM or SIGINT, or is empty."""
+    """While it is open, `caught` names the first SIGTERM or SIGINT, or is empty. A signal
+    that the process was started to ignore, as `nohup` and `&` do, stays ignored.
+    """
+
+    _open: ClassVar[list["Signals"]] = []
 
     def __init__(self):
         self.caught = ""
@@ -32,13 +44,24 @@ class Signals:
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
+                if signal.getsignal(number) is signal.SIG_IGN:
+                    continue
                 before = signal.signal(number, self._note)
                 # None: a handler that is not Python's, such as jax.distributed's.
                 self._before[number] = signal.SIG_DFL if before is None else before
+        self._open.append(self)
         return self
 
     def __exit__(self, *_):
+        self._open.remove(self)
         self._restore()
+
+    @classmethod
+    def stop(cls, name: str) -> bool:
+        """As if a signal of this name had come; False if nobody waits for one."""
+        if cls._open:
+            cls._open[-1]._catch(name)
+        return bool(cls._open)
 
     @contextlib.contextmanager
     def at_once(self, state: str) -> Iterator[None]:
@@ -55,11 +78,14 @@ class Signals:
             self._state = ""
 
     def _note(self, number, _frame):
-        self.caught = signal.Signals(number).name
         self._restore()
+        self._catch(signal.Signals(number).name)
+
+    def _catch(self, name: str) -> None:
+        self.caught = name
         if self._state:
             raise Interrupted(
-                f"stopped by {self.caught} {self._state}. The same command goes on."
+                f"stopped by {name} {self._state}. The same command goes on.", name
             )
 
     def _restore(self):

@@ -1,251 +1,153 @@
-"""What a report says of an experiment: intervals, twins, answers, figures, plans."""
+"""The record of a run: made, written, read, compared."""
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from trix_jax.lm.accounting import costs
-from trix_jax.lm.config import RunConfig, TrainConfig, to_tree
-from trix_jax.lm.data import DataConfig
-from trix_jax.lm.experiment import budget as planning
-from trix_jax.lm.experiment.budget import plan
-from trix_jax.lm.experiment.report import _hypotheses, write_experiment_report
+from trix_jax.lm.accounting import active_width, costs
+from trix_jax.lm.experiment.directory import is_diverged, is_done
 from trix_jax.lm.experiment.results import (
-    Finished,
-    compare,
-    groups,
-    interval,
-    public_command,
+    add,
+    collect,
+    from_tree,
+    read,
+    result_of,
+    to_tree,
     twin,
+    twin_widths,
 )
-from trix_jax.lm.experiment.runner import Run
-from trix_jax.lm.report.record import RunRecord
-from trix_jax.nn.transformer import TransformerConfig
+from trix_jax.lm.experiment.tuning import at_rate, best_rate, sweep, tuned
 
-MODEL = TransformerConfig(
-    vocab_size=64,
-    context=16,
-    d_model=16,
-    n_layers=1,
-    n_heads=2,
-    num_tiles=4,
-    tiles_per_cluster=2,
-    ffn="lookup",
-)
-MODELS = {
-    "lookup": MODEL,
-    "dense": TransformerConfig(
-        **{**MODEL.__dict__, "ffn": "dense", "ffn_width": 102}  # as many parameters
-    ),
-    "dense-4d": TransformerConfig(**{**MODEL.__dict__, "ffn": "dense"}),
-    "sparse": TransformerConfig(**{**MODEL.__dict__, "ffn": "sparse"}),
-    "hash": TransformerConfig(**{**MODEL.__dict__, "ffn": "sparse"}),
-}
+ROOT = Path(__file__).parents[3]
+NOT_RUNS = ("doing", "ngram-floors", "original-protocol")
+COMMITTED = [
+    *sorted((ROOT / "experiments/scale").glob("*/metrics.json")),
+    *sorted((ROOT / "experiments/quality/results").glob("*.json")),
+]
+KEYS = (
+    "setting arm tiles_per_token seed learning_rate steps tokens val_loss params_total "
+    "ffn_active ffn_bits min_entropy_share dead_tiles seconds command git_commit"
+).split()
 
 
-def record(arm, seed, loss, train_loss=None, size_scale=1.0):
-    model = MODELS[arm]
-    routed = model.ffn != "dense"
-    usage = [[0.25] * 4] if routed else []
-    layers = [{"entropy": 1.38, "max_load": 1.0, "dead_tiles": 0}] if routed else []
-    steps = [
-        {
-            "event": "step",
-            "step": i,
-            "tokens": 32 * i,
-            "loss": train_loss or loss,
-            "lr": 1e-3,
-            "grad_norm": 1.0,
-            "tokens_per_second": 1000.0,
-            "memory_bytes": 2**28,
-            "routing_entropy": [1.38] if routed else [],
-            "aux_balance": 1.0,
-            "aux_diversity": 0.1,
-        }
-        for i in range(1, 21)
+def made_up(**values):
+    return from_tree({"setting": "s", "seed": 42, "learning_rate": 1e-3, **values})
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_committed_results_read_and_have_the_keys_that_others_rely_on(path):
+    if path.stem in NOT_RUNS:
+        return
+    trees, results = json.loads(path.read_bytes()), read(path)
+    assert len({result.name for result in results}) == len(results) == len(trees) > 0
+    for tree, result in zip(trees, results, strict=True):
+        assert tree.keys() >= set(KEYS)
+        assert "width" in tree or {"num_tiles", "tile_width"} <= tree.keys()
+        assert to_tree(result).items() >= tree.items()
+
+
+@pytest.mark.parametrize("arm", ["lookup", "sparse", "dense"])
+def test_result_of_a_run_directory_maps_the_names_of_its_summary(
+    arm, models, write_run, tmp_path
+):
+    spec, model = write_run(tmp_path, "s", arm, 7, 1.5, train_loss=1.25), models[arm]
+    result, counted = result_of(spec, tmp_path), costs(model)
+    assert (result.val_loss, result.best_val_loss, result.seed) == (1.5, 1.5, 7)
+    assert result.train_val_gap == 0.25
+    assert (result.params_total, result.ffn_bits) == (counted.total, counted.ffn_bits)
+    assert result.active_width == active_width(model)
+    assert result.is_dense == (arm == "dense")
+    assert result.dead_tiles == (None if arm == "dense" else 3)
+    assert [line["val_loss"] for line in result.evaluations] == [2.0, 1.5]
+    assert (
+        result.command == f"trix-jax train preset.yaml --arm {arm} --data.path data/s"
+    )
+    tree = to_tree(result)
+    assert tree.keys() >= {*KEYS, "size"}
+    assert ("width" in tree) == (arm == "dense")
+    assert ("num_tiles" in tree, "tile_width" in tree) == (arm != "dense",) * 2
+    assert from_tree(json.loads(json.dumps(tree))) == result
+
+
+def test_run_that_diverged_is_a_result_without_a_loss(write_run, tmp_path):
+    spec = write_run(tmp_path, "s", "sparse", 1, 1.5)
+    directory = tmp_path / spec.name
+    (directory / "summary.json").unlink()
+    assert not is_done(spec, tmp_path)
+    (directory / "log.txt").write_text("stopped by SIGTERM\n")
+    assert not is_diverged(directory)
+    said = "trix-jax train: loss (nan) or gradient norm (nan) is not finite at step 7, after 10 skipped in a row (train.max_skipped=10): stopped."
+    (directory / "log.txt").write_text(f"step 1\n\n{said}\n\n")
+    assert is_diverged(directory)
+    result = result_of(spec, tmp_path)
+    assert result.val_loss == math.inf
+    assert not result.is_finite
+    assert to_tree(result)["val_loss"] is None
+    assert result.params_total > 0
+    patched = result_of(spec._replace(patch=("module", "name")), tmp_path)
+    assert patched.params_total is None
+
+
+def test_collect_takes_what_came_to_its_end_in_the_order_asked(write_run, tmp_path):
+    folder, path = tmp_path / "runs", tmp_path / "metrics.json"
+    specs = [write_run(folder, "s", "sparse", n, 1.5 + n) for n in (3, 1, 2)]
+    (folder / specs[1].name / "REPORT.md").unlink()
+    assert [result.seed for result in collect(specs, folder, path)] == [3, 2]
+    assert [result.seed for result in read(path)] == [3, 2]
+
+
+def test_results_file_replaces_a_run_and_stays_in_order(tmp_path):
+    path = tmp_path / "results" / "s.json"
+    assert read(path) == []
+    lines = [
+        made_up(arm=arm, val_loss=loss)
+        for arm, loss in (("b", 1.0), ("a", 2.0), ("b", 3.0))
     ]
-    evals = [
-        {
-            "event": "eval",
-            "step": n,
-            "tokens": 32 * n,
-            "val_loss": value,
-            "tile_usage": usage,
-            "routing_stability": [0.9] if routed and n == 20 else [],
-        }
-        for n, value in ((10, loss + 0.5), (20, loss))
-    ]
-    params = costs(model)._asdict()
-    params["total"] = int(params["total"] * size_scale)
-    summary = {
-        "best_val_loss": loss,
-        "final_val_loss": loss,
-        "final_val_ppl": math.exp(loss),
-        "final_val_bits_per_byte": loss / math.log(2) / 4,
-        "seconds": 10.0,
-        "tokens": 640,
-        "steps": 20,
-        "params": params,
-        "routing": layers,
-        "min_entropy_share": 0.99 if routed else None,
-        "max_dead_tiles": 0 if routed else None,
-    }
-    env = {
-        "python": "3.13",
-        "system": "Linux",
-        "cpu_count": 2,
-        "devices": ["cpu"],
-        "packages": {"jax": "0.12"},
-        "git_commit": None,
-    }
-    config = RunConfig(seed=seed, arm=arm, model=model, train=TrainConfig(steps=20))
-    return RunRecord(config, steps, evals, summary, env)
+    for one in lines:
+        add(path, one, tmp_path / "runs")
+    assert read(path) == [lines[1], lines[2]]
+    assert [p.name for p in path.parent.iterdir()] == ["s.json"]
 
 
-def finished(size, arm, losses, **more):
-    return [
-        Finished(
-            Run(size, arm, seed, 20, ("preset.yaml", "--arm", arm), f"data/{size}"),
-            record(arm, seed, loss, **more),
-            "trix-jax train ...",
-        )
-        for seed, loss in enumerate(losses)
-    ]
+def test_workers_side_by_side_lose_no_result(tmp_path):
+    path = tmp_path / "s.json"
+
+    def add_ten(arm):
+        for seed in range(10):
+            add(path, made_up(arm=arm, seed=seed, val_loss=1.0), tmp_path)
+
+    with ThreadPoolExecutor(2) as workers:
+        list(workers.map(add_ten, "ab"))
+    assert len(read(path)) == 20
 
 
-def test_interval_is_students():
-    mean, half = interval([1.0, 2.0, 3.0])
-    assert (mean, round(half, 3)) == (2.0, round(4.303 / math.sqrt(3), 3))
-    assert interval([1.5]) == (1.5, math.inf)
-
-
-@pytest.mark.parametrize(
-    ("trix", "verdict"),
-    [
-        ([1.5, 1.51, 1.49], "supported"),
-        ([2.5, 2.51, 2.49], "not supported"),
-        ([2.0, 2.3, 1.7], "undecided"),
-        ([1.0], "undecided"),
-    ],
-)
-def test_comparison_is_paired_by_seed_and_says(trix, verdict):
-    found = groups(
-        finished("s", "lookup", trix) + finished("s", "dense", [2.0, 2.01, 2.0])
+def test_twin_is_the_dense_run_of_the_same_cost_or_none(models, write_run, tmp_path):
+    lookup, *dense = (
+        result_of(write_run(tmp_path, "s", arm, 1, 2.0), tmp_path)
+        for arm in ("lookup", "dense", "dense-4d")
     )
-    made = compare("s", "lookup", "dense", found, lambda f: f.loss)
-    assert made.verdict() == verdict
-    assert made.seeds == len(trix)
+    other_size = dense[0]._replace(size="m", params_total=lookup.params_total)
+    assert twin(lookup, [*dense, other_size], "params_total", 0.02) == dense[0]
+    assert twin(lookup, dense, "ffn_active", 0.02) is None
+    assert twin_widths(lookup, dense[0])["parameters"] == pytest.approx(102, abs=0.5)
+    own = twin_widths(dense[1], dense[0])
+    assert own == pytest.approx(dict.fromkeys(own, models["dense-4d"].dense_width))
 
 
-def test_twin_is_the_dense_arm_of_the_same_cost_or_none():
-    found = groups(
-        finished("s", "lookup", [2.0])
-        + finished("s", "dense", [2.0])
-        + finished("s", "dense-4d", [2.0])
-    )
-    total = {arm: costs(MODELS[arm]).total for arm in ("lookup", "dense")}
-    assert abs(total["dense"] / total["lookup"] - 1) < 0.02
-    assert twin("s", "lookup", "total", found) == "dense"
-    assert twin("s", "lookup", "ffn_active", found) is None
-
-
-def test_hypotheses_are_answered_from_what_was_run():
-    found = groups(
-        finished("s", "lookup", [1.5, 1.51, 1.49], train_loss=1.4)
-        + finished("s", "dense", [2.0, 2.01, 2.0], train_loss=1.0)
-        + finished("s", "sparse", [1.8, 1.81, 1.79])
-        + finished("s", "hash", [1.9, 1.91, 1.89])
-    )
-    lower, special, capacity, regular = _hypotheses(found, ["s"])
-    assert lower.startswith(
-        "**Lower perplexity than a parameter-equivalent dense FFN: supported.**"
-    )
-    assert "s, sparse against hash: -0.1000" in special
-    assert "supported" in special
-    assert "undecided.** Not measured here" in capacity
-    assert "regularizes: supported" in regular
-
-
-def write(directory, runs):
-    plan_tree = {
-        "name": "e",
-        "title": "A title",
-        "question": "Does it?",
-        "label": "Made up.",
-        "runs": [one.run._asdict() for one in runs],
-    }
-    plan_tree["runs"].append(runs[0].run._replace(seed=99)._asdict())
-    directory.mkdir(parents=True)
-    (directory / "experiment.json").write_text(json.dumps(plan_tree))
-    for one in runs:
-        place = one.run.directory(directory)
-        place.mkdir(parents=True)
-        lines = one.record.steps + one.record.evals
-        (place / "metrics.jsonl").write_text(
-            "".join(json.dumps(v) + "\n" for v in lines)
-        )
-        (place / "summary.json").write_text(json.dumps(one.record.summary))
-        (place / "env.json").write_text(json.dumps(one.record.env))
-        (place / "config.yaml").write_text(json.dumps(to_tree(one.record.config)))
-        (place / "REPORT.md").write_text("")
-
-
-@pytest.mark.slow
-def test_report_of_a_ladder_names_what_is_missing_and_draws_everything(tmp_path):
-    runs = [
-        *finished("s", "lookup", [2.0, 2.1]),
-        *finished("s", "dense", [1.9, 2.0]),
-        *finished("m", "lookup", [1.8], size_scale=4.0),
-        *finished("m", "dense", [1.7], size_scale=4.0),
-    ]
-    write(tmp_path / "e", runs)
-    text = write_experiment_report(tmp_path / "e", lambda _: None).read_text()
-    assert text.startswith("# A title\n\nDoes it?\n\n> Made up. **6 of 7 runs are fin")
-    assert "missing: s/lookup/seed-99." in text
-    assert "**m**, validation loss in nats per token, lowest first: dense 1.7" in text
-    for name in ("costs", "s_loss", "m_loss", "m_steps", "s_lookup_routing"):
-        assert (tmp_path / "e/plots" / f"{name}.png").stat().st_size > 5000
-    assert len(json.loads((tmp_path / "e/metrics.json").read_text())) == 6
-
-
-def test_report_of_nothing_finished_says_so(tmp_path):
-    runs = finished("s", "lookup", [2.0])
-    write(tmp_path / "e", runs)
-    (tmp_path / "e/runs/s/lookup/seed-0/summary.json").unlink()
-    with pytest.raises(ValueError, match=r"must hold a finished run\. Got none of 2"):
-        write_experiment_report(tmp_path / "e", lambda _: None)
-
-
-def test_public_command_has_no_path_of_the_machine():
-    flags = ("/home/me/configs/tiny.yaml", "--arm", "dense", "--data.path", "/data/x")
-    words = public_command(Run("s", "dense", 1, 5, flags, "/store"))
-    assert words == "trix-jax train configs/tiny.yaml --arm dense --data.path data/s"
-
-
-def test_plan_without_the_compiler_counts_and_models(monkeypatch, tmp_path):
-    monkeypatch.setattr(planning.train_steps, "compiler", lambda: None)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    config = RunConfig(
-        model=MODEL,
-        data=DataConfig(tokenizer="bpe", vocab_size=64),
-        train=TrainConfig(steps=100, batch_size=16),
-    )
-    text, (row,) = plan(
-        {("s", "lookup"): config}, 3, 3.0, "the command", lambda _: None
-    )
-    assert row["params"] == costs(MODEL).total
-    assert row["peak_bytes"] is None
-    assert 0 < row["h100_hours"] < row["thor_hours"]
-    assert row["usd"] == pytest.approx(3 * planning.SLACK * row["h100_hours"] * 3.0)
-    assert "A dash was not compiled" in text
-    assert text.endswith("Made by `the command`.")
-
-
-@pytest.mark.slow
-def test_compile_case_compiles_a_step_for_an_absent_gpu():
-    python = planning.train_steps.compiler()
-    if python is None:
-        pytest.skip("needs the dependency group aot, or TRIX_AOT_PYTHON")
-    done = planning.train_steps.compile_case(python, "h100", MODEL, 16, 2, 1)
-    assert done["peak_bytes"] > 4 * 3 * costs(MODEL).total
+def test_tuned_is_an_arm_at_its_best_finite_rate_and_says_whether_it_is_bracketed():
+    losses = {5e-4: 3.0, 1e-3: 1.5, 2e-3: None}
+    results = [made_up(arm="a", learning_rate=r, val_loss=v) for r, v in losses.items()]
+    results += [made_up(arm="a", seed=43, val_loss=1.6), made_up(arm="b", val_loss=9.0)]
+    found = tuned(results, "a")
+    assert (found.rate, found.losses) == (1e-3, {42: 1.5, 43: 1.6})
+    assert found.is_bracketed
+    assert not tuned(results, "b").is_bracketed
+    assert tuned(results, "b", like="a").is_bracketed
+    assert tuned(results, "c") is None
+    assert best_rate(sweep(results, "a", 42)) == 1e-3
+    assert best_rate({}) is None
+    assert best_rate({1e-3: math.inf, 2e-3: math.inf}) == 1e-3
+    assert at_rate(results, "a", 2e-3)[42].val_loss == math.inf

@@ -1,4 +1,4 @@
-"""The runner: slots, restarts, interruption, and one real experiment end to end."""
+"""The runner: slots, restarts, interruption, workers, and one real experiment."""
 
 import json
 import os
@@ -6,78 +6,134 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import yaml
 
-from trix_jax.cli.experiment import read_experiment
-from trix_jax.cli.main import main
-from trix_jax.lm.experiment import runner
-from trix_jax.lm.experiment.job_files import render
-from trix_jax.lm.experiment.runner import Run, command, make_slots, progress, run_all
-
-ROOT = Path(__file__).parents[3]
-COMMITTED = sorted((ROOT / "experiments/scale").glob("*.yaml"))
+from trix_jax.lm.experiment import results, runner
+from trix_jax.lm.experiment.directory import claim, is_diverged, progress
+from trix_jax.lm.experiment.live import Table
+from trix_jax.lm.experiment.runner import grid, run_all
+from trix_jax.lm.experiment.slots import make_slots
+from trix_jax.lm.experiment.spec import Spec
 
 # What a run does, as far as the runner sees it; the arm says how it behaves.
 STUB = """
 import json, os, pathlib, signal, sys, time
-flags = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+program, argv = ("MODULE", sys.argv[1]), sys.argv[sys.argv.index("train") + 1 :]
+flags = dict(zip(argv[::2], argv[1::2]))
 arm, workdir = flags["--arm"], pathlib.Path(flags["--workdir"])
 began = (workdir / "metrics.jsonl").exists()
 (workdir / "cores").write_text(str(sorted(os.sched_getaffinity(0))))
+(workdir / "program").write_text(" ".join(program))
 (workdir / "metrics.jsonl").write_text(json.dumps({"event": "step", "step": 3, "loss": 2.5}) + "\\n")
 print("a line of the log", flush=True)
 if arm == "bad": sys.exit(2)
 if arm == "dies": sys.exit(1)
+if arm == "diverges": sys.exit(print("validation loss (nan) is not finite: stopped") or 1)
 if arm == "killed-once" and not began: os.kill(os.getpid(), signal.SIGKILL)
 if arm == "waits":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     time.sleep(60)
-(workdir / "summary.json").write_text(json.dumps({"steps": 5}))
-(workdir / "REPORT.md").write_text("")
 """
+
+
+def stub_result(spec, folder):
+    loss = None if is_diverged(folder / spec.name) else 2.5
+    known = spec._asdict() | {"learning_rate": spec.rate, "val_loss": loss}
+    return results.from_tree(known)
 
 
 @pytest.fixture
 def stub(monkeypatch):
     monkeypatch.setattr(runner, "PROGRAM", STUB)
     monkeypatch.setattr(runner, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(results, "result_of", stub_result)
 
 
-def planned(arm, seed=42):
-    return Run("tiny", arm, seed, 5, ("--arm", arm), "data/tiny")
+def asked(arm, seed=42, **more):
+    return Spec("e", "tiny", arm, seed, 5, ("--arm", arm), "data/tiny", **more)
 
 
-def states(runs, workdir, slots=2, retries=2):
-    rows = run_all(runs, workdir, make_slots(slots), retries, lambda rows: None)
-    return {row["arm"]: row for row in rows}
+def rows_of(schedule, workdir, slots=2, retries=2, show=lambda rows: None, **more):
+    where = (workdir / "runs", workdir / "metrics.json", make_slots(slots))
+    return run_all(schedule, *where, retries, show, **more)
+
+
+def states(rows, key="arm"):
+    return {row[key]: row["state"] for row in rows}
 
 
 def test_run_all_restarts_what_was_killed_and_leaves_the_others(stub, tmp_path):
-    arms = ("good", "killed-once", "dies", "bad")
-    rows = states([planned(arm) for arm in arms], tmp_path)
-    assert {arm: row["state"] for arm, row in rows.items()} == {
+    arms = ("good", "killed-once", "dies", "bad", "diverges")
+    rows = rows_of(grid([asked(arm) for arm in arms]), tmp_path)
+    assert states(rows) == {
         "good": "done",
         "killed-once": "done",
         "dies": "failed",
         "bad": "failed",
+        "diverges": "diverged",
     }
-    restarts = {arm: row["restarts"] for arm, row in rows.items()}
-    assert restarts == {"good": 0, "killed-once": 1, "dies": 2, "bad": 0}
+    by_arm = {row["arm"]: row for row in rows}
+    restarts = {arm: row["restarts"] for arm, row in by_arm.items()}
+    assert restarts == {"good": 0, "killed-once": 1, "dies": 2, "bad": 0, "diverges": 0}
     core = (tmp_path / "runs/tiny/good/seed-42/cores").read_text()
     assert core in ([str(sorted(slot.cores)) for slot in make_slots(2)])
-    assert rows["dies"]["why"] == "exit code 1: a line of the log"
-    assert "SIGKILL" in rows["killed-once"]["why"]
+    assert by_arm["dies"]["why"] == "exit code 1: a line of the log"
+    assert "SIGKILL" in by_arm["killed-once"]["why"]
+    kept = {r.arm: r.is_finite for r in results.read(tmp_path / "metrics.json")}
+    assert kept == {"good": True, "killed-once": True, "diverges": False}
 
 
 def test_run_all_does_not_repeat_what_is_done(stub, tmp_path):
-    states([planned("good")], tmp_path)
+    schedule = grid([asked("good"), asked("diverges")])
+    rows_of(schedule, tmp_path)
     log = tmp_path / "runs/tiny/good/seed-42/log.txt"
     before = log.read_text()
-    assert states([planned("good")], tmp_path)["good"]["state"] == "done"
+    rows = rows_of(schedule, tmp_path)
+    assert states(rows) == {"good": "done", "diverges": "diverged"}
     assert log.read_text() == before
+
+
+def test_run_all_asks_the_schedule_again_with_what_has_been_found(stub, tmp_path):
+    def schedule(done):
+        rates = {result.learning_rate for result in done}
+        rate = next(r for r in (1e-3, 2e-3, 4e-3, 8e-3) if r not in rates)
+        return [] if len(rates) == 3 else [asked("good", rate=rate)._replace(size="")]
+
+    rows = rows_of(schedule, tmp_path)
+    assert [row["name"] for row in rows] == [
+        f"e/good-lr{rate:g}-seed42" for rate in (1e-3, 2e-3, 4e-3)
+    ]
+
+
+def test_run_all_starts_nothing_once_the_time_is_up(stub, tmp_path):
+    assert states(rows_of(grid([asked("good")]), tmp_path, hours=0.0)) == {
+        "good": "waiting"
+    }
+
+
+def test_patched_run_is_made_by_the_module_of_its_patch(stub, tmp_path):
+    runs = [asked("good", 1), asked("good", 2, patch=("some.module", "wings"))]
+    rows_of(grid(runs), tmp_path)
+    folder = tmp_path / "runs/tiny/good"
+    assert (folder / "seed-1/program").read_text() == "trix_jax.cli.main train"
+    assert (folder / "seed-2/program").read_text() == "some.module wings"
+
+
+def test_workers_side_by_side_never_make_the_same_run(stub, tmp_path):
+    runs = [asked("good", seed) for seed in range(2)]
+    hold = claim(tmp_path / "runs" / runs[0].name)
+    assert claim(tmp_path / "runs" / runs[0].name) is None
+    rows = rows_of(grid(runs), tmp_path)
+    assert states(rows, "seed") == {0: "waiting", 1: "done"}
+    assert rows[0]["why"] == "another worker is at it"
+    # Who held it has finished it, after the schedule was asked.
+    folder = tmp_path / "runs"
+    results.add(tmp_path / "metrics.json", stub_result(runs[0], folder), folder)
+    hold.close()
+    assert states(rows_of(grid(runs), tmp_path), "seed") == {0: "done", 1: "done"}
+    assert not (tmp_path / "runs" / runs[0].name / "log.txt").exists()
 
 
 @pytest.mark.slow
@@ -87,8 +143,7 @@ def test_run_all_uses_as_many_slots_as_there_are(stub, tmp_path):
     def show(rows):
         most.append(sum(row["state"] == "running" for row in rows))
 
-    runs = [planned("good", seed) for seed in range(5)]
-    run_all(runs, tmp_path, make_slots(2), 0, show)
+    rows_of(grid([asked("good", seed) for seed in range(5)]), tmp_path, show=show)
     assert max(most) == 2
 
 
@@ -102,28 +157,34 @@ def test_run_all_interrupted_lets_every_run_save(stub, tmp_path):
             time.sleep(0.3)  # both have their handler by then
             os.kill(os.getpid(), signal.SIGTERM)
 
-    runs = [planned("waits", seed) for seed in (1, 2)]
+    runs = [asked("waits", seed) for seed in (1, 2)]
     with pytest.raises(runner.Interrupted, match="every run has saved"):
-        run_all(runs, tmp_path, make_slots(2), 0, show)
+        rows_of(grid(runs), tmp_path, show=show)
     assert shown[-1] == ["stopped", "stopped"]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel")
-def test_run_whose_runner_was_killed_saves(tmp_path):
-    runner = f"""
+def test_run_whose_runner_was_killed_saves_and_is_locked_until_then(tmp_path):
+    saving = "((workdir / 'saving').touch(), time.sleep(2), (workdir / 'saved').touch(), sys.exit(75))"
+    code = f"""
 import pathlib
-from trix_jax.lm.experiment import runner as e
-e.PROGRAM = {STUB!r}.replace("sys.exit(75)", "((workdir / 'saved').touch(), sys.exit(75))")
-run = e.Run("tiny", "waits", 1, 5, ("--arm", "waits"), "data")
-e.run_all([run], pathlib.Path({str(tmp_path)!r}), e.make_slots(1), 0, lambda rows: None)
+from trix_jax.lm.experiment import runner
+from trix_jax.lm.experiment.slots import make_slots
+from trix_jax.lm.experiment.spec import Spec
+runner.PROGRAM = {STUB!r}.replace("sys.exit(75)", {saving!r})
+spec = Spec("e", "tiny", "waits", 1, 5, ("--arm", "waits"), "data")
+folder = pathlib.Path({str(tmp_path)!r})
+runner.run_all(runner.grid([spec]), folder, folder / "r.json", make_slots(1), 0, lambda rows: None)
 """
-    process = subprocess.Popen([sys.executable, "-c", runner])
-    directory = tmp_path / "runs/tiny/waits/seed-1"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    directory = tmp_path / "tiny/waits/seed-1"
     _wait_for(directory / "metrics.jsonl")
     time.sleep(0.5)  # it has its handler by then
     process.kill()
     process.wait()
+    _wait_for(directory / "saving")
+    assert claim(directory) is None
     _wait_for(directory / "saved")
 
 
@@ -160,104 +221,12 @@ def test_progress_reads_the_end_of_a_line_being_written(tmp_path):
     assert progress(tmp_path / "nothing").step == 0
 
 
-PRESET = """
-data: {source: text, tokenizer: byte}
-model: {ffn: lookup, context: 16, d_model: 16, n_layers: 1, n_heads: 2, num_tiles: 4, tiles_per_cluster: 2}
-train: {steps: 6, batch_size: 2, eval_every: 3, warmup_steps: 1}
-arms:
-  lookup: {model.ffn: lookup}
-  dense: {model.ffn: dense, model.ffn_width: match-params}
-"""
-
-
-@pytest.fixture
-def small(tmp_path, corpus):
-    (tmp_path / "preset.yaml").write_text(PRESET)
-    tree = {
-        "name": "small",
-        "label": "A test.",
-        "sizes": {"s": "preset.yaml"},
-        "arms": ["lookup", "dense"],
-        "seeds": [1, 2],
-        "set": {"data.path": str(corpus)},
-        "arm_set": {"dense": {"train.learning_rate": 2e-3}},
-    }
-    path = tmp_path / "small.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
-
-
-def test_read_experiment_makes_a_run_of_every_size_arm_and_seed(small, tmp_path):
-    runs = read_experiment(str(small)).runs
-    names = [p.run.name for p in runs]
-    assert names == [f"s/{arm}/seed-{n}" for arm in ("lookup", "dense") for n in (1, 2)]
-    assert {p.config.train.learning_rate for p in runs[2:]} == {2e-3}
-    words = command(runs[0].run, tmp_path)
-    assert words[0] == "train"
-    assert words[-4:] == [
-        "--data.path",
-        str(tmp_path / "data/s"),
-        "--workdir",
-        str(tmp_path / "runs/s/lookup/seed-1"),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        ({"arms": []}, "arms in .* must be a list with entries"),
-        ({"sizes": {"s": "nowhere.yaml"}}, "config nowhere.yaml of .* is not there"),
-        ({"arm_set": {"moe": {}}}, "arm_set in .* must name arms. Got 'moe'"),
-        ({"colour": "red"}, "colour in .* must be one of"),
-        (
-            {"arms": ["moe"], "arm_set": {}},
-            "arm must be one of dense, lookup, base",
-        ),
-    ],
-)
-def test_read_experiment_says_what_is_wrong(small, change, match):
-    tree = yaml.safe_load(small.read_text()) | change
-    small.write_text(yaml.safe_dump(tree))
-    with pytest.raises(ValueError, match=match):
-        read_experiment(str(small))
-
-
-@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
-def test_committed_experiment_reads(path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    read = read_experiment(str(path))
-    assert read.name == path.stem
-    tree = yaml.safe_load(path.read_text())
-    count = len(tree["sizes"]) * len(tree["arms"]) * len(tree["seeds"])
-    assert len({p.run.name for p in read.runs}) == count
-
-
-@pytest.mark.parametrize("engine", ["slurm", "kubernetes", "skypilot"])
-def test_render_hands_every_run_to_the_engine(small, engine, capsys, tmp_path):
-    assert main(["experiment", str(small), "--render", engine, "--workdir", "/r"]) == 0
-    text = capsys.readouterr().out
-    for name in ("s/lookup/seed-1", "s/dense/seed-2"):
-        assert name in text
-    assert f"trix-jax experiment {small} --workdir /r --slots 1 --only" in text
-    if engine == "slurm":
-        assert "--array=0-3%4" in text
-        (tmp_path / "job").write_text(text)
-        subprocess.run(["bash", "-n", tmp_path / "job"], check=True)
-        return
-    tree = yaml.safe_load(text)
-    script = tree["run"] if engine == "skypilot" else _args(tree)
-    subprocess.run(["bash", "-n", "-c", script], check=True)
-
-
-def _args(tree):
-    (container,) = tree["spec"]["template"]["spec"]["containers"]
-    return container["args"][0]
-
-
-def test_render_gives_a_job_of_one_name_per_index():
-    text = render("slurm", "E 1", ["a/b/seed-1"], "e.yaml", "/w", 1)
-    assert "--job-name=e-1" in text
-    assert "--array=0-0%1" in text
+def test_table_says_each_change_of_a_run_once(stub, tmp_path):
+    with (tmp_path / "out").open("w") as out, Table(out) as table:
+        rows_of(grid([asked("diverges")]), tmp_path, show=table.show)
+    lines = (tmp_path / "out").read_text().splitlines()
+    assert [line.split()[1] for line in lines] == ["running", "diverged"]
+    assert lines[-1].startswith("tiny/diverges/seed-42  diverged  step 3/5  loss 2.5")
 
 
 @pytest.mark.slow
@@ -279,13 +248,7 @@ def test_experiment_runs_reports_and_goes_on(small, user_env, tmp_path):
     for name in ("costs", "s_loss", "s_steps", "s_lookup_usage", "s_lookup_routing"):
         assert (tmp_path / f"e/plots/{name}.png").stat().st_size > 5000
         assert f"plots/{name}.png" in text
-    results = json.loads((tmp_path / "e/metrics.json").read_text())
-    assert len(results) == 2
-    keys = (
-        "setting arm seed learning_rate steps tokens val_loss params_total ffn_active "
-        "ffn_bits min_entropy_share dead_tiles seconds command git_commit"
-    )
-    assert all(set(keys.split()) <= set(result) for result in results)
+    assert len(results.read(tmp_path / "e/metrics.json")) == 2
     again = subprocess.run(
         argv, env=user_env, cwd=tmp_path, capture_output=True, text=True, check=True
     )

@@ -7,14 +7,13 @@ MACs a token: attention's projections, its scores over the whole context, the FF
 counted in `accounting`, the head. Bytes a token: 34 D of bfloat16 activations a layer
 (Korthikanti et al., 2022, https://arxiv.org/abs/2205.05198), the logits in float32, each
 written and read forward and backward; and 28 bytes a parameter and update. Nothing is
-autotuned and launches are not counted, so that this is the least a step can take: a plan
-takes `SLACK` times it, and the first hundred steps tell.
+autotuned and launches are not counted, so that this is the least a step can take: the
+budget takes `SLACK` times it, and the first hundred steps tell.
 """
 
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,33 +21,33 @@ from typing import Any
 
 import jax
 
-from trix_jax.files import write_json
+from trix_jax.files import json_sha256, read_json, write_json
 from trix_jax.lm import aot as train_steps
 from trix_jax.lm.accounting import costs
 from trix_jax.lm.config import RunConfig, resolve
 from trix_jax.nn.transformer import TransformerConfig
 
 SLACK = 3.0
-SEED_HOURS = 6.0  # of training, in the seed's 7
+ORIGINAL_HOURS = 6.0  # of training, in the 7 of the original's plan
 MANY = 8
 TARGETS = ("h100", "thor")
 MIB = 2**20
 
 
-def plan(
+def estimate(
     models: Mapping[tuple[str, str], RunConfig],
     seeds: int,
     usd_per_hour: float,
     command: str,
     report: Callable[[str], None] = print,
 ) -> tuple[str, list[dict[str, Any]]]:
-    """The plan as Markdown and as rows, one a size and arm.
+    """The budget as Markdown and as rows, one a size and arm.
 
     Args:
         models: size and arm to a config as parsed.
         seeds: runs of each.
         usd_per_hour: of an H100.
-        command: that makes the plan.
+        command: that makes the budget.
         report: takes a line for each compilation.
     """
     python = train_steps.compiler()
@@ -113,13 +112,11 @@ def _peak(python: str | None, config: RunConfig, devices: int) -> int | None:
     if train.batch_size % (train.accumulate * devices):
         return None
     case = [dataclasses.asdict(config.model), train.batch_size, train.accumulate]
-    text = json.dumps([case, devices, jax.__version__, _code()], sort_keys=True)
+    key = [case, devices, jax.__version__, _code()]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    kept = (
-        root / "trix_jax" / "aot" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
-    )
+    kept = root / "trix_jax" / "aot" / f"{json_sha256(key)}.json"
     if kept.is_file():
-        return json.loads(kept.read_bytes())["peak_bytes"]
+        return read_json(kept)["peak_bytes"]
     if python is None:
         return None
     done = train_steps.compile_case(
@@ -149,12 +146,7 @@ def _vocabulary(config: RunConfig) -> int:
     return {"byte": 257, "char": 100}.get(config.data.tokenizer, config.data.vocab_size)
 
 
-def _text(
-    rows: list[dict[str, Any]],
-    seeds: int,
-    usd_per_hour: float,
-    command: str,
-) -> str:
+def _table(rows: list[dict[str, Any]], seeds: int) -> str:
     head = (
         "size|arm|parameters|steps|tokens|peak MiB on 1|a GPU of 8|step ms|a run on 1|"
         f"on 8|USD, {seeds} seed(s)|on Thor"
@@ -177,6 +169,15 @@ def _text(
             _duration(SLACK * row["thor_hours"]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _text(
+    rows: list[dict[str, Any]],
+    seeds: int,
+    usd_per_hour: float,
+    command: str,
+) -> str:
     thor = SLACK * sum(row["thor_hours"] for row in rows)
     h100 = SLACK * seeds * sum(row["h100_hours"] for row in rows)
     memory = "Peak memory is from the ahead-of-time compile for sm_90a."
@@ -184,15 +185,15 @@ def _text(
         memory += " A dash was not compiled: the aot group is needed (TRIX_AOT_PYTHON)."
     return "\n".join(
         [
-            *lines,
+            _table(rows, seeds),
             "",
             f"{memory} Everything with a unit of time or money is **modelled**: {SLACK:g} times the "
             "least that arithmetic and memory traffic allow, never measured on such a machine; "
             f"USD at {usd_per_hour:g} an H100-hour.",
             "",
             f"All of it, {seeds} seed(s): {_duration(h100)} on one H100, {_duration(h100 / MANY)} on "
-            f"eight. One seed of all of it, side by side on the seed's one Thor: {_duration(thor)}, "
-            f"{'inside' if thor <= SEED_HOURS else '**over**'} its {SEED_HOURS:g} hours.",
+            f"eight. One seed of all of it, side by side on the original's one Thor: {_duration(thor)}, "
+            f"{'inside' if thor <= ORIGINAL_HOURS else '**over**'} its {ORIGINAL_HOURS:g} hours.",
             "",
             _first(rows, seeds, usd_per_hour),
             "",

@@ -8,16 +8,22 @@ from rich.live import Live
 from rich.table import Table as RichTable
 
 SECONDS_BETWEEN_LINES = 60.0
-COLOURS = {"running": "cyan", "done": "green", "failed": "red", "stopped": "yellow"}
+COLOURS = {
+    "running": "cyan",
+    "done": "green",
+    "diverged": "magenta",
+    "failed": "red",
+    "stopped": "yellow",
+}
 
 
 class Table:
-    """Shows the rows of `trix_jax.lm.experiment.run_all`."""
+    """Shows the rows of `trix_jax.lm.experiment.runner.run_all`."""
 
     def __init__(self, stream: TextIO):
         self._console = Console(file=stream)
         self._live = None
-        self._states: dict[tuple, tuple] = {}
+        self._states: dict[str, tuple] = {}
         self._last = time.monotonic()
         if self._console.is_terminal:
             self._live = Live(console=self._console, refresh_per_second=2)
@@ -38,7 +44,7 @@ class Table:
             return
         is_time = time.monotonic() - self._last > SECONDS_BETWEEN_LINES
         for row in rows:
-            key, state = _key(row), (row["state"], row["restarts"])
+            key, state = row["name"], (row["state"], row["restarts"])
             is_new = self._states.get(key, ("waiting", 0)) != state
             self._states[key] = state
             if is_new or (is_time and row["state"] == "running"):
@@ -47,12 +53,8 @@ class Table:
             self._last = time.monotonic()
 
 
-def _key(row: dict[str, Any]) -> tuple:
-    return row["size"], row["arm"], row["seed"]
-
-
 def _line(row: dict[str, Any]) -> str:
-    text = f"{row['size']}/{row['arm']}/seed-{row['seed']}  {row['state']}  step {row['step']}/{row['steps']}"
+    text = f"{row['name']}  {row['state']}  step {_step(row)}"
     for name, value in _numbers(row).items():
         text += f"  {name} {value}" if value else ""
     if row["restarts"]:
@@ -60,10 +62,14 @@ def _line(row: dict[str, Any]) -> str:
     return text + (f"  ({row['why']})" if row["why"] else "")
 
 
+def _step(row: dict[str, Any]) -> str:
+    return f"{row['step']}/{row['steps']}" if row["steps"] else str(row["step"])
+
+
 def _numbers(row: dict[str, Any]) -> dict[str, str]:
     forms = {
         "loss": (row["loss"], ".3f"),
-        "validation": (row["val_loss"], ".4f"),
+        "val_loss": (row["val_loss"], ".4f"),
         "tokens/s": (row["tokens_per_second"], ",.0f"),
     }
     return {
@@ -74,19 +80,17 @@ def _numbers(row: dict[str, Any]) -> dict[str, str]:
 
 def _table(rows: list[dict[str, Any]]) -> RichTable:
     table = RichTable(box=None, pad_edge=False)
-    for name in ("size", "arm", "seed", "state", "where"):
+    for name in ("run", "state", "where"):
         table.add_column(name)
-    for name in ("step", "loss", "validation", "tokens/s", "restarts"):
+    for name in ("step", "loss", "val_loss", "tokens/s", "restarts"):
         table.add_column(name, justify="right")
     for row in rows:
         colour = COLOURS.get(row["state"], "dim")
         table.add_row(
-            row["size"],
-            row["arm"],
-            str(row["seed"]),
+            row["name"],
             f"[{colour}]{row['state']}[/]",
             row["slot"],
-            f"{row['step']}/{row['steps']}",
+            _step(row),
             *_numbers(row).values(),
             str(row["restarts"]) if row["restarts"] else "",
         )

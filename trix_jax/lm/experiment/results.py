@@ -1,213 +1,251 @@
-"""What an experiment's finished runs say: numbers, intervals, answers.
+"""What a run came to: one record, read and written here alone.
 
-A hypothesis is judged on differences paired by seed, `TriX - other`, with the 95%
-interval of their mean (Student's t): supported when the interval lies on the
-hypothesis's side of zero, not supported when it lies on the other, undecided when it
-holds zero or there are fewer than two seeds.
+A results file is a JSON list of records. A run that is in there is done, whatever its
+directory holds. Workers side by side may add to one file. Files of earlier versions,
+which lack some keys, read too.
 """
 
 import json
 import math
 import statistics
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from trix_jax.lm.experiment.runner import PLAN, Run, is_done
-from trix_jax.lm.report.record import RunRecord, read_run
+from trix_jax.files import read_json, write_whole
+from trix_jax.lm.accounting import costs
+from trix_jax.lm.config import load
+from trix_jax.lm.experiment.directory import held, is_diverged, is_done
+from trix_jax.lm.experiment.spec import Spec, name_of, public_command
+from trix_jax.lm.report.record import read_run
 
-# 97.5% points of Student's t, by degrees of freedom.
-T_POINT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-T_MANY = 1.96
-TWIN = 0.02  # share by which a twin's cost may be off
 LAST_SHARE = 0.05  # of the steps, whose training loss counts as the last
+LOCK = "results.lock"  # in a folder of runs
+# Keys that only some records have; the others are written even where they are null.
+OPTIONAL = ("size", "width", "num_tiles", "tile_width")
 
-Verdict = Literal["supported", "not supported", "undecided"]
 
+class Result(NamedTuple):
+    """A run that came to its end.
 
-class Finished(NamedTuple):
-    """A finished run."""
+    Attributes:
+        setting: the experiment, or the setting of a sweep.
+        width: of the dense FFN; None for tiles.
+        val_loss: of the last evaluation, in nats a token; infinite for a run that
+            diverged, null in a file.
+        train_val_gap: validation loss less the training loss of the last steps, dropout
+            included.
+        params_total, ffn_active, ffn_bits: as `trix_jax.lm.accounting` counts them.
+        active_width: of the dense FFN with as many multiply-accumulates.
+        min_entropy_share, dead_tiles: the worst of all evaluations and layers.
+        routing: a dict a layer, at the last evaluation.
+        evaluations: a dict each.
+    """
 
-    run: Run
-    record: RunRecord
+    setting: str
+    size: str | None
+    arm: str
+    width: int | None
+    num_tiles: int | None
+    tile_width: int | None
+    tiles_per_token: int | None
+    seed: int
+    learning_rate: float
+    steps: int
+    tokens: int | None
+    val_loss: float
+    val_ppl: float | None
+    val_bits_per_byte: float | None
+    best_val_loss: float | None
+    best_val_ppl: float | None
+    train_val_gap: float | None
+    params_total: int
+    ffn_active: int
+    ffn_bits: int
+    active_width: float | None
+    min_entropy_share: float | None
+    dead_tiles: int | None
+    routing: list[dict[str, Any]] | None
+    seconds: float | None
+    tokens_per_second: int | None
+    evaluations: list[dict[str, Any]] | None
     command: str
+    git_commit: str | None
+
+    @property
+    def name(self) -> str:
+        """As its `Spec` has it."""
+        rate = self.learning_rate
+        return name_of(self.setting, self.size, self.arm, rate, self.seed)
 
     @property
     def is_dense(self) -> bool:
-        return self.record.config.model.ffn == "dense"
+        return self.width is not None
 
     @property
-    def loss(self) -> float:
-        return self.record.summary["final_val_loss"]
-
-    @property
-    def bits_per_byte(self) -> float:
-        return self.record.summary["final_val_bits_per_byte"]
-
-    @property
-    def gap(self) -> float:
-        """Validation loss minus the training loss of the last steps, dropout
-        included.
-        """
-        steps = self.record.steps
-        last = steps[-max(1, int(LAST_SHARE * len(steps))) :]
-        return self.loss - statistics.mean(line["loss"] for line in last)
-
-    def cost(self, name: str) -> float:
-        """`total`, `ffn_active`, `ffn_bits` or `seconds`."""
-        summary = self.record.summary
-        value = summary["seconds"] if name == "seconds" else summary["params"][name]
-        return float(value)
+    def is_finite(self) -> bool:
+        return math.isfinite(self.val_loss)
 
 
-class Comparison(NamedTuple):
-    """A TriX arm against another, in one size.
+def read(path: Path) -> list[Result]:
+    """The records of a results file; none where there is no file yet."""
+    return [from_tree(tree) for tree in read_json(path)] if path.exists() else []
 
-    Attributes:
-        low, high: the 95% interval; infinite for fewer than two seeds.
+
+def write(path: Path, results: Iterable[Result]) -> None:
+    """Writes a results file, whole or not at all."""
+    trees = [to_tree(result) for result in results]
+    write_whole(path, json.dumps(trees, indent=1) + "\n")
+
+
+def add(path: Path, result: Result, folder: Path) -> None:
+    """Adds a record, or replaces that of the same run; workers that share a folder of
+    runs wait for each other.
     """
-
-    size: str
-    arm: str
-    other: str
-    seeds: int
-    mean: float
-    low: float
-    high: float
-
-    def verdict(self, wants_lower: bool = True) -> Verdict:
-        """What the interval says of "TriX is lower" (or higher)."""
-        low, high = (self.low, self.high) if wants_lower else (-self.high, -self.low)
-        return "supported" if high < 0 else "not supported" if low > 0 else "undecided"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with held(folder / LOCK):
+        kept = [one for one in read(path) if one.name != result.name]
+        order = ("arm", "learning_rate", "seed")
+        ordered = sorted(
+            [*kept, result],
+            key=lambda one: (one.size or "", *(getattr(one, key) for key in order)),
+        )
+        write(path, ordered)
 
 
-def read_experiment(
-    directory: Path,
-) -> tuple[dict[str, Any], list[Run], list[Finished]]:
-    """The plan, its runs, and those of them that are finished.
+def collect(specs: Sequence[Spec], folder: Path, path: Path) -> list[Result]:
+    """Writes and returns the results of an experiment, from the directories of its runs
+    in `folder`.
 
     Raises:
-        ValueError: no plan, or a run's file is damaged.
+        ValueError: the directory of a finished run is damaged.
     """
-    path = directory / PLAN
-    try:
-        plan = json.loads(path.read_bytes())
-        runs = [Run(**r | {"flags": tuple(r["flags"])}) for r in plan["runs"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no plan of an experiment ({error}).") from error
-    finished = [
-        Finished(run, read_run(run.directory(directory)), public_command(run))
-        for run in runs
-        if is_done(run, directory)
-    ]
-    return plan, runs, finished
-
-
-def public_command(run: Run) -> str:
-    """A run's command without this machine's paths."""
-    flags = list(run.flags)
-    while "--data.path" in flags:
-        at = flags.index("--data.path")
-        del flags[at : at + 2]
-    words = [word if not word.startswith("/") else _tail(word) for word in flags]
-    return " ".join(["trix-jax train", *words, "--data.path", f"data/{run.size}"])
-
-
-def groups(finished: Iterable[Finished]) -> dict[tuple[str, str], list[Finished]]:
-    """Runs by size and arm, in the plan's order."""
-    found = defaultdict(list)
-    for one in finished:
-        found[one.run.size, one.run.arm].append(one)
-    return dict(found)
-
-
-def compare(
-    size: str,
-    arm: str,
-    other: str,
-    found: dict[tuple[str, str], list[Finished]],
-    value: Callable[[Finished], float],
-) -> Comparison | None:
-    """Differences paired by seed, or None without a common seed."""
-    left = {f.run.seed: value(f) for f in found.get((size, arm), ())}
-    right = {f.run.seed: value(f) for f in found.get((size, other), ())}
-    pairs = [left[seed] - right[seed] for seed in left if seed in right]
-    if not pairs:
-        return None
-    mean, half = interval(pairs)
-    return Comparison(size, arm, other, len(pairs), mean, mean - half, mean + half)
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95% interval."""
-    n = len(values)
-    if n < 2:
-        return values[0], math.inf
-    t = T_POINT[n - 2] if n - 2 < len(T_POINT) else T_MANY
-    return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(n)
+    with held(folder / LOCK):
+        ended = [
+            spec
+            for spec in specs
+            if is_done(spec, folder) or is_diverged(folder / spec.name)
+        ]
+        found = [result_of(spec, folder) for spec in ended]
+        write(path, found)
+    return found
 
 
 def twin(
-    size: str,
-    arm: str,
-    cost: str,
-    found: dict[tuple[str, str], list[Finished]],
-    within: float = TWIN,
-) -> str | None:
-    """The dense arm of the same size whose cost is nearest, if it is near enough."""
-    mine = found[size, arm][0].cost(cost)
-    dense = {
-        other: abs(runs[0].cost(cost) / mine - 1)
-        for (s, other), runs in found.items()
-        if s == size and runs[0].is_dense
-    }
-    nearest = min(dense, key=lambda other: dense[other], default=None)
-    return nearest if nearest is not None and dense[nearest] <= within else None
+    arm: Result, others: Iterable[Result], cost: str, within: float
+) -> Result | None:
+    """The dense run of the same size whose cost is nearest, if it is near enough.
+
+    Args:
+        cost: the name of a field.
+        within: the share by which it may be off.
+    """
+    dense = [one for one in others if one.is_dense and one.size == arm.size]
+
+    def distance(one: Result) -> float:
+        return abs(getattr(one, cost) / getattr(arm, cost) - 1)
+
+    nearest = min(dense, key=distance, default=None)
+    return nearest if nearest and distance(nearest) <= within else None
 
 
-def as_result(one: Finished, setting: str) -> dict[str, Any]:
-    """A run as the committed results have it (DESIGN.md 5)."""
-    config, summary = one.record.config, one.record.summary
-    model = config.model
-    width = {"width": model.dense_width}
-    tiles = {
-        "num_tiles": model.num_tiles,
-        "tile_width": None if model.ffn == "lookup" else model.tile_width,
-    }
+def twin_widths(arm: Result, dense: Result) -> dict[str, float]:
+    """The dense widths with an arm's parameters, multiply-accumulates, and bits, beside
+    a dense run of the same model.
+    """
+    assert dense.width
+    assert arm.active_width is not None
+    per_unit = dense.ffn_active / dense.width  # no biases: also parameters
+    rest = dense.params_total - dense.ffn_active
     return {
-        "setting": setting,
-        "size": one.run.size,
-        "arm": one.run.arm,
-        **(width if one.is_dense else tiles),
-        "tiles_per_token": None if one.is_dense else model.tiles_per_token,
-        "seed": one.run.seed,
+        "parameters": (arm.params_total - rest) / per_unit,
+        "compute": arm.active_width,
+        "bits": arm.ffn_bits / (dense.ffn_bits / dense.width),
+    }
+
+
+def result_of(spec: Spec, folder: Path) -> Result:
+    """The record of a run, from its directory; without a summary it diverged.
+
+    Raises:
+        ValueError: a file of the directory is damaged.
+    """
+    directory = folder / spec.name
+    config = load(directory / "config.yaml")
+    model = config.model
+    routed, dense = model.ffn != "dense", model.ffn == "dense"
+    known = {
+        "setting": spec.setting,
+        "size": spec.size or None,
+        "arm": spec.arm,
+        "width": model.dense_width if dense else None,
+        "num_tiles": model.num_tiles if routed else None,
+        "tile_width": model.tile_width
+        if model.ffn not in ("dense", "lookup")
+        else None,
+        "tiles_per_token": model.tiles_per_token if routed else None,
+        "seed": spec.seed,
         "learning_rate": config.train.learning_rate,
-        "steps": summary["steps"],
+        "steps": config.train.steps,
+        "command": public_command(spec),
+    }
+    if is_diverged(directory):
+        # What a patch makes of the model is known in its own process alone.
+        params = {} if spec.patch else costs(model)._asdict()
+        return from_tree(known | _params(params, model) | {"val_loss": None})
+    return from_tree(known | _outcome(directory))
+
+
+def from_tree(tree: dict[str, Any]) -> Result:
+    """A record as JSON has it; keys that it lacks are None, others are left out."""
+    known: dict[str, Any] = {field: tree.get(field) for field in Result._fields}
+    if known["val_loss"] is None:
+        known["val_loss"] = math.inf
+    return Result(**known)
+
+
+def to_tree(result: Result) -> dict[str, Any]:
+    """The inverse of `from_tree`."""
+    tree = result._asdict()
+    tree["val_loss"] = result.val_loss if result.is_finite else None
+    absent = {key for key in OPTIONAL if tree[key] is None}
+    if not result.is_dense:
+        absent -= {"num_tiles", "tile_width"}
+    return {key: value for key, value in tree.items() if key not in absent}
+
+
+def _outcome(directory: Path) -> dict[str, Any]:
+    """What a finished run says; the names of its summary become those of a record."""
+    record = read_run(directory)
+    summary, steps = record.summary, record.steps
+    last = steps[-max(1, int(LAST_SHARE * len(steps))) :]
+    val_loss = summary["final_val_loss"]
+    names = ("step", "tokens", "val_loss", "routing_stability")
+    return {
         "tokens": summary["tokens"],
-        "val_loss": one.loss,
+        "val_loss": val_loss,
         "val_ppl": summary["final_val_ppl"],
-        "val_bits_per_byte": one.bits_per_byte,
+        "val_bits_per_byte": summary["final_val_bits_per_byte"],
         "best_val_loss": summary["best_val_loss"],
         "best_val_ppl": math.exp(summary["best_val_loss"]),
-        "train_val_gap": one.gap,
-        "params_total": summary["params"]["total"],
-        "ffn_active": summary["params"]["ffn_active"],
-        "ffn_bits": summary["params"]["ffn_bits"],
+        "train_val_gap": val_loss - statistics.mean(line["loss"] for line in last),
+        **_params(summary["params"], record.config.model),
         "min_entropy_share": summary.get("min_entropy_share"),
         "dead_tiles": summary.get("max_dead_tiles"),
         "routing": summary["routing"],
         "seconds": round(summary["seconds"], 1),
-        "tokens_per_second": round(one.record.speed),
-        "evaluations": [
-            {k: line[k] for k in ("step", "tokens", "val_loss", "routing_stability")}
-            for line in one.record.evals
-        ],
-        "command": one.command,
+        "tokens_per_second": round(record.speed),
+        "evaluations": [{name: line[name] for name in names} for line in record.evals],
         "git_commit": summary.get("git_commit"),
     }
 
 
-def _tail(path: str) -> str:
-    """`configs/tiny.yaml` of an absolute path."""
-    return "/".join(Path(path).parts[-2:])
+def _params(params: dict[str, Any], model: Any) -> dict[str, Any]:
+    active = params.get("ffn_active")
+    layers = 2 * model.d_model * model.n_layers
+    return {
+        "params_total": params.get("total"),
+        "ffn_active": active,
+        "ffn_bits": params.get("ffn_bits"),
+        "active_width": None if active is None else active / layers,
+    }

@@ -1,284 +1,227 @@
-"""Runs of an experiment, side by side: a process each, in a slot each.
+"""Runs side by side: a process each, in a slot each.
 
-A slot is a GPU, a share of one, or a CPU core. A run whose process dies starts again
-from its checkpoint, `retries` times; the others go on. A run that is done is not run
-again. What a run does is `trix-jax train`; clusters get the same runs by a job file
-(`trix_jax.lm.experiment.job_files`), and there is no other scheduler here.
+A schedule says which runs may start now, given the results so far: of a grid all of
+them, of a sweep the next ones. A run whose process dies starts again from its
+checkpoint, `retries` times; one that diverges is a result. What a run does is
+`trix-jax train`; clusters get the same runs by a job file
+(`trix_jax.lm.experiment.job_files`).
 
-```
-DIR/experiment.json   the plan: every run with its flags
-DIR/data/SIZE/        the token store of a size
-DIR/runs/SIZE/ARM/seed-N/     a run directory each, with log.txt
-```
+Workers that share a folder of runs and a results file share the work: a run under way
+is locked, also while only its process is left.
 """
 
-import json
+import math
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal
 
-from trix_jax.lm.signals import Interrupted, Signals
+from trix_jax.lm.experiment import results
+from trix_jax.lm.experiment.directory import claim, is_diverged, last_lines, progress
+from trix_jax.lm.experiment.results import Result
+from trix_jax.lm.experiment.slots import Slot, prelude
+from trix_jax.lm.experiment.spec import Spec, command
+from trix_jax.lm.signals import (
+    BAD_INPUT,
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    Interrupted,
+    Signals,
+)
 
-PLAN = "experiment.json"
 POLL_SECONDS = 0.5
-TAIL_BYTES = 65_536
-BAD_INPUT, INTERRUPTED = 2, 75
-PROGRAM = "import sys; from trix_jax.cli.main import main; sys.exit(main())"
+PROGRAM = "import sys; from MODULE import main; sys.exit(main())"
+TRIX_JAX = "trix_jax.cli.main"
 
-State = Literal["waiting", "running", "done", "failed", "stopped"]
-
-
-class Run(NamedTuple):
-    """A planned run.
-
-    Attributes:
-        flags: of `trix-jax train`, without data and workdir.
-        store: where its tokens are, relative to the experiment's directory, or
-            absolute.
-    """
-
-    size: str
-    arm: str
-    seed: int
-    steps: int
-    flags: tuple[str, ...]
-    store: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.size}/{self.arm}/seed-{self.seed}"
-
-    def directory(self, workdir: Path) -> Path:
-        return workdir / "runs" / self.name
-
-
-class Slot(NamedTuple):
-    """Where a process runs: environment to add, and cores to stay on."""
-
-    name: str
-    env: dict[str, str]
-    cores: frozenset[int]
-
-
-class Progress(NamedTuple):
-    """How far a run is, from the end of its metrics."""
-
-    step: int = 0
-    loss: float | None = None
-    val_loss: float | None = None
-    tokens_per_second: float | None = None
+State = Literal["waiting", "running", "done", "diverged", "failed", "stopped"]
+Rows = list[dict[str, Any]]
+Schedule = Callable[[Sequence[Result]], Iterable[Spec]]
 
 
 class _Status:
-    """A run while the experiment goes on."""
+    """A run while the worker is at it."""
 
-    def __init__(self, run: Run, workdir: Path):
-        self.run, self.directory = run, run.directory(workdir)
-        self.state: State = "done" if is_done(run, workdir) else "waiting"
+    def __init__(self, spec: Spec, folder: Path):
+        self.spec, self.folder = spec, folder
+        self.state: State = "waiting"
         self.restarts = 0
         self.process: subprocess.Popen | None = None
+        self.hold: IO[str] | None = None
         self.slot: Slot | None = None
         self.why = ""
 
+    @property
+    def directory(self) -> Path:
+        return self.folder / self.spec.name
 
-def make_slots(count: int | None = None) -> list[Slot]:
-    """The slots of this machine: one a GPU, or one a core.
 
-    Args:
-        count: other than one a device: several share a GPU's memory, or fewer share
-            the cores.
-    """
-    gpus = _gpus()
-    if gpus:
-        count = count or len(gpus)
-        each = -(-count // len(gpus))
-        share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / each:.2f}"}
-        return [
-            Slot(
-                f"GPU {gpus[i % len(gpus)]}",
-                {"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]}
-                | (share if each > 1 else {}),
-                frozenset(),
-            )
-            for i in range(count)
-        ]
-    cores = _cores()
-    count = count or len(cores)
-    groups = [frozenset(cores[i % len(cores) :: count]) for i in range(count)]
-    return [Slot(f"core {min(group)}", {}, group) for group in groups]
+def grid(specs: Sequence[Spec]) -> Schedule:
+    """The schedule of a grid: all of them."""
+    return lambda _: specs
 
 
 def run_all(
-    runs: Sequence[Run],
-    workdir: Path,
+    schedule: Schedule,
+    folder: Path,
+    path: Path,
     slots: Sequence[Slot],
     retries: int,
-    show: Callable[[list[dict[str, Any]]], None],
-) -> list[dict[str, Any]]:
-    """Runs what is not done; returns a row for every run.
+    show: Callable[[Rows], None],
+    hours: float = math.inf,
+) -> Rows:
+    """Runs what the schedule asks for, until it asks for nothing that no other worker
+    is at; returns a row for every run it asked for.
 
     Args:
+        schedule: its runs may be done; these are passed over.
+        folder: of the run directories.
+        path: the results file.
         show: takes the rows twice a second.
+        hours: after which no run starts.
 
     Raises:
         Interrupted: SIGTERM or SIGINT, after every run has saved.
     """
-    statuses = [_Status(run, workdir) for run in runs]
-    free = list(slots)
+    statuses: dict[str, _Status] = {}
+    free, end = list(slots), time.monotonic() + 3600 * hours
     with Signals() as signals:
-        while any(s.state in ("waiting", "running") for s in statuses):
+        while True:
             if signals.caught:
-                _stop(statuses)
-                show([_row(s) for s in statuses])
-                raise Interrupted(
-                    f"stopped by {signals.caught}; every run has saved. The same command goes on."
-                )
-            for status in statuses:
+                _stop(statuses.values(), path)
+                show([_row(s) for s in statuses.values()])
+                what = f"stopped by {signals.caught}; every run has saved."
+                raise Interrupted(f"{what} The same command goes on.")
+            for status in statuses.values():
                 if status.state == "running":
-                    _reap(status, free, retries)
-                if status.state == "waiting" and free:
-                    _start(status, free.pop(0), workdir)
-            show([_row(s) for s in statuses])
+                    _reap(status, path, free, retries)
+            if free:
+                room = free if time.monotonic() < end else []
+                _start_more(schedule, statuses, folder, path, room)
+            rows = [_row(s) for s in statuses.values()]
+            show(rows)
+            if all(row["state"] != "running" for row in rows):
+                return rows
             time.sleep(POLL_SECONDS)
-    rows = [_row(s) for s in statuses]
-    show(rows)
-    return rows
 
 
-def command(run: Run, workdir: Path) -> list[str]:
-    """The arguments of `trix-jax` that make a run."""
-    store = Path(run.store)
-    store = store if store.is_absolute() else workdir / store
-    where = ["--data.path", str(store), "--workdir", str(run.directory(workdir))]
-    return ["train", *run.flags, *where]
+def _start_more(
+    schedule: Schedule,
+    statuses: dict[str, _Status],
+    folder: Path,
+    path: Path,
+    free: list[Slot],
+) -> None:
+    """Starts what may start and is not done, while there is room."""
+    done = results.read(path)
+    finished = {result.name: result for result in done}
+    for spec in schedule(done):
+        status = statuses.setdefault(spec.name, _Status(spec, folder))
+        if status.state == "waiting" and spec.name not in finished and free:
+            hold = claim(status.directory)
+            if hold is None:
+                status.why = "another worker is at it"
+            elif any(result.name == spec.name for result in results.read(path)):
+                hold.close()  # who held it a moment ago has finished it
+            else:
+                _start(status, free.pop(0), hold)
+    for name, status in statuses.items():
+        if status.state == "waiting" and name in finished:
+            status.why = ""
+            _note_end(status, finished[name])
 
 
-def is_done(run: Run, workdir: Path) -> bool:
-    """Whether a run has come to its end, its report included."""
-    directory = run.directory(workdir)
-    try:
-        summary = json.loads((directory / "summary.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    return summary["steps"] == run.steps and (directory / "REPORT.md").is_file()
-
-
-def progress(directory: Path) -> Progress:
-    """Reads the end of `metrics.jsonl`."""
-    found: dict[str, Any] = {}
-    try:
-        with (directory / "metrics.jsonl").open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - TAIL_BYTES))
-            lines = file.read().splitlines()[1 if size > TAIL_BYTES else 0 :]
-    except OSError:
-        return Progress()
-    for line in lines:
-        try:
-            found |= json.loads(line)
-        except ValueError:
-            continue  # being written
-    names = ("loss", "val_loss", "tokens_per_second")
-    return Progress(found.get("step", 0), *(found.get(name) for name in names))
-
-
-def _start(status: _Status, slot: Slot, workdir: Path) -> None:
-    status.directory.mkdir(parents=True, exist_ok=True)
+def _start(status: _Status, slot: Slot, hold: IO[str]) -> None:
+    module = status.spec.patch[0] if status.spec.patch else TRIX_JAX
+    code = prelude(slot) + PROGRAM.replace("MODULE", module)
+    status.why = status.why if status.process else ""
     with (status.directory / "log.txt").open("a") as log:
         status.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                _prelude(slot) + PROGRAM,
-                *command(status.run, workdir),
-            ],
+            [sys.executable, "-c", code, *command(status.spec, status.folder)],
             env=os.environ | slot.env,
             stdout=log,
             stderr=log,
             stdin=subprocess.DEVNULL,
+            pass_fds=[hold.fileno()],  # a run that outlives us is still locked
             start_new_session=True,  # Ctrl-C reaches us, and we ask each to save once
         )
-    status.state, status.slot = "running", slot
+    status.state, status.slot, status.hold = "running", slot, hold
 
 
-def _prelude(slot: Slot) -> str:
-    """What a process does before all else: stay on its cores, and save when we are
-    killed. Not a `preexec_fn`, which is not safe where there are threads.
-    """
-    lines = []
-    if slot.cores and hasattr(os, "sched_setaffinity"):
-        lines.append(f"import os; os.sched_setaffinity(0, {sorted(slot.cores)})")
-    if sys.platform == "linux":  # PR_SET_PDEATHSIG is 1
-        call = f"ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)})"
-        lines.append(f"import ctypes; {call}")
-    return "".join(f"{line}\n" for line in lines)
-
-
-def _reap(status: _Status, free: list[Slot], retries: int) -> None:
-    assert status.process is not None
-    assert status.slot is not None
+def _reap(status: _Status, path: Path, free: list[Slot], retries: int) -> None:
+    assert status.process
+    assert status.slot
     code = status.process.poll()
     if code is None:
         return
     free.append(status.slot)
     status.slot = None
-    if code == 0:
-        status.state = "done"
+    if code == DONE or (code == FAILED and is_diverged(status.directory)):
+        _finish(status, path)
     elif code == BAD_INPUT or status.restarts >= retries:
         status.state, status.why = "failed", _why(code, status.directory)
     else:
         status.restarts += code != INTERRUPTED  # who saved and stopped may go on
         status.state, status.why = "waiting", _why(code, status.directory)
+    _release(status)
 
 
-def _stop(statuses: Iterable[_Status]) -> None:
+def _finish(status: _Status, path: Path) -> None:
+    """Adds the result of a run whose process has come to its end."""
+    try:
+        result = results.result_of(status.spec, status.folder)
+    except ValueError as error:
+        status.state, status.why = "failed", str(error)
+        return
+    results.add(path, result, status.folder)
+    _note_end(status, result)
+
+
+def _note_end(status: _Status, result: Result) -> None:
+    status.state = "done" if result.is_finite else "diverged"
+
+
+def _release(status: _Status) -> None:
+    if status.hold:
+        status.hold.close()
+        status.hold = None
+
+
+def _stop(statuses: Iterable[_Status], path: Path) -> None:
     running = [s for s in statuses if s.state == "running"]
     processes = [s.process for s in running if s.process]
     for process in processes:
         process.send_signal(signal.SIGTERM)
     for status, process in zip(running, processes, strict=True):
-        status.state = "done" if process.wait() == 0 else "stopped"
+        if process.wait() == DONE:
+            _finish(status, path)
+        else:
+            status.state = "stopped"
+        _release(status)
 
 
 def _why(code: int, directory: Path) -> str:
     """Exit code, or signal, and the last line of the log."""
     ended = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    lines = (directory / "log.txt").read_text(errors="replace").strip().splitlines()
+    lines = last_lines(directory)
     return f"{ended}: {lines[-1][:200]}" if lines else ended
 
 
 def _row(status: _Status) -> dict[str, Any]:
-    run = status.run
+    spec = status.spec
     return {
-        "size": run.size,
-        "arm": run.arm,
-        "seed": run.seed,
+        "name": spec.name,
+        "size": spec.size,
+        "arm": spec.arm,
+        "seed": spec.seed,
         "state": status.state,
-        "steps": run.steps,
+        "steps": spec.steps,
         "restarts": status.restarts,
         "slot": status.slot.name if status.slot else "",
         "why": status.why,
         **progress(status.directory)._asdict(),
     }
-
-
-def _cores() -> list[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
-def _gpus() -> list[str]:
-    """Names of the NVIDIA GPUs that a process of ours may use, without loading CUDA."""
-    if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
-        return []
-    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name for name in named.split(",") if name.strip()]
-    found = (re.fullmatch(r"nvidia(\d+)", p.name) for p in Path("/dev").glob("nvidia*"))
-    return sorted((match[1] for match in found if match), key=int)

@@ -4,6 +4,7 @@ A file called `checkpoint-now` in the run directory asks for a checkpoint after 
 step; it is removed once that is on the disk.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ from trix_jax.lm.train.run import (
     Resume,
     Run,
     as_made,
+    held,
     open_data,
     read_config,
     restore,
@@ -86,10 +88,15 @@ def train(
         raise ValueError(f"workdir must be a folder, or new. Got {workdir}, a file.")
     allocator.keep_freed_memory()  # before JAX starts its threads
     parallel.check_spread(config.model, shard_tiles, devices or jax.devices())
-    with Signals() as signals:
+    with Signals() as signals, contextlib.ExitStack() as lock:
+        is_there = workdir.is_dir()
+        if is_there and hosts.is_first():
+            lock.enter_context(held(workdir, report))
         with signals.at_once(f"before its first step; {workdir} is as it was"):
             step = _resume_step(workdir, resume, report)
             run = _open(config, workdir, step, devices, report)
+            if not is_there and hosts.is_first():
+                lock.enter_context(held(workdir, report))
             mapping = parallel.mapping_over(run.devices, shard_state, shard_tiles)
             run = run._replace(mapping=mapping)
             position = restore(run, step, report, other_data)
@@ -185,7 +192,8 @@ def _loop(
         if must_stop and not is_last:
             raise Interrupted(
                 f"stopped by {signals.caught or 'another process'} after step {step}, saved. "
-                "The same command goes on."
+                "The same command goes on.",
+                signals.caught,
             )
     return time.perf_counter() - began
 

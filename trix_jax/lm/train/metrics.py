@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -97,10 +98,10 @@ def environment(devices) -> dict[str, Any]:
 
 def git_commit() -> str | None:
     """The commit of the checkout that this package runs from, with `+` where it has
-    been changed; None elsewhere.
+    been changed; None elsewhere, and where there is no git.
     """
     root = Path(__file__).parents[3]
-    if not (root / ".git").exists():
+    if not (root / ".git").exists() or shutil.which("git") is None:
         return None
     git = ["git", "-C", str(root)]
     commit = subprocess.run(

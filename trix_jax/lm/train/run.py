@@ -4,9 +4,11 @@
 `checkpoints/`, and `data/` where the run prepared its own.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -15,7 +17,7 @@ import numpy as np
 import optax
 import yaml
 
-from trix_jax.files import write_json, write_whole
+from trix_jax.files import write_json, write_whole, writing
 from trix_jax.lm import config as run_config
 from trix_jax.lm.checkpoint import checkpoint
 from trix_jax.lm.config import RunConfig, to_tree
@@ -138,6 +140,29 @@ def read_config(workdir: Path) -> RunConfig | None:
     """What a run was begun with; None if nothing says so."""
     path = workdir / "config.yaml"
     return run_config.load(path) if path.exists() else None
+
+
+@contextlib.contextmanager
+def held(workdir: Path, report: Report) -> Iterator[None]:
+    """Keeps other processes out of a run directory, until this one ends in whatever way.
+
+    Raises:
+        RuntimeError: another process trains there.
+    """
+    with writing(workdir / ".lock"):
+        file = (workdir / ".lock").open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(
+                f"another process trains in {workdir}: wait for it, or use another workdir."
+            ) from None
+        except OSError as error:
+            report(
+                f"{workdir} cannot be locked ({error.strerror}): train here once only"
+            )
+        yield
 
 
 def settle(

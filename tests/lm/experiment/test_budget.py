@@ -1,0 +1,37 @@
+"""What an experiment is expected to need."""
+
+import pytest
+
+from trix_jax.lm.accounting import costs
+from trix_jax.lm.config import RunConfig, TrainConfig
+from trix_jax.lm.data import DataConfig
+from trix_jax.lm.experiment import budget
+
+
+def test_budget_without_the_compiler_counts_and_models(monkeypatch, models, tmp_path):
+    monkeypatch.setattr(budget.train_steps, "compiler", lambda: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = RunConfig(
+        model=models["lookup"],
+        data=DataConfig(tokenizer="bpe", vocab_size=64),
+        train=TrainConfig(steps=100, batch_size=16),
+    )
+    text, (row,) = budget.estimate(
+        {("s", "lookup"): config}, 3, 3.0, "the command", lambda _: None
+    )
+    assert row["params"] == costs(models["lookup"]).total
+    assert row["peak_bytes"] is None
+    assert 0 < row["h100_hours"] < row["thor_hours"]
+    assert row["usd"] == pytest.approx(3 * budget.SLACK * row["h100_hours"] * 3.0)
+    assert "A dash was not compiled" in text
+    assert text.endswith("Made by `the command`.")
+
+
+@pytest.mark.slow
+def test_compile_case_compiles_a_step_for_an_absent_gpu(models):
+    python = budget.train_steps.compiler()
+    if python is None:
+        pytest.skip("needs the dependency group aot, or TRIX_AOT_PYTHON")
+    model = models["lookup"]
+    done = budget.train_steps.compile_case(python, "h100", model, 16, 2, 1)
+    assert done["peak_bytes"] > 4 * 3 * costs(model).total

@@ -1,0 +1,103 @@
+"""What a report says of an experiment: answers, figures, what is missing."""
+
+import json
+
+import pytest
+
+from trix_jax.lm.experiment.hypotheses import HYPOTHESES, answer, by_arm
+from trix_jax.lm.experiment.report import write_experiment_report
+from trix_jax.lm.experiment.results import result_of
+from trix_jax.lm.experiment.spec import Experiment, write_notes
+
+
+@pytest.fixture
+def runs_of(write_run, tmp_path):
+    """Writes the runs of an arm, a seed a loss, and returns their specs."""
+
+    def make(size, arm, losses, **more):
+        pairs = enumerate(losses)
+        return [
+            write_run(tmp_path / "e/runs", size, arm, n, v, **more) for n, v in pairs
+        ]
+
+    return make
+
+
+def test_hypotheses_are_answered_from_what_was_run(runs_of, tmp_path):
+    specs = [
+        *runs_of("s", "lookup", [1.5, 1.51, 1.49], train_loss=1.4),
+        *runs_of("s", "dense", [2.0, 2.01, 2.0], train_loss=1.0),
+        *runs_of("s", "sparse", [1.8, 1.81, 1.79]),
+        *runs_of("s", "hash", [1.9, 1.91, 1.89]),
+    ]
+    found = by_arm([result_of(spec, tmp_path / "e/runs") for spec in specs])
+    lower, special, capacity, regular = (answer(h, found) for h in HYPOTHESES)
+    assert lower.startswith(
+        "**Lower perplexity than a parameter-equivalent dense FFN: supported.**"
+    )
+    assert "s, sparse against hash: -0.1000" in special
+    assert "Emergent routing specializes by input: supported" in special
+    assert "undecided.** Not measured here" in capacity
+    assert "regularizes: supported" in regular
+    alone = by_arm([runs[0] for runs in found.values()])
+    assert "one seed, no interval: undecided" in answer(HYPOTHESES[0], alone)
+
+
+def test_hypothesis_whose_sizes_disagree_is_mixed(runs_of, tmp_path):
+    specs = [
+        *runs_of("s", "lookup", [1.5, 1.51, 1.49]),
+        *runs_of("s", "dense", [2.0, 2.01, 2.0]),
+        *runs_of("m", "lookup", [2.5, 2.51, 2.49]),
+        *runs_of("m", "dense", [2.0, 2.01, 2.0]),
+    ]
+    found = by_arm([result_of(spec, tmp_path / "e/runs") for spec in specs])
+    text = answer(HYPOTHESES[0], found)
+    assert "dense FFN: mixed.**" in text
+    assert "m, lookup against dense: +0.4967" in text
+    assert text.endswith("not supported")
+
+
+def write(directory, specs):
+    missing = specs[0]._replace(seed=99)
+    words = ("e", "A title", "Does it?", "Made up.")
+    write_notes(Experiment(*words, [*specs, missing], {}, {}), directory)
+
+
+@pytest.mark.slow
+def test_report_of_a_ladder_is_made_again_where_the_runs_are_gone(runs_of, tmp_path):
+    specs = [
+        *runs_of("s", "lookup", [2.0, 2.1]),
+        *runs_of("s", "dense", [1.9, 2.0]),
+        *runs_of("m", "lookup", [1.8], size_scale=4.0),
+        *runs_of("m", "dense", [1.7], size_scale=4.0),
+    ]
+    directory = tmp_path / "e"
+    write(directory, specs)
+    text = write_experiment_report(directory, lambda _: None).read_text()
+    assert text.startswith("# A title\n\nDoes it?\n\n> Made up. **6 of 7 runs are fin")
+    assert "missing: s/lookup/seed-99." in text
+    assert "**m**, validation loss in nats per token, lowest first: dense 1.7" in text
+    for name in ("costs", "s_loss", "m_loss", "m_steps", "s_lookup_routing"):
+        assert (directory / "plots" / f"{name}.png").stat().st_size > 5000
+    assert len(json.loads((directory / "metrics.json").read_text())) == 6
+    (directory / "runs").rename(tmp_path / "elsewhere")
+    assert write_experiment_report(directory, lambda _: None).read_text() == text
+
+
+def test_report_of_nothing_finished_says_so(runs_of, tmp_path):
+    write(tmp_path / "e", runs_of("s", "lookup", [2.0]))
+    (tmp_path / "e/runs/s/lookup/seed-0/summary.json").unlink()
+    with pytest.raises(ValueError, match=r"must hold a finished run\. Got none of 2"):
+        write_experiment_report(tmp_path / "e", lambda _: None)
+
+
+def test_report_names_what_diverged(runs_of, tmp_path):
+    specs = runs_of("s", "dense", [2.0, 2.1])
+    write(tmp_path / "e", specs)
+    directory = tmp_path / "e/runs" / specs[1].name
+    (directory / "summary.json").unlink()
+    (directory / "log.txt").write_text("validation loss (nan) is not finite: stopped")
+    text = write_experiment_report(tmp_path / "e", lambda _: None).read_text()
+    assert "**1 of 3 runs are finished**; missing: s/dense/seed-99;" in text
+    assert "diverged: s/dense/seed-1." in text
+    assert "nan" not in text

@@ -1,0 +1,120 @@
+"""An experiment's file and its notes, and the commands of its runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trix_jax.cli.experiment import parse_run
+from trix_jax.lm.experiment.spec import (
+    Spec,
+    command,
+    public_command,
+    read_experiment,
+    read_notes,
+    write_notes,
+)
+
+ROOT = Path(__file__).parents[3]
+COMMITTED = sorted((ROOT / "experiments/scale").glob("*.yaml"))
+
+
+def test_read_experiment_makes_a_run_of_every_size_arm_and_seed(small):
+    experiment = read_experiment(small, parse_run)
+    names = [spec.name for spec in experiment.specs]
+    assert names == [f"s/{arm}/seed-{n}" for arm in ("lookup", "dense") for n in (1, 2)]
+    assert experiment.configs["s", "dense"].train.learning_rate == 2e-3
+    assert {spec.steps for spec in experiment.specs} == {6}
+    assert (experiment.title, experiment.label) == ("small", "A test.")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"arms": []}, "arms in .* must be a list with entries"),
+        ({"sizes": {"s": "nowhere.yaml"}}, "config nowhere.yaml of .* is not there"),
+        ({"sizes": {"s": {"data.path": "x"}}}, "sizes.s in .* must have a config"),
+        ({"arm_set": {"moe": {}}}, "arm_set in .* must name arms. Got 'moe'"),
+        ({"colour": "red"}, "colour in .* must be one of"),
+        (
+            {"arms": ["moe"], "arm_set": {}},
+            "arm must be one of dense, lookup, base",
+        ),
+        (
+            {"arm_set": {"dense": {"data.tokenizer": "char"}}},
+            "the arms of s in .* must share their data",
+        ),
+    ],
+)
+def test_read_experiment_says_what_is_wrong(small, change, match):
+    tree = yaml.safe_load(small.read_text()) | change
+    small.write_text(yaml.safe_dump(tree))
+    with pytest.raises(ValueError, match=match):
+        read_experiment(small, parse_run)
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_committed_experiment_reads(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    experiment = read_experiment(path, parse_run)
+    assert experiment.name == path.stem
+    tree = yaml.safe_load(path.read_text())
+    count = len(tree["sizes"]) * len(tree["arms"]) * len(tree["seeds"])
+    assert len({spec.name for spec in experiment.specs}) == count
+
+
+def test_notes_say_what_was_asked_and_refuse_another_experiment(small, tmp_path):
+    experiment, workdir = read_experiment(small, parse_run), tmp_path / "e"
+    workdir.mkdir()
+    write_notes(experiment, workdir)
+    found = read_notes(workdir)
+    assert found.label == "A test."
+    assert [s._replace(store="data/s") for s in found.specs] == experiment.specs
+    words = command(found.specs[0], workdir / "runs")
+    assert words[0] == "train"
+    assert words[-4:] == [
+        "--data.path",
+        str(workdir / "data/s"),
+        "--workdir",
+        str(workdir / "runs/s/lookup/seed-1"),
+    ]
+    with pytest.raises(ValueError, match=r"holds the experiment .small.\. Got .other."):
+        write_notes(experiment._replace(name="other"), workdir)
+
+
+def test_notes_of_earlier_versions_read(tmp_path):
+    run = {
+        "size": "s", "arm": "dense", "seed": 1, "steps": 6,
+        "flags": ["p.yaml", "--arm", "dense"], "store": "data/s",
+    }  # fmt: skip
+    tree = {"name": "e", "title": None, "question": None, "label": None, "runs": [run]}
+    (tmp_path / "experiment.json").write_text(json.dumps(tree))
+    (spec,) = read_notes(tmp_path).specs
+    assert (spec.setting, spec.name, spec.rate) == ("e", "s/dense/seed-1", None)
+    assert spec.flags == ("p.yaml", "--arm", "dense")
+
+
+def test_notes_that_are_none_are_named(tmp_path):
+    (tmp_path / "experiment.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"experiment\.json does not describe"):
+        read_notes(tmp_path)
+
+
+def test_run_of_a_sweep_is_named_by_its_rate_and_a_patch_is_its_program(tmp_path):
+    flags = ("p.yaml", "--train.learning-rate", "0.002")
+    spec = Spec("pond", "", "duck", 42, 0, flags, "/store", 2e-3, ("module", "wings"))
+    assert spec.name == "pond/duck-lr0.002-seed42"
+    words = command(spec, tmp_path)
+    assert words[:3] == ["wings", "train", "p.yaml"]
+    assert words[-1] == str(tmp_path / spec.name)
+    assert public_command(spec).startswith("python -m module wings train p.yaml --")
+
+
+def test_public_command_has_no_path_of_the_machine():
+    flags = ("/home/me/configs/tiny.yaml", "--arm", "dense", "--data.path", "/data/x")
+    words = public_command(Spec("e", "s", "dense", 1, 5, flags, "/store"))
+    assert words == "trix-jax train configs/tiny.yaml --arm dense --data.path data/s"
+    here = (str(Path.cwd() / "a/b/c.yaml"), "--arm", "dense")
+    words = public_command(Spec("e", "s", "dense", 1, 5, here, "/store"))
+    assert words.startswith("trix-jax train a/b/c.yaml --arm dense")

@@ -1,0 +1,228 @@
+"""What is asked: the runs of an experiment, read from its file.
+
+```
+DIR/experiment.json           what was asked: every run with its flags
+DIR/data/SIZE/                the token store of a size
+DIR/runs/SIZE/ARM/seed-N/     a run directory each, with log.txt
+DIR/metrics.json              the results
+```
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from trix_jax.files import read_json, write_json
+from trix_jax.lm.config import RunConfig, read_yaml
+from trix_jax.lm.data import DataConfig, is_store, prepare
+from trix_jax.lm.presets import to_flags
+from trix_jax.lm.signals import Signals
+
+NOTES, RESULTS = "experiment.json", "metrics.json"
+WORDS = ("title", "question", "label")
+KEYS = ("name", *WORDS, "sizes", "arms", "seeds", "set", "arm_set")
+
+
+class Spec(NamedTuple):
+    """A run to be made.
+
+    Attributes:
+        setting: the experiment, or the setting of a sweep, that it belongs to.
+        size: of an experiment's runs; none in a sweep.
+        steps: its last one; 0 where only its flags say.
+        flags: of `trix-jax train`, without data and workdir.
+        store: where its tokens are; in an experiment's notes relative to them.
+        rate: the learning rate, where a schedule chooses it.
+        patch: a module and a name: the run's process is `python -m MODULE NAME train`
+            in place of `trix-jax train`.
+    """
+
+    setting: str
+    size: str
+    arm: str
+    seed: int
+    steps: int
+    flags: tuple[str, ...]
+    store: str
+    rate: float | None = None
+    patch: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return name_of(self.setting, self.size, self.arm, self.rate, self.seed)
+
+
+class Experiment(NamedTuple):
+    """An experiment's file or notes, read and checked.
+
+    Attributes:
+        question, label: what it asks; what its numbers are worth.
+        specs: the runs, in the order of the file.
+        configs: size and arm to settings; none of notes.
+        data: size to its data; none of notes.
+    """
+
+    name: str
+    title: str
+    question: str
+    label: str
+    specs: list[Spec]
+    configs: dict[tuple[str, str], RunConfig]
+    data: dict[str, DataConfig]
+
+
+def name_of(
+    setting: str, size: str | None, arm: str, rate: float | None, seed: int
+) -> str:
+    """The name of a run, and its directory's inside a folder of runs."""
+    if size:
+        return f"{size}/{arm}/seed-{seed}"
+    return f"{setting}/{arm}-lr{rate:g}-seed{seed}"
+
+
+def command(spec: Spec, folder: Path) -> list[str]:
+    """The arguments that make a run: of `trix-jax`, or of the module of its patch."""
+    where = ["--data.path", spec.store, "--workdir", str(folder / spec.name)]
+    return [*spec.patch[1:], "train", *spec.flags, *where]
+
+
+def public_command(spec: Spec) -> str:
+    """A run's command without this machine's paths."""
+    flags = list(spec.flags)
+    while "--data.path" in flags:
+        at = flags.index("--data.path")
+        del flags[at : at + 2]
+    if flags and not flags[0].startswith("-"):
+        flags[0] = _public_path(Path(flags[0]))
+    program = "trix-jax"
+    if spec.patch:
+        program = f"python -m {' '.join(spec.patch)}"
+    store = f"data/{spec.size or spec.setting}"
+    return " ".join([program, "train", *flags, "--data.path", store])
+
+
+def read_experiment(
+    path: str | Path, parse: Callable[[list[str]], RunConfig]
+) -> Experiment:
+    """Reads an experiment's file and checks every run's flags.
+
+    Args:
+        path: YAML.
+        parse: flags of `trix-jax train` to settings.
+
+    Raises:
+        ValueError: it is no experiment.
+    """
+    path = Path(path)
+    tree = _checked(read_yaml(path), path)
+    every, by_arm = tree.get("set") or {}, tree.get("arm_set") or {}
+    name = str(tree.get("name") or path.stem)
+    words = {key: str(tree.get(key) or "") for key in WORDS}
+    words["title"] = words["title"] or name
+    experiment = Experiment(name, **words, specs=[], configs={}, data={})
+    for size, given in tree["sizes"].items():
+        given = {"config": given} if isinstance(given, str) else dict(given)
+        if "config" not in given:
+            raise ValueError(f"sizes.{size} in {path} must have a config. Got none.")
+        preset = _find(given.pop("config"), path)
+        for arm in map(str, tree["arms"]):
+            more = to_flags({**every, **given, **(by_arm.get(arm) or {})})
+            config = parse([preset, "--arm", arm, *more])
+            data = experiment.data.setdefault(str(size), config.data)
+            if config.data != data:
+                raise ValueError(
+                    f"the arms of {size} in {path} must share their data. Got other data for {arm}."
+                )
+            experiment.configs[str(size), arm] = config
+            for seed in map(int, tree["seeds"]):
+                flags = (preset, "--arm", arm, "--seed", str(seed), *more)
+                where = (config.train.steps, flags, _store_of(str(size), data))
+                experiment.specs.append(Spec(name, str(size), arm, seed, *where))
+    return experiment
+
+
+def write_notes(experiment: Experiment, workdir: Path) -> None:
+    """Notes what is asked; a directory holds one experiment."""
+    path = workdir / NOTES
+    if path.exists() and (before := read_json(path)["name"]) != experiment.name:
+        raise ValueError(
+            f"{workdir} holds the experiment {before!r}. Got {experiment.name!r}: use another workdir."
+        )
+    words = {key: getattr(experiment, key) for key in ("name", *WORDS)}
+    write_json(path, words | {"runs": [spec._asdict() for spec in experiment.specs]})
+
+
+def read_notes(workdir: Path) -> Experiment:
+    """What was asked in a directory.
+
+    Raises:
+        ValueError: no notes, or others.
+    """
+    path = workdir / NOTES
+    try:
+        tree = read_json(path)
+        name = tree["name"]
+        specs = [_from_notes(name, workdir, run) for run in tree["runs"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} does not describe an experiment ({error})."
+        ) from error
+    words = {key: tree.get(key) or "" for key in WORDS}
+    return Experiment(name, **words, specs=specs, configs={}, data={})
+
+
+def prepare_data(
+    experiment: Experiment,
+    sizes: Iterable[str],
+    workdir: Path,
+    report: Callable[[str], None],
+) -> None:
+    """Prepares what is no token store yet, in the experiment's directory."""
+    for size in sorted(sizes):
+        data, place = experiment.data[size], workdir / "data" / size
+        if data.path and is_store(data.path):
+            continue
+        state = f"while preparing {place}; nothing was written there"
+        with Signals() as signals, signals.at_once(state):
+            prepare(data, place, report)
+
+
+def _checked(tree: dict[str, Any], path: Path) -> dict[str, Any]:
+    if odd := sorted(set(tree) - set(KEYS)):
+        raise ValueError(
+            f"{odd[0]} in {path} must be one of {', '.join(sorted(KEYS))}."
+        )
+    for key, kind in (("sizes", dict), ("arms", list), ("seeds", list)):
+        if not isinstance(tree.get(key), kind) or not tree[key]:
+            raise ValueError(f"{key} in {path} must be a {kind.__name__} with entries.")
+    if odd := sorted(set(tree.get("arm_set") or {}) - set(tree["arms"])):
+        raise ValueError(f"arm_set in {path} must name arms. Got {odd[0]!r}.")
+    return tree
+
+
+def _find(config: str, experiment: Path) -> str:
+    """A config's path: from here, or from a folder above the experiment's file."""
+    for folder in (Path(), *experiment.absolute().parents):
+        if (folder / config).is_file():
+            return str(folder / config)
+    raise ValueError(f"config {config} of {experiment} is not there.")
+
+
+def _store_of(size: str, data: DataConfig) -> str:
+    if data.path and is_store(data.path):
+        return str(Path(data.path).absolute())
+    return f"data/{size}"
+
+
+def _from_notes(setting: str, workdir: Path, run: Mapping[str, Any]) -> Spec:
+    given: dict[str, Any] = {"setting": setting, **run}
+    given |= {key: tuple(given.get(key, ())) for key in ("flags", "patch")}
+    given["store"] = str(workdir / given["store"])  # which may be absolute
+    return Spec(**given)
+
+
+def _public_path(path: Path) -> str:
+    """`configs/tiny.yaml`, wherever that lies."""
+    if path.is_absolute() and path.is_relative_to(Path.cwd()):
+        return str(path.relative_to(Path.cwd()))
+    return "/".join(path.parts[-2:]) if path.is_absolute() else str(path)
