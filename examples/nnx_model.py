@@ -1,10 +1,9 @@
-"""A TriX layer inside a Flax NNX model, through `flax.nnx.bridge.ToNNX`.
+"""A TriX layer inside a Flax NNX model: trained, evaluated, packed.
 
     python examples/nnx_model.py
 
-The routing state arrives as variables of the type "routing", which is not `nnx.Param`:
-the optimizer leaves it alone. A call with `mutable=["routing"]` fills it,
-`routing.update` moves it.
+The routing state arrives as variables of the type `Routing`, which is not `nnx.Param`:
+the optimizer leaves it alone. A call in training fills it, `update_routing` moves it.
 """
 
 import jax
@@ -12,9 +11,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from trix_jax import SparseTriXFFN, routing
-
-Routing = nnx.variable_type_from_name("routing", allow_register=True)
+from trix_jax import SparseTriXFFN
+from trix_jax.interop.nnx import Layer, Routing, freeze, update_routing
 
 
 class Regressor(nnx.Module):
@@ -24,28 +22,26 @@ class Regressor(nnx.Module):
         self.embed = nnx.Linear(2, width, rngs=rngs)
         ffn = SparseTriXFFN(width, num_tiles=16, tiles_per_token=4)
         sample = jnp.zeros((1, width))
-        self.ffn = nnx.bridge.ToNNX(ffn, rngs=rngs).lazy_init(sample)
+        self.ffn = Layer(ffn, sample, rngs=rngs)
         self.head = nnx.Linear(width, 1, rngs=rngs)
 
-    def __call__(self, inputs, train: bool = False):
+    def __call__(self, inputs):
         x = self.embed(inputs)
-        mutable = ["routing"] if train else False
         # In a deeper model every layer gets the embedding as its `router_input`.
-        y, info, aux = self.ffn(x, train, router_input=x, mutable=mutable)
+        y, info, aux = self.ffn(x, router_input=x)
         return self.head(x + y), info, aux["total_aux"]
 
 
 @nnx.jit
 def step(model, optimizer, inputs, target):
     def loss_fn(model):
-        prediction, _, aux = model(inputs, train=True)
+        prediction, _, aux = model(inputs)
         task = jnp.mean((prediction - target) ** 2)
         return task + aux, task
 
     grads, task = nnx.grad(loss_fn, has_aux=True)(model)
     optimizer.update(model, grads)
-    reported = nnx.to_pure_dict(nnx.state(model, Routing))
-    nnx.update(model, routing.update(reported))
+    update_routing(model)
     return task
 
 
@@ -63,5 +59,10 @@ assert loss < first / 2
 state = nnx.to_pure_dict(nnx.state(model, Routing))["ffn"]["tiles"]["router"]
 assert (state["bias"] != 0).any()  # it moved
 assert not state["margins"].any()  # and starts anew for the next step
-_, info, _ = model(inputs)
+model.eval()
+prediction, info, _ = model(inputs)
 print(f"tokens a tile {info.counts.astype(int)}")
+served = freeze(model, inputs)
+difference = jnp.abs(served(inputs)[0] - prediction).max()
+print(f"packed to two bits a weight, outputs within {difference:.0e}")
+assert difference < 1e-5

@@ -14,12 +14,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-from scipy import stats
+from typing import NamedTuple
 
 from experiments.quality import curve
+from trix_jax.lm.experiment import results
+from trix_jax.lm.experiment.stats import interval
+from trix_jax.lm.experiment.tables import table
+from trix_jax.lm.experiment.tuning import Tuned, tuned
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "quality" / "results"
@@ -73,52 +74,25 @@ SETTINGS = {
 }
 
 
-class Arm(NamedTuple):
-    """Runs of one arm at its best rate: seed to run."""
-
-    runs: Mapping[int, dict[str, Any]]
-
-    @property
-    def one(self) -> dict[str, Any]:
-        """Any run: sizes are the same in all."""
-        return next(iter(self.runs.values()))
-
-    @property
-    def losses(self) -> dict[int, float]:
-        return {seed: run["val_loss"] for seed, run in self.runs.items()}
-
-
-def read(setting: str) -> dict[str, Arm]:
+def read(setting: str) -> dict[str, Tuned]:
     """The arms of a setting, each at the rate that is best for the seed that sweeps."""
-    runs = json.loads((RESULTS / f"{setting}.json").read_text("utf-8"))
-    arms = {}
-    for name in {run["arm"] for run in runs}:
-        own = [r for r in runs if r["arm"] == name and r["val_loss"] is not None]
-        first = min(run["seed"] for run in own)
-        swept = {r["val_loss"]: r["learning_rate"] for r in own if r["seed"] == first}
-        rate = swept[min(swept)]
-        arms[name] = Arm({r["seed"]: r for r in own if r["learning_rate"] == rate})
-    return arms
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Computes `mean, t * s / sqrt(n)`: a mean and the half width of its 95 % interval."""
-    quantile = stats.t.ppf(0.975, len(values) - 1)
-    return float(np.mean(values)), float(quantile * stats.sem(values))
+    runs = results.read(RESULTS / f"{setting}.json")
+    arms = (tuned(runs, name) for name in sorted({run.arm for run in runs}))
+    return {arm.arm: arm for arm in arms if arm is not None}
 
 
 def shown(values: Sequence[float], sign: str = "") -> str:
     if len(values) < 2:
         return f"{values[0]:{sign}.3f} (one seed)"
-    mean, half = interval(values)
-    return f"{mean:{sign}.3f} ± {half:.3f}"
+    found = interval(values)
+    return f"{found.mean:{sign}.3f} ± {found.half:.3f}"
 
 
-def loss_of(arms: Mapping[str, Arm], name: str) -> str:
+def loss_of(arms: Mapping[str, Tuned], name: str) -> str:
     return shown(list(arms[name].losses.values())) if name in arms else "not run"
 
 
-def less(arms: Mapping[str, Arm], name: str, sign: str = "+") -> str:
+def less(arms: Mapping[str, Tuned], name: str, sign: str = "+") -> str:
     """The loss of TriX less that of another arm, paired by seed."""
     if name not in arms:
         return "not run"
@@ -126,25 +100,18 @@ def less(arms: Mapping[str, Arm], name: str, sign: str = "+") -> str:
     return shown([one[seed] - other[seed] for seed in sorted(one.keys() & other)], sign)
 
 
-def row(what: str, arms: Mapping[str, Arm], name: str) -> list[str]:
+def row(what: str, arms: Mapping[str, Tuned], name: str) -> list[str]:
     """What an FFN costs and reaches."""
     run, dense = arms[name].one, arms[f"dense-{SETTINGS[FRONT].params}"].one
-    others = dense["params_total"] - dense["ffn_bits"] // 16
+    others = dense.params_total - dense.ffn_bits // 16
     return [
         what,
         loss_of(arms, name),
-        f"{run['active_width']:,.0f}",
-        f"{run['ffn_bits'] / 8e6:.2f}",
-        f"{(run['params_total'] - others) * TRAINING_BYTES / 1e6:.1f}",
+        f"{run.active_width:,.0f}",
+        f"{run.ffn_bits / 8e6:.2f}",
+        f"{(run.params_total - others) * TRAINING_BYTES / 1e6:.1f}",
         "not measured",
     ]
-
-
-def table(head: str, rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, numbers to the right."""
-    names = head.split("; ")
-    rule = ["---", *["---:"] * (len(names) - 1)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (names, rule, *rows)) + "\n"
 
 
 def comparison() -> str:
@@ -163,13 +130,14 @@ def comparison() -> str:
     order = min(losses, key=losses.get)
     rows.append([f"floor: counted {order}-grams", f"{losses[order]:.3f}", *[""] * 4])
     head = "FFN; loss (nats a token); compute (active width); served (MB)"
-    return table(f"{head}; in training (MB); time (ms a step)", rows)
+    head += "; in training (MB); time (ms a step)"
+    return table(head.split("; "), rows)
 
 
 def differences() -> str:
     """What the recommended configuration is worth, and what it is behind."""
     arms, params = read(FRONT), f"dense-{SETTINGS[FRONT].params}"
-    compute = arms[TRIX].one["active_width"]
+    compute = arms[TRIX].one.active_width
     return (
         f"TriX reaches the loss of a dense FFN of width {equivalent(FRONT, arms)} "
         f"with the compute of width {compute:.0f}.\n"
@@ -179,7 +147,7 @@ def differences() -> str:
     )
 
 
-def equivalent(name: str, arms: Mapping[str, Arm]) -> str:
+def equivalent(name: str, arms: Mapping[str, Tuned]) -> str:
     """The dense width with the loss of TriX, and its 95 % interval."""
     dense = {w: list(arms[f"dense-{w}"].losses.values()) for w in SETTINGS[name].widths}
     if not dense:
@@ -198,7 +166,7 @@ def losses() -> str:
         rows.append([setting.about, *(loss_of(arms, other) for other in others)])
     head = "setting; TriX, recommended; dense, equal compute; dense, equal memory"
     head += "; dense, equal parameters; TriX by a hash; TriX by hidden state"
-    return table(head, rows)
+    return table(head.split("; "), rows)
 
 
 def paired() -> str:
@@ -211,9 +179,8 @@ def paired() -> str:
         cells = [less(arms, other) for other in others]
         rows.append([setting.about, *cells, equivalent(name, arms)])
     head = "setting; dense, equal compute; dense, equal memory; dense, equal parameters"
-    return table(
-        f"{head}; TriX by a hash; TriX by hidden state; dense width of equal loss", rows
-    )
+    head += "; TriX by a hash; TriX by hidden state; dense width of equal loss"
+    return table(head.split("; "), rows)
 
 
 LAYERS = {
@@ -236,10 +203,10 @@ def layers() -> str:
     arms, rows = read("shakespeare-char"), []
     for name, what in LAYERS.items():
         run, has_ffn = arms[name].one, name != "lookup-16-nothing"
-        sizes = (run["active_width"], run["ffn_bits"] / 8e3) if has_ffn else (0, 0)
+        sizes = (run.active_width, run.ffn_bits / 8e3) if has_ffn else (0, 0)
         cells = [str(len(arms[name].runs)), *(f"{size:,.0f}" for size in sizes)]
         rows.append([what, loss_of(arms, name), *cells])
-    return table("FFN; loss; seeds; active width; served (kB)", rows)
+    return table("FFN; loss; seeds; active width; served (kB)".split("; "), rows)
 
 
 PARTS = {p.__name__: p for p in (comparison, differences, losses, paired, layers)}

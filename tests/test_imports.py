@@ -22,13 +22,14 @@ FLOORS = {
         "trix_jax.ternary",
         "trix_jax.balance",
         "trix_jax.clusters",
+        "trix_jax.labels",
+    ),
+    "core: the seam to the kernels": ("trix_jax.ops",),
+    "core: tokens to blocks and devices": (
         "trix_jax.dispatch",
         "trix_jax.expert_parallel",
     ),
-    "core: the seam to the kernels; tokens to signatures": (
-        "trix_jax.ops",
-        "trix_jax.matching",
-    ),
+    "core: tokens to signatures": ("trix_jax.matching",),
     "core: tiles for tokens; trained to packed": (
         "trix_jax.routing",
         "trix_jax.frozen",

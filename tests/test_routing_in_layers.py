@@ -214,7 +214,8 @@ def test_balance_loss_of_mapped_devices_sees_the_load_of_all():
     variables = initialized(alone)
 
     def run(x):
-        return layer.apply(variables, x, train=True)[2]["balance"]
+        out, _ = layer.apply(variables, x, train=True, mutable=["routing"])
+        return out[2]["balance"]
 
     losses = jax.pmap(run, axis_name="data")(X.reshape(8, 5, 16))
     # The probabilities of the devices average to those of the whole batch, so the

@@ -11,6 +11,7 @@ read".
 
 from trix_jax import routing as routing
 from trix_jax.frozen import freeze as freeze
+from trix_jax.labels import optimizer_labels as optimizer_labels
 from trix_jax.nn import HierarchicalTriXBlock as HierarchicalTriXBlock
 from trix_jax.nn import HierarchicalTriXFFN as HierarchicalTriXFFN
 from trix_jax.nn import SparseLookupBlock as SparseLookupBlock

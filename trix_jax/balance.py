@@ -21,7 +21,7 @@ References:
 
 import jax.numpy as jnp
 
-from trix_jax.typing import Array, Float, Integer
+from trix_jax.typing import Array, Bool, Float, Integer
 
 BINS = 64
 REACH = 1.0  # the largest shift that one histogram can ask for, in units of the score
@@ -29,7 +29,9 @@ CHOSEN = BINS // 2  # bins below this one hold the tokens that chose the tile
 
 
 def margin_histogram(
-    biased: Float[Array, "T N"], tiles: Integer[Array, "T K"]
+    biased: Float[Array, "T N"],
+    tiles: Integer[Array, "T K"],
+    mask: Bool[Array, " T"] | None = None,
 ) -> Float[Array, "N bins"]:
     """Counts the margins of every tile in `BINS` bins over `-REACH..REACH`; what lies
     outside is in the last bins.
@@ -38,6 +40,7 @@ def margin_histogram(
         biased: scores with the bias; `-inf` where a token may not choose the tile,
             which is then not counted; nor are NaN.
         tiles: what the tokens chose.
+        mask: False for tokens that are not counted.
     """
     num_tiles = biased.shape[-1]
     chosen = (tiles[:, :, None] == jnp.arange(num_tiles)[None, None]).any(axis=1)
@@ -46,6 +49,8 @@ def margin_histogram(
     after = jnp.where(chosen, -jnp.inf, biased).max(axis=-1, keepdims=True)
     margin = jnp.where(chosen, after, last) - biased
     counted = (biased > -jnp.inf) & ~jnp.isnan(margin)
+    if mask is not None:
+        counted &= mask[:, None]
     bins = jnp.floor((jnp.where(counted, margin, 0) / REACH + 1) * CHOSEN)
     low, high = jnp.where(chosen, 0, CHOSEN), jnp.where(chosen, CHOSEN - 1, BINS - 1)
     bins = jnp.clip(bins, low, high).astype(jnp.int32)

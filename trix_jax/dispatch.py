@@ -13,13 +13,16 @@ References:
     https://arxiv.org/abs/2211.15841.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trix_jax.typing import Array, Float, Integer
+from trix_jax.ops import vary_alike
+from trix_jax.typing import Array, Bool, Float, Integer
+
+SYMBOLIC_ROWS = 32  # rows in a block where the number of tokens is not known
 
 
 class Plan(NamedTuple):
@@ -29,7 +32,8 @@ class Plan(NamedTuple):
         block_tile: the tile of each block (any tile for an unused block, whose rows are
             zero).
         source: the assignment `t * K + k` in each row of the blocks; A marks padding.
-        slot: the row of each assignment, the inverse of `source`.
+        slot: the row of each assignment, the inverse of `source`; 0 for those of masked
+            tokens, which have no row.
         used: number of blocks that hold assignments; the others come last.
     """
 
@@ -39,28 +43,35 @@ class Plan(NamedTuple):
     used: Integer[Array, "1"]
 
 
-def block_rows(assignments: int, num_tiles: int) -> int:
+def block_rows(assignments: Any, num_tiles: int) -> int:
     """Rows in a block: half a tile's mean load, but 32 where the load allows it, a power
     of two from 1 to 128.
 
     Larger blocks hold more padding, smaller ones load a tile's weights more often. On
     two CPU cores (AMD EPYC 7003, jax 0.12.0.1) a frozen forward pass of T=8192, D=512,
     N=64, F=128 takes 125, 138, 156 ms of processor time in blocks of 32, 64, 128 rows,
-    forward and backward 395, 382, 426 ms.
+    forward and backward 395, 382, 426 ms. A symbolic number of assignments
+    (`jax.export`) takes 32.
     """
+    if not isinstance(assignments, int):
+        return SYMBOLIC_ROWS
     load = np.floor(np.log2(assignments / num_tiles))
     return int(2 ** np.clip(np.maximum(load - 1, np.minimum(load, 5)), 0, 7))
 
 
-def num_blocks(assignments: int, num_tiles: int, rows: int) -> int:
+def num_blocks(assignments: Any, num_tiles: int, rows: int) -> Any:
     """The most blocks that any routing needs: the largest possible sum of `ceil(count_n
     / rows)`.
     """
-    return min(assignments, (assignments + num_tiles * (rows - 1)) // rows)
+    blocks = (assignments + num_tiles * (rows - 1)) // rows
+    return min(assignments, blocks) if isinstance(assignments, int) else blocks
 
 
 def make_plan(
-    tiles: Integer[Array, "T K"], num_tiles: int, rows: int | None = None
+    tiles: Integer[Array, "T K"],
+    num_tiles: int,
+    rows: int | None = None,
+    mask: Bool[Array, " T"] | None = None,
 ) -> Plan:
     """Sorts assignments by tile, in token order within a tile, into blocks of `rows`
     rows.
@@ -69,16 +80,25 @@ def make_plan(
         tiles: the chosen tiles, each in 0..N-1.
         num_tiles: N, the tiles of the layer.
         rows: rows in a block; None takes `block_rows`.
+        mask: False for tokens that take no room. `from_blocks` then reads what another
+            token has for them: take it out.
     """
     assignments = tiles.size
     rows = rows or block_rows(assignments, num_tiles)
     blocks = num_blocks(assignments, num_tiles, rows)
-    if assignments == rows == 1:  # one token decoded: there is nothing to sort
+    if (
+        assignments == rows == 1 and mask is None
+    ):  # one token decoded: there is nothing to sort
         zero = jnp.zeros((1, 1), jnp.int32)
         return Plan(tiles.reshape(1).astype(jnp.int32), zero, zero, zero[0] + 1)
+    if mask is not None:
+        tiles = jnp.where(mask[:, None], tiles, num_tiles)  # behind all others
     flat = tiles.reshape(-1).astype(jnp.int32)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
     sorted_slot, last_block_N = _slots(flat[order], num_tiles, rows)
+    if mask is not None:
+        outside = blocks * rows + jnp.arange(assignments, dtype=jnp.int32)
+        sorted_slot = jnp.where(flat[order] < num_tiles, sorted_slot, outside)
     source = (
         jnp.full(blocks * rows, assignments, jnp.int32)
         .at[sorted_slot]
@@ -89,6 +109,8 @@ def make_plan(
         .at[order]
         .set(sorted_slot, unique_indices=True)
     )
+    if mask is not None:
+        slot = jnp.where(slot < blocks * rows, slot, 0)
     block_tile = jnp.searchsorted(
         last_block_N, jnp.arange(blocks, dtype=jnp.int32), side="right"
     )
@@ -105,9 +127,11 @@ def _slots(sorted_tile, num_tiles, rows):
     """The row of each assignment among all blocks' rows, with every tile's first one at
     the start of a block; and the number of blocks up to the end of each tile's.
     """
-    end_N = jnp.searchsorted(
-        sorted_tile, jnp.arange(num_tiles, dtype=jnp.int32), side="right"
-    ).astype(jnp.int32)
+    tiles_N = jnp.arange(num_tiles, dtype=jnp.int32)
+    if isinstance(sorted_tile.shape[0], int):
+        end_N = jnp.searchsorted(sorted_tile, tiles_N, side="right").astype(jnp.int32)
+    else:  # a binary search needs to know the size
+        end_N = (sorted_tile[None] <= tiles_N[:, None]).sum(axis=1, dtype=jnp.int32)
     start_N = jnp.concatenate([jnp.zeros(1, jnp.int32), end_N[:-1]])
     blocks_N = (end_N - start_N + rows - 1) // rows
     last_block_N = jnp.cumsum(blocks_N)
@@ -120,17 +144,25 @@ def _slots(sorted_tile, num_tiles, rows):
     return sorted_slot, last_block_N
 
 
-@jax.custom_vjp
 def to_blocks(x: Float[Array, "T D"], plan: Plan) -> Float[Array, "M R D"]:
     """Copies every token to the row of each of its assignments; padding rows are zero."""
-    return _rows(x, plan.source // plan.slot.shape[-1])
+    return _to_blocks(*vary_alike((x, plan)))
 
 
-@jax.custom_vjp
 def from_blocks(y: Float[Array, "M R D"], plan: Plan) -> Float[Array, "T K D"]:
     """Reads every assignment's row back into token order: the exact inverse
     permutation.
     """
+    return _from_blocks(*vary_alike((y, plan)))
+
+
+@jax.custom_vjp
+def _to_blocks(x, plan):
+    return _rows(x, plan.source // plan.slot.shape[-1])
+
+
+@jax.custom_vjp
+def _from_blocks(y, plan):
     return y.reshape(-1, y.shape[-1])[plan.slot]
 
 
@@ -139,11 +171,11 @@ def _rows(x_AD, source):
     return x_AD.at[source].get(mode="fill", fill_value=0)
 
 
-to_blocks.defvjp(
-    lambda x, plan: (to_blocks(x, plan), plan),
-    lambda plan, dy: (from_blocks(dy, plan).sum(axis=1), None),
+_to_blocks.defvjp(
+    lambda x, plan: (_to_blocks(x, plan), plan),
+    lambda plan, dy: (_from_blocks(dy, plan).sum(axis=1), None),
 )
-from_blocks.defvjp(
-    lambda y, plan: (from_blocks(y, plan), plan),
+_from_blocks.defvjp(
+    lambda y, plan: (_from_blocks(y, plan), plan),
     lambda plan, dy: (_rows(dy.reshape(-1, dy.shape[-1]), plan.source), None),
 )

@@ -34,7 +34,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from trix_jax.typing import Array, Float, Integer
+from trix_jax.ops import vary_alike, vary_like
+from trix_jax.typing import Array, Bool, Float, Integer
 
 SLACK = 1.25  # rows of a round over those of an even load
 
@@ -66,6 +67,7 @@ def route_tiles(
     weights: Any,
     num_tiles: int,
     axis_name: str,
+    mask: Bool[Array, " T"] | None = None,
 ) -> Float[Array, "T K D"]:
     """Computes tile `tiles[t, k]` of token `x[t]`, wherever on the axis it is.
 
@@ -76,14 +78,20 @@ def route_tiles(
         weights: of this device's tiles.
         num_tiles: N, a multiple of the axis's devices.
         axis_name: the mesh axis that the tiles are spread over.
+        mask: False for tokens that stay at home; their outputs are 0.
     """
+    if mask is not None:
+        tiles = jnp.where(mask[:, None], tiles, num_tiles)
     queue = line_up(tiles.reshape(-1), num_tiles, axis_name)
     one_round = partial(_round, compute, axis_name, tiles.shape[-1])
+    x, weights, tiles = vary_alike((x, weights, tiles))
     return _sum_rounds(one_round, x, weights, queue).reshape(*tiles.shape, -1)
 
 
 def line_up(flat_A: Integer[Array, " A"], num_tiles: int, axis_name: str) -> Queue:
-    """Every assignment's place in the queue to the device of its tile."""
+    """Every assignment's place in the queue to the device of its tile; a tile past the
+    last is nobody's, and its turn never comes.
+    """
     devices, count = jax.lax.axis_size(axis_name), flat_A.size
     device, tile = jnp.divmod(flat_A.astype(jnp.int32), num_tiles // devices)
     load = jnp.bincount(device, length=devices)
@@ -91,6 +99,7 @@ def line_up(flat_A: Integer[Array, " A"], num_tiles: int, axis_name: str) -> Que
     first = (jnp.cumsum(load) - load)[device[order]]
     place = jnp.arange(count, dtype=jnp.int32) - first.astype(jnp.int32)
     place = jnp.zeros(count, jnp.int32).at[order].set(place, unique_indices=True)
+    place = jnp.where(device < devices, place, devices * count)
     rounds = -(-load.max().astype(jnp.int32) // rows_a_round(count, devices))
     return Queue(device, tile, place, jax.lax.pmax(rounds, axis_name))
 
@@ -132,7 +141,7 @@ _move.defvjp(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sum_rounds(one_round, x, weights, queue: Queue):
-    start = jnp.zeros((queue.place.size, x.shape[-1]), x.dtype)
+    start = vary_like(jnp.zeros((queue.place.size, x.shape[-1]), x.dtype), x)
 
     def add(i, y):
         return y + one_round(i, x, weights, queue)

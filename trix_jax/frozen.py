@@ -6,10 +6,12 @@ what it returns are its variables in the collection `"packed"`, where its `__cal
 looks before it looks for parameters.
 """
 
+import warnings
 from typing import Any
 
 import jax
 from flax import linen as nn
+from flax.core import FrozenDict, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from trix_jax.ops import PACKED
@@ -18,7 +20,9 @@ from trix_jax.typing import Variables
 Path = tuple[str, ...]
 
 
-def freeze(model: nn.Module, variables: Variables, *args: Any, **kwargs: Any) -> dict:
+def freeze(
+    model: nn.Module, variables: Variables, *args: Any, **kwargs: Any
+) -> dict[str, Any] | FrozenDict:
     """Replaces every ternary kernel by its two-bit form, for `model.apply` to use as it
     is.
 
@@ -30,19 +34,26 @@ def freeze(model: nn.Module, variables: Variables, *args: Any, **kwargs: Any) ->
 
     Args:
         model: the module that `variables` belong to.
-        variables: with `"params"`, and `"routing"` where there is one.
-        *args: one example call's arguments, as for `init`; only their shapes matter.
+        variables: with `"params"`, and `"routing"` where there is one. Boxes
+            (`nn.with_partitioning`) stay around what stays; a `FrozenDict` comes back
+            as one.
+        *args: one example call's arguments, as for `init`; only their shapes matter, so
+            that a `jax.ShapeDtypeStruct` does.
         **kwargs: the same.
 
     Raises:
         ValueError: no ternary weights found, or they are frozen already, or a layer of
-            mode "none" keeps real weights.
+            mode "none" keeps real weights; no `"params"`, or not the model's.
     """
+    if "params" not in variables:
+        raise ValueError(
+            f"variables must hold 'params', as `init` returns them. Got {sorted(variables)}."
+        )
     if PACKED in variables:
         raise ValueError(
             "variables hold a 'packed' collection: they are frozen already."
         )
-    params = flatten_dict(variables["params"])
+    params = flatten_dict(unfreeze(variables["params"]))
     packed: dict[Path, Any] = {}
     modules = _packing_modules(model, variables, args, kwargs)
     for path, module in sorted(modules.items(), key=lambda item: -len(item[0])):
@@ -50,10 +61,11 @@ def freeze(model: nn.Module, variables: Variables, *args: Any, **kwargs: Any) ->
         inside = {
             k[len(path) :]: v for k, v in packed.items() if k[: len(path)] == path
         }
-        new = module.pack(own, unflatten_dict(inside))
+        new = module.pack(nn.unbox(own), unflatten_dict(inside))
         packed |= {(*path, name): value for name, value in new.items()}
     frozen = {"params": unflatten_dict(params), PACKED: unflatten_dict(packed)}
-    return {**variables, **frozen}
+    new = {**variables, **frozen}
+    return FrozenDict(new) if isinstance(variables, FrozenDict) else new
 
 
 def _packing_modules(model, variables, args, kwargs) -> dict[Path, Any]:
@@ -65,11 +77,21 @@ def _packing_modules(model, variables, args, kwargs) -> dict[Path, Any]:
             found[context.module.path] = context.module
         return call(*call_args, **call_kwargs)
 
-    def run(variables):
-        with nn.intercept_methods(note):
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    shapes = {
+        i: leaf
+        for i, leaf in enumerate(leaves)
+        if isinstance(leaf, jax.ShapeDtypeStruct)
+    }
+
+    def run(variables, arrays):
+        given = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
+        args, kwargs = treedef.unflatten(given)
+        with nn.intercept_methods(note), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # nothing is computed, least of all trained
             return model.apply(variables, *args, **kwargs)
 
-    jax.eval_shape(run, variables)
+    jax.eval_shape(run, variables, shapes)
     if not found:
         raise ValueError(
             f"{type(model).__name__} holds no ternary weights: there is nothing to freeze."

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from trix_jax import dispatch
 from trix_jax.clusters import EPSILON
-from trix_jax.typing import Array, Float, Integer
+from trix_jax.typing import Array, Bool, Float, Integer
 
 
 def match(
@@ -19,7 +19,7 @@ def match(
     """Computes `scale * rms_unit(h) @ signature.T / sqrt(D)` in float32."""
     h32 = h.astype(jnp.float32)
     # Of one token: on CPUs XLA is slow at a vector from the left.
-    products = h32 @ signature.T if h.shape[0] > 1 else (signature @ h32.T).T
+    products = (signature @ h32.T).T if h.shape[0] == 1 else h32 @ signature.T
     return products * _unit_scale(h, scale)
 
 
@@ -29,15 +29,17 @@ def match_inside(
     clusters: Integer[Array, "T k"],
     members: Integer[Array, "C m"],
     scale: float = 1.0,
+    mask: Bool[Array, " T"] | None = None,
 ) -> tuple[Float[Array, "T S"], Integer[Array, "T S"]]:
     """The scores of `match` for the tiles of each token's clusters alone, and those
     tiles, `S = k * m`.
 
     Tokens are grouped by cluster as they are by tile for the FFN (`dispatch`), so that
     each block meets the signatures of one cluster: k * m products of D a token, not N.
-    A score equals that of `match` up to the order of its D additions.
+    A score equals that of `match` up to the order of its D additions. Those of masked
+    tokens (False) mean nothing.
     """
-    plan = dispatch.make_plan(clusters, members.shape[0])
+    plan = dispatch.make_plan(clusters, members.shape[0], mask=mask)
     near = signature[members[plan.block_tile]]
     blocks = dispatch.to_blocks(h.astype(jnp.float32), plan)
     scores = dispatch.from_blocks(blocks @ jnp.swapaxes(near, -1, -2), plan)

@@ -19,6 +19,8 @@ from trix_kernels.quantize import quantize
 from trix_kernels.tile_ffn import xla as ffn_xla
 from trix_kernels.tile_matmul import xla
 from trix_kernels.tile_matmul.api import int8_reason
+from trix_kernels.varying import vary_alike as vary_alike
+from trix_kernels.varying import vary_like as vary_like
 from trix_kernels.weights import ROWS, layout_of, planar_unsupported_reason
 
 PACKED = "packed"  # the Flax collection that holds packed weights

@@ -19,7 +19,7 @@ References:
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -170,22 +170,46 @@ def gates(
     )
 
 
-def count_tiles(tiles: Integer[Array, "T K"], num_tiles: int) -> Float[Array, " N"]:
-    """Assignments each tile received."""
+def count_tiles(
+    tiles: Integer[Array, "T K"],
+    num_tiles: int,
+    mask: Bool[Array, " T"] | None = None,
+) -> Float[Array, " N"]:
+    """Assignments each tile received, those of masked tokens (False) left out."""
+    if mask is not None:
+        tiles = jnp.where(mask[:, None], tiles, num_tiles)  # dropped
     return jnp.bincount(tiles.reshape(-1), length=num_tiles).astype(jnp.float32)
 
 
 def balance_loss(
-    scores: Float[Array, "T N"], share: Float[Array, " N"]
+    scores: Float[Array, "T N"],
+    share: Float[Array, " N"],
+    mask: Bool[Array, " T"] | None = None,
+    count: Float[Array, ""] | None = None,
 ) -> Float[Array, ""]:
     """Computes `N * sum_n share_n * mean_t softmax(scores)_tn - 1`: 0 at even use, at
     most N - 1.
 
     The shares carry no gradient, the probabilities do (Switch Transformers, equation
     4).
+
+    Args:
+        scores: of every tile.
+        share: of the assignments, a number a tile.
+        mask: False for tokens that the mean leaves out; without any the loss is 0.
+        count: what the mean divides by; None takes the number of tokens. The losses of
+            devices that hold different numbers of real tokens average to that of the
+            whole batch if all of them divide by the mean of those numbers.
     """
-    probability = jax.nn.softmax(scores, axis=-1).mean(axis=0)
-    return scores.shape[-1] * jnp.sum(jax.lax.stop_gradient(share) * probability) - 1
+    probability = jax.nn.softmax(scores, axis=-1)
+    if mask is None:
+        mean = probability.mean(axis=0)
+        return scores.shape[-1] * jnp.sum(jax.lax.stop_gradient(share) * mean) - 1
+    own = mask.sum().astype(jnp.float32)
+    total = jnp.where(mask[:, None], probability, 0).sum(axis=0)
+    pull = jnp.sum(jax.lax.stop_gradient(share) * total)
+    excess = scores.shape[-1] * pull - own  # `sum_t (N sum_n share_n p_tn - 1)`
+    return excess / jnp.maximum(own if count is None else count, EPSILON)
 
 
 def diversity_loss(signature: Float[Array, "N D"]) -> Float[Array, ""]:
@@ -216,9 +240,16 @@ def dead_tiles(counts: Float[Array, "*B N"]) -> Integer[Array, "*B"]:
     return jnp.sum(counts < DEAD_SHARE * counts.mean(axis=-1, keepdims=True), axis=-1)
 
 
-def tie_rate(scores: Float[Array, "T N"]) -> Float[Array, ""]:
-    """Share of tokens whose best score is shared by two or more tiles."""
-    return jnp.mean((scores == scores.max(axis=-1, keepdims=True)).sum(axis=-1) > 1)
+def tie_rate(
+    scores: Float[Array, "T N"], mask: Bool[Array, " T"] | None = None
+) -> Float[Array, ""]:
+    """Share of tokens whose best score is shared by two or more tiles; masked tokens
+    (False) are left out.
+    """
+    tied = (scores == scores.max(axis=-1, keepdims=True)).sum(axis=-1) > 1
+    if mask is None:
+        return jnp.mean(tied)
+    return (tied & mask).sum() / jnp.maximum(mask.sum(), 1)
 
 
 def stability(
@@ -235,7 +266,7 @@ def stability(
 
 def update(
     routing: Variables, *, rate: float = 0.5, axis_name: AxisName | None = None
-) -> dict:
+) -> Variables:
     """Moves every layer's routing state by one optimizer step: selection biases go
     towards even loads.
 
@@ -255,7 +286,7 @@ def update(
     return _each_layer(routing, lambda state: _update_layer(state, rate))
 
 
-def reduce(routing: Variables, axis_name: AxisName) -> dict:
+def reduce(routing: Variables, axis_name: AxisName) -> Variables:
     """Sums the margins of every layer over a mapped axis; the rest of the state is the
     same on all devices.
     """
@@ -268,7 +299,7 @@ def reduce(routing: Variables, axis_name: AxisName) -> dict:
     )
 
 
-def freeze_routing(routing: Variables, frozen: bool = True) -> dict:
+def freeze_routing(routing: Variables, frozen: bool = True) -> Variables:
     """Holds (or releases) the routes: signatures and biases stay as they are while the
     weights go on training.
     """
@@ -278,7 +309,7 @@ def freeze_routing(routing: Variables, frozen: bool = True) -> dict:
     )
 
 
-def rebuild_clusters(routing: Variables, iterations: int = 10) -> dict:
+def rebuild_clusters(routing: Variables, iterations: int = 10) -> Variables:
     """Groups the tiles of every hierarchical layer anew by balanced k-means on their
     last signatures.
 
@@ -333,11 +364,12 @@ def _cluster_load(margins, members):
 
 def _each_layer(tree, function):
     if isinstance(tree, Mapping):
-        return (
-            function(dict(tree))
-            if "margins" in tree
-            else {k: _each_layer(v, function) for k, v in tree.items()}
-        )
+        if "margins" in tree:
+            new = function(dict(tree))
+        else:
+            new = {k: _each_layer(v, function) for k, v in tree.items()}
+        kind: Any = type(tree)  # a FrozenDict stays one
+        return kind(new)
     raise ValueError(
         f"routing must be a routing collection, nested dictionaries down to a layer's state. Got {type(tree)}."
     )

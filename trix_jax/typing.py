@@ -27,14 +27,17 @@ juggles several shapes they are a suffix of the name, ``scores_TN``.
 from collections.abc import Mapping
 from typing import Any
 
-from jaxtyping import Array, Bool, Float, Int, Integer, Key, UInt8
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Integer, Key, Shaped, UInt8
 
 Scalar = Float[Array, ""] | float
 Dtype = Any
 Variables = Mapping[str, Any]
+AnyArray = Array | np.ndarray  # what a module's call takes, of any real type
 AxisName = str | tuple[str, ...]  # mapped axes, as jax.lax.psum takes them
 
 __all__ = [
+    "AnyArray",
     "Array",
     "AxisName",
     "Bool",
@@ -44,6 +47,7 @@ __all__ = [
     "Integer",
     "Key",
     "Scalar",
+    "Shaped",
     "UInt8",
     "Variables",
 ]

@@ -55,10 +55,10 @@ def test_rank_two_and_three_give_the_same(ffn_kind):
 
 @pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
-def test_output_has_the_dtype_of_the_input(ffn, x_dtype, dtype):
+def test_output_has_the_layers_dtype_or_that_of_the_input(ffn, x_dtype, dtype):
     layer = ffn.layer.clone(dtype=dtype and jnp.dtype(dtype))
     out = jax.eval_shape(layer.apply, ffn.variables(), ffn.x.astype(x_dtype))
-    assert out[0].dtype == x_dtype
+    assert out[0].dtype == (dtype or x_dtype)
     assert out[0].shape == ffn.x.shape
     assert out[2]["total_aux"].dtype == jnp.float32
 
@@ -85,11 +85,9 @@ def test_bfloat16_stays_near_float32_where_the_routes_agree(ffn_kind):
     assert error.max() > 0
 
 
-@pytest.mark.parametrize(
-    "shape", [(D,), (2, 0, D), (0, D), (2, 3, D + 1), (1, 2, 3, D)]
-)
+@pytest.mark.parametrize("shape", [(), (D + 1,), (2, 3, D + 1), (D, 2)])
 def test_input_of_another_shape_is_refused(ffn, shape, no_type_hook):
-    with pytest.raises(ValueError, match=r"x must be \[tokens, 16\].* Got \["):
+    with pytest.raises(ValueError, match=r"x must be \[\.\.\., 16\].* Got \["):
         ffn.layer.apply(ffn.variables(), jnp.zeros(shape))
 
 
@@ -101,7 +99,9 @@ def test_training_drops_outputs_before_the_residual_and_keeps_the_losses(ffn_kin
     variables = ffn_kind.variables()
     y, _, aux = ffn_kind.run()
     trained = jit(
-        lambda key: layer.apply(variables, ffn_kind.x, True, rngs={"dropout": key})
+        lambda key: layer.apply(
+            variables, ffn_kind.x, True, rngs={"dropout": key}, mutable=["routing"]
+        )[0]
     )
     out, _, train_aux = trained(jax.random.key(0))
     dropped = np.asarray(out == ffn_kind.x)

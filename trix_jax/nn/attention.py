@@ -1,13 +1,15 @@
 """Causal self-attention with a key-value cache."""
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from trix_jax.nn.inputs import as_floats, check_mask, hide
 from trix_jax.nn.settings import check_divides
-from trix_jax.typing import Array, Dtype, Float
+from trix_jax.typing import AnyArray, Array, Bool, Dtype, Float, Shaped
 
 
 class CausalSelfAttention(nn.Module):
@@ -41,31 +43,71 @@ class CausalSelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B L D"], train: bool = False, decode: bool = False
-    ) -> Float[Array, "B L D"]:
-        width = check_divides("d_model", self.d_model, "n_heads", self.n_heads)
-        common = {
-            "use_bias": False,
-            "dtype": self.dtype,
-            "param_dtype": self.param_dtype,
-        }
-        qkv = nn.DenseGeneral(
-            (3, self.n_heads, width), kernel_init=self.kernel_init, name="qkv", **common
-        )(x)
-        q, k, v = jnp.moveaxis(qkv, -3, 0)
+        self,
+        x: Shaped[AnyArray, "..."],
+        train: bool = False,
+        decode: bool = False,
+        *,
+        mask: Shaped[AnyArray, "..."] | None = None,
+        segment_ids: Shaped[AnyArray, "..."] | None = None,
+    ) -> Float[Array, "..."]:
+        """Applies the layer to `[..., length, d_model]`.
+
+        Args:
+            x: the sequence is on the last axis but one.
+            train: dropout on.
+            decode: append to the collection `"cache"`.
+            mask: `[..., length]`, True for real tokens; the others are attended to by
+                none and get 0.
+            segment_ids: `[..., length]` integers; tokens see those of their own number.
+
+        Raises:
+            ValueError: a shape or a type that does not fit.
+            NotImplementedError: `mask` or `segment_ids` with `decode`.
+        """
+        x = check_sequence(x, self.d_model, self.param_dtype)
+        lead, (length, d) = x.shape[:-2], x.shape[-2:]
+        mask = check_mask(mask, x.shape[:-1])
+        if segment_ids is not None and segment_ids.shape != x.shape[:-1]:
+            raise ValueError(
+                f"segment_ids must be {list(x.shape[:-1])}, a number a token. Got {list(segment_ids.shape)}."
+            )
+        if decode and (mask is not None or segment_ids is not None):
+            raise NotImplementedError(
+                "mask and segment_ids do not go with decode=True: the cache keeps neither."
+            )
+        x = hide(x, mask).reshape(math.prod(lead), length, d)
+        q, k, v = self._project(x)
         if decode:
-            k, v, mask = self._append(k, v)
-            y = jax.nn.dot_product_attention(q, k, v, mask=mask)
+            k, v, seen = self._append(k, v)
+            y = attend(q, k, v, mask=seen)
         else:
-            y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-        out = nn.DenseGeneral(
-            self.d_model,
+            seen = visible(mask, segment_ids, (x.shape[0], length))
+            y = attend(q, k, v, mask=seen, is_causal=True)
+        y = nn.DenseGeneral(
+            d,
             axis=(-2, -1),
+            use_bias=False,
             kernel_init=self.out_init or self.kernel_init,
+            dtype=y.dtype,
+            param_dtype=self.param_dtype,
             name="out",
-            **common,
+        )(y)
+        y = hide(y.reshape(*lead, length, d), mask)
+        return nn.Dropout(self.dropout)(y, deterministic=not train)
+
+    def _project(self, x):
+        """Queries, keys and values, `[B, L, H, E]`."""
+        width = check_divides("d_model", self.d_model, "n_heads", self.n_heads)
+        qkv = nn.DenseGeneral(
+            (3, self.n_heads, width),
+            use_bias=False,
+            kernel_init=self.kernel_init,
+            dtype=self.dtype or x.dtype,
+            param_dtype=self.param_dtype,
+            name="qkv",
         )
-        return nn.Dropout(self.dropout)(out(y), deterministic=not train)
+        return jnp.moveaxis(qkv(x), -3, 0)
 
     def _append(self, k, v):
         """Writes keys and values behind those of earlier calls; the mask lets a token
@@ -85,3 +127,46 @@ class CausalSelfAttention(nn.Module):
         now = start + jnp.arange(length)
         seen = jnp.arange(self.cache_length)[None] <= now[:, None]
         return keys.value, values.value, seen[None, None]
+
+
+def attend(q, k, v, **how):
+    """`jax.nn.dot_product_attention`, of float16 in float32: on CPUs it has no other."""
+    if q.dtype != jnp.float16:
+        return jax.nn.dot_product_attention(q, k, v, **how)
+    wide = (part.astype(jnp.float32) for part in (q, k, v))
+    return jax.nn.dot_product_attention(*wide, **how).astype(q.dtype)
+
+
+def visible(
+    mask: Bool[Array, "..."] | None,
+    segment_ids: Shaped[AnyArray, "..."] | None,
+    shape: tuple,
+) -> Bool[Array, "B one rows L"] | None:
+    """What a token may see beside the causal rule: real tokens, and of its own segment.
+
+    Args:
+        mask: True for real tokens.
+        segment_ids: a number a token.
+        shape: B and L.
+    """
+    seen = None if mask is None else mask.reshape(shape)[:, None, None, :]
+    if segment_ids is None:
+        return seen
+    ids = jnp.asarray(segment_ids).reshape(shape)
+    same = (ids[:, :, None] == ids[:, None, :])[:, None]
+    return same if seen is None else same & seen
+
+
+def check_sequence(
+    x: Shaped[AnyArray, "..."], d_model: int, param_dtype: Dtype = jnp.float32
+) -> Float[Array, "..."]:
+    """The input as floats.
+
+    Raises:
+        ValueError: it is not `[..., length, d_model]`.
+    """
+    if x.ndim < 2 or x.shape[-1] != d_model:
+        raise ValueError(
+            f"x must be [..., length, {d_model}], with d_model as its last axis. Got {list(x.shape)}."
+        )
+    return as_floats(x, param_dtype)

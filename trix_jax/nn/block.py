@@ -7,14 +7,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from trix_jax.nn.activations import activation
-from trix_jax.nn.attention import CausalSelfAttention
+from trix_jax.nn.attention import CausalSelfAttention, check_sequence
 from trix_jax.nn.hierarchical_ffn import HierarchicalTriXFFN
+from trix_jax.nn.inputs import check_input, check_mask, hide
 from trix_jax.nn.settings import LayerArguments, TileArguments, TileSettings
 from trix_jax.nn.sparse_ffn import SparseTriXFFN
 from trix_jax.nn.sparse_lookup_ffn import SparseLookupFFN
-from trix_jax.nn.tiles import Aux, check_input
+from trix_jax.nn.tiles import Aux
 from trix_jax.routing import RoutingConfig, RoutingInfo
-from trix_jax.typing import Array, Dtype, Float, Integer, Scalar
+from trix_jax.typing import AnyArray, Array, Dtype, Float, Scalar, Shaped
 
 
 class DenseFFN(nn.Module):
@@ -43,17 +44,19 @@ class DenseFFN(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "*B D"],
+        x: Shaped[AnyArray, "..."],
         train: bool = False,
         *,
-        progress: Scalar = 1.0,
-        token_ids: Integer[Array, "*B"] | None = None,
-        router_input: Float[Array, "*B D"] | None = None,
-    ) -> tuple[Float[Array, "*B D"], None, Aux]:
-        check_input(x, self.d_model)
+        progress: Scalar | None = None,
+        token_ids: Shaped[AnyArray, "..."] | None = None,
+        router_input: Shaped[AnyArray, "..."] | None = None,
+        mask: Shaped[AnyArray, "..."] | None = None,
+    ) -> tuple[Float[Array, "..."], None, Aux]:
+        x = check_input(x, self.d_model, self.param_dtype)
+        mask = check_mask(mask, x.shape[:-1])
         common = {
             "use_bias": False,
-            "dtype": self.dtype,
+            "dtype": self.dtype or x.dtype,
             "param_dtype": self.param_dtype,
         }
         default = nn.initializers.lecun_normal()
@@ -63,7 +66,7 @@ class DenseFFN(nn.Module):
         down = nn.Dense(
             self.d_model, kernel_init=self.down_init or default, name="down", **common
         )
-        y = down(activation(self.activation)(up(x)))
+        y = hide(down(activation(self.activation)(up(hide(x, mask)))), mask)
         y = nn.Dropout(self.dropout)(y, deterministic=not train)
         return y, None, {"total_aux": jnp.zeros(())}
 
@@ -96,15 +99,23 @@ class Block(LayerArguments):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "B L D"],
+        x: Shaped[AnyArray, "..."],
         train: bool = False,
         decode: bool = False,
         *,
-        progress: Scalar = 1.0,
-        token_ids: Integer[Array, "B L"] | None = None,
-        router_input: Float[Array, "B L D"] | None = None,
-    ) -> tuple[Float[Array, "B L D"], RoutingInfo | None, Aux]:
-        norm = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        progress: Scalar | None = None,
+        token_ids: Shaped[AnyArray, "..."] | None = None,
+        router_input: Shaped[AnyArray, "..."] | None = None,
+        mask: Shaped[AnyArray, "..."] | None = None,
+        segment_ids: Shaped[AnyArray, "..."] | None = None,
+    ) -> tuple[Float[Array, "..."], RoutingInfo | None, Aux]:
+        """Applies the block to `[..., length, d_model]`; `mask` and `segment_ids` as in
+        `CausalSelfAttention`, the others as in `SparseTriXFFN`.
+        """
+        x = check_sequence(x, self.d_model, self.param_dtype)
+        x = x.astype(self.dtype or x.dtype)
+        mask = check_mask(mask, x.shape[:-1])
+        norm = {"use_bias": False, "dtype": x.dtype, "param_dtype": self.param_dtype}
         attention = CausalSelfAttention(
             self.d_model,
             self.n_heads,
@@ -116,13 +127,15 @@ class Block(LayerArguments):
             self.param_dtype,
             name="attention",
         )
-        x = x + attention(nn.LayerNorm(name="attention_norm", **norm)(x), train, decode)
+        h = nn.LayerNorm(name="attention_norm", **norm)(hide(x, mask))
+        x = x + attention(h, train, decode, mask=mask, segment_ids=segment_ids)
         y, info, aux = self._ffn()(
-            nn.LayerNorm(name="ffn_norm", **norm)(x),
+            nn.LayerNorm(name="ffn_norm", **norm)(hide(x, mask)),
             train,
             progress=progress,
             token_ids=token_ids,
             router_input=router_input,
+            mask=mask,
         )
         return x + y, info, aux
 

@@ -2,9 +2,10 @@
 
 from flax import linen as nn
 
+from trix_jax.nn.inputs import check_input, check_mask, hide
 from trix_jax.nn.settings import TileArguments, TileSettings, check_divides
-from trix_jax.nn.tiles import Output, RoutedTiles, check_input, finish
-from trix_jax.typing import Array, Float, Integer, Scalar
+from trix_jax.nn.tiles import Output, RoutedTiles, finish
+from trix_jax.typing import AnyArray, Scalar, Shaped
 
 
 class HierarchicalTriXFFN(TileArguments):
@@ -43,15 +44,17 @@ class HierarchicalTriXFFN(TileArguments):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "*B D"],
+        x: Shaped[AnyArray, "..."],
         train: bool = False,
         *,
-        progress: Scalar = 1.0,
-        token_ids: Integer[Array, "*B"] | None = None,
-        router_input: Float[Array, "*B D"] | None = None,
+        progress: Scalar | None = None,
+        token_ids: Shaped[AnyArray, "..."] | None = None,
+        router_input: Shaped[AnyArray, "..."] | None = None,
+        mask: Shaped[AnyArray, "..."] | None = None,
     ) -> Output:
         """Applies the layer. Arguments and results are those of `SparseTriXFFN`."""
-        check_input(x, self.d_model)
+        x = check_input(x, self.d_model, self.param_dtype)
+        mask = check_mask(mask, x.shape[:-1])
         width = self.d_hidden or check_divides(
             "4 * d_model", 4 * self.d_model, "num_tiles", self.num_tiles
         )
@@ -65,8 +68,8 @@ class HierarchicalTriXFFN(TileArguments):
             **self.tile_arguments(),
         )
         norm = {"dtype": self.dtype or x.dtype, "param_dtype": self.param_dtype}
-        h = nn.RMSNorm(name="norm", **norm)(x)
+        h = nn.RMSNorm(name="norm", **norm)(hide(x, mask))
         tiles = RoutedTiles(settings, width, name="tiles")
-        y, info, aux = tiles(h, train, progress, token_ids, router_input)
+        y, info, aux = tiles(h, train, progress, token_ids, router_input, mask)
         scale = self.param("output_scale", nn.initializers.ones, (), self.param_dtype)
-        return finish((y * scale).astype(x.dtype), x, settings, train), info, aux
+        return finish((y * scale).astype(h.dtype), x, settings, train), info, aux

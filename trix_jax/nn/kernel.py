@@ -2,6 +2,8 @@
 weights or packed ones.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -38,6 +40,34 @@ def uniform_init(key, shape, dtype=jnp.float32):
     return jax.random.uniform(key, shape, dtype, -0.8, 0.8)
 
 
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """An initializer that draws all tiles in one call, `[..., N, I, O]`, as the
+    library's own do. Others are called once a tile.
+    """
+
+    init: Callable
+
+    def __call__(self, key, shape, dtype=jnp.float32):
+        """Draws a kernel."""
+        return self.init(key, shape, dtype)
+
+
+def per_tile(init: Callable) -> Callable:
+    """An initializer of `[..., N, I, O]` that calls `init` with `[I, O]` and a key of
+    its own for each tile. A box that `init` puts around its array comes back around the
+    whole, with the names it has.
+    """
+
+    def draw(key, shape, dtype=jnp.float32):
+        *lead, rows, columns = shape
+        keys = jax.random.split(key, math.prod(lead))
+        tiles = jax.vmap(lambda k: init(k, (rows, columns), dtype))(keys)
+        return jax.tree.map(lambda leaf: leaf.reshape(shape), tiles)
+
+    return draw
+
+
 class TernaryKernel(nn.Module):
     """Weights `q * scale`, from a latent parameter `kernel` or, in a frozen model, from
     the `"packed"` collection.
@@ -45,7 +75,8 @@ class TernaryKernel(nn.Module):
     Attributes:
         shape: of the kernel, `[..., N, I, O]`.
         config: how the kernel becomes ternary.
-        kernel_init: None takes `tile_init()`, or `uniform_init` under the rule "fixed".
+        kernel_init: called once a tile with `[I, O]`, unless it is `Whole`; None takes
+            `tile_init()`, or `uniform_init` under the rule "fixed".
         learn_scale: under the rule "fixed", whose scale nothing else sets, adds a
             parameter `scale` per output.
     """
@@ -63,7 +94,10 @@ class TernaryKernel(nn.Module):
                 self.get_variable(PACKED, "bits"), self.get_variable(PACKED, "scale")
             )
         fixed = self.config.rule == "fixed"
-        init = self.kernel_init or (uniform_init if fixed else tile_init())
+        self._check_there_are_weights()
+        init = self.kernel_init or Whole(uniform_init if fixed else tile_init())
+        if len(self.shape) > 2 and not isinstance(init, Whole):
+            init = per_tile(init)
         kernel = self.param("kernel", init, self.shape, self.param_dtype)
         weights = ternarize(kernel.astype(jnp.float32), self.config, progress)
         return (
@@ -83,6 +117,17 @@ class TernaryKernel(nn.Module):
         if "scale" in params:
             weights = Ternary(weights.q, round_scale(params["scale"]))
         return ops.pack(weights)._asdict()
+
+    def _check_there_are_weights(self):
+        """Says where frozen variables have lost their packed half."""
+        if self.is_initializing() or self.has_variable("params", "kernel"):
+            return
+        place = "/".join(self.path)
+        raise ValueError(
+            f"variables must hold params/{place}/kernel or, frozen, packed/{place}/bits. "
+            "Under nn.scan or nn.vmap write variable_axes={'params': 0, 'routing': 0, "
+            "'packed': 0}."
+        )
 
     def _scale(self):
         # sqrt of the share of weights beyond the threshold, times the contraction:

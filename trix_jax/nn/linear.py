@@ -6,10 +6,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from trix_jax import ops, routing
+from trix_jax.nn import misuse
+from trix_jax.nn.inputs import as_floats
 from trix_jax.nn.kernel import TernaryKernel
 from trix_jax.nn.settings import check_divides
+from trix_jax.ops import PACKED
 from trix_jax.ternary import TernaryConfig
-from trix_jax.typing import Array, Dtype, Float, Scalar
+from trix_jax.typing import AnyArray, Array, Dtype, Float, Scalar, Shaped
 
 
 class TriXLinear(nn.Module):
@@ -25,8 +28,9 @@ class TriXLinear(nn.Module):
         use_bias: adds a bias, an output each.
         ternary: see `TernaryConfig`; with rule "fixed" (the original's) scales are
             learned per output.
-        kernel_init: of the latent weights `[N, I, features / N]`; None takes a normal
-            distribution of variance 1 / I, or U(-0.8, 0.8) under the rule "fixed".
+        kernel_init: of the latent weights `[N, I, features / N]`, called once a tile
+            with `[I, features / N]`; None takes a normal distribution of variance 1 /
+            I, or U(-0.8, 0.8) under the rule "fixed".
         bias_init: of the bias.
         dtype: of the computation; None takes the input's.
         param_dtype: of the parameters.
@@ -51,19 +55,21 @@ class TriXLinear(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "*B I"],
-        gate: Float[Array, "*B N"] | None = None,
+        x: Shaped[AnyArray, "..."],
+        gate: Shaped[AnyArray, "..."] | None = None,
         *,
-        progress: Scalar = 1.0,
+        progress: Scalar | None = None,
     ) -> Float[Array, "*B O"]:
         """Applies the layer.
 
         Args:
-            x: input, at least rank 1.
+            x: input, at least rank 1; integers are promoted with the parameters.
             gate: multiplies each tile's outputs, 0 switching a tile off; None leaves
                 all on.
-            progress: share of training done, for `TernaryConfig` schedules.
+            progress: share of training done, for `TernaryConfig` schedules; None is the
+                end.
         """
+        x = as_floats(x, self.param_dtype)
         n, width = (
             self.num_tiles,
             check_divides("features", self.features, "num_tiles", self.num_tiles),
@@ -72,7 +78,7 @@ class TriXLinear(nn.Module):
             raise ValueError(
                 f"gate must be {[*x.shape[:-1], n]}, a value a tile. Got {list(gate.shape)}."
             )
-        kernel = self._kernel(x.shape[-1], width)(progress)
+        kernel = self._kernel(x.shape[-1], width)(self._progress(progress))
         tokens = x.reshape(-1, x.shape[-1]).astype(self.dtype or x.dtype)
         y = ops.matmul(tokens, kernel, width, self.ternary.activations)
         y = y.reshape(*x.shape[:-1], n, width)
@@ -85,6 +91,16 @@ class TriXLinear(nn.Module):
             )
             y = y + jnp.broadcast_to(bias, y.shape).astype(y.dtype)
         return y
+
+    def _progress(self, progress: Scalar | None) -> Scalar:
+        """The share of training done. A linear layer is not told whether it trains, so
+        that a schedule without progress gets a warning.
+        """
+        frozen = self.scope is not None and PACKED in self.variables
+        if progress is None and not (self.is_initializing() or frozen):
+            if misuse.has_schedule(self.ternary):
+                misuse.warn_of_missing_progress(self.ternary)
+        return misuse.check_progress(progress, self.ternary, training=False)
 
     @nn.compact
     def signatures(

@@ -7,16 +7,16 @@ training), `frozen`; with clusters also `members` [C, N / C], `cluster_bias` [C]
 `cluster_margins` [C, bins].
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from trix_jax import balance, routing
-from trix_jax.nn import steering
+from trix_jax.nn import misuse, steering
 from trix_jax.nn.settings import TileSettings
-from trix_jax.typing import Array, Float, Integer
+from trix_jax.typing import Array, Bool, Float, Integer
 
 
 class Route(NamedTuple):
@@ -49,9 +49,11 @@ class Router(nn.Module):
         signature: Float[Array, "N D"],
         train: bool = False,
         token_ids: Integer[Array, " T"] | None = None,
+        mask: Bool[Array, " T"] | None = None,
     ) -> tuple[Route, routing.RoutingInfo, dict[str, Float[Array, ""]]]:
         n, config = self.settings.num_tiles, self.settings.routing
-        state = self._variables(signature)
+        self._check_collection(train)
+        state = self._variables(signature) | {"mask": mask}
         if config.source == "random":
             signature = state["signature"].value
         signature = jnp.where(
@@ -69,11 +71,23 @@ class Router(nn.Module):
             tiles, gates = self._select(scores, used, h, signature, state)
         if self._is_training():
             state["signature"].value = jax.lax.stop_gradient(signature)
-        counts = routing.count_tiles(tiles, n)
-        info = _info(tiles, gates, counts, scores, used)
-        return Route(tiles, gates), info, self._losses(scores, used, counts, train)
+        counts = routing.count_tiles(tiles, n, mask)
+        info = _info(tiles, gates, counts, scores, used, mask)
+        losses = self._losses(scores, used, counts, train, mask)
+        return Route(tiles, gates), info, losses
 
-    def _variables(self, signature):
+    def _check_collection(self, train):
+        """Says where the state is missing, is that of several layers, or is not kept."""
+        if self.is_initializing():
+            return
+        if not self.has_variable("routing", "bias"):
+            raise ValueError(misuse.NO_STATE)
+        shape = jnp.shape(self.get_variable("routing", "bias"))
+        misuse.check_state({"bias": shape}, self.settings.num_tiles)
+        if train and not self.is_mutable_collection("routing"):
+            misuse.warn_of_training_without_state()
+
+    def _variables(self, signature) -> dict[str, Any]:
         n, config = self.settings.num_tiles, self.settings.routing
         first = (
             (lambda: signature)
@@ -148,7 +162,7 @@ class Router(nn.Module):
         """
         config, members = self.settings.routing, state["members"].value
         scores, tiles = routing.match_inside(
-            h, used, clusters, members, config.score_scale
+            h, used, clusters, members, config.score_scale, state["mask"]
         )
         biased = jax.lax.stop_gradient(scores) + state["bias"].value[tiles]
         columns = routing.select_among(biased, tiles, self.settings.tiles_per_token)
@@ -158,20 +172,28 @@ class Router(nn.Module):
     def _add_margins(self, state, name, biased, chosen):
         """Adds a training call's margins to the histograms that `routing.update` reads."""
         if self._is_training():
-            state[name].value += balance.margin_histogram(biased, chosen)
+            state[name].value += balance.margin_histogram(biased, chosen, state["mask"])
 
-    def _losses(self, scores, signature, counts, train):
+    def _losses(self, scores, signature, counts, train, mask):
         config, axis = self.settings.routing, self.settings.axis_name
-        share = counts / counts.sum()
-        if train and axis is not None and not self.is_initializing():
-            share = jax.lax.pmean(share, axis)
-        balance = routing.balance_loss(scores, share)
+        if not train or self.is_initializing():
+            axis = None
+        if mask is None:
+            share, count = counts / counts.sum(), None
+            share = share if axis is None else jax.lax.pmean(share, axis)
+        else:
+            count = mask.sum().astype(jnp.float32)
+            if axis is not None:
+                counts, count = jax.lax.pmean((counts, count), axis)
+            share = counts / jnp.maximum(counts.sum(), routing.EPSILON)
+        balance_loss = routing.balance_loss(scores, share, mask, count)
         diversity = routing.diversity_loss(signature)
-        total = config.balance_weight * balance + config.diversity_weight * diversity
-        return {"balance": balance, "diversity": diversity, "total_aux": total}
+        total = config.balance_weight * balance_loss
+        total = total + config.diversity_weight * diversity
+        return {"balance": balance_loss, "diversity": diversity, "total_aux": total}
 
 
-def _info(tiles, gates, counts, scores, signature):
+def _info(tiles, gates, counts, scores, signature, mask):
     return routing.RoutingInfo(
         tiles=tiles,
         gates=gates,
@@ -179,7 +201,7 @@ def _info(tiles, gates, counts, scores, signature):
         entropy=routing.usage_entropy(counts),
         max_load=routing.max_load(counts),
         dead_tiles=routing.dead_tiles(counts),
-        tie_rate=routing.tie_rate(scores),
+        tie_rate=routing.tie_rate(scores, mask),
         signature_cosine=routing.signature_cosine(signature),
     )
 

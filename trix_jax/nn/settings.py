@@ -39,13 +39,13 @@ class TileSettings:
             "gelu" or "silu".
         ternary: how weights become ternary, a `TernaryConfig`.
         routing: how tokens find tiles, a `RoutingConfig`.
-        up_init: initializer of the latent up-projections `[N, D, F]`; None takes a
-            normal distribution of variance 1 / D, or U(-0.8, 0.8) under the rule
-            "fixed".
-        down_init: initializer of the latent down-projections `[N, F, D]`; None takes a
-            normal distribution of variance 1 / F, or U(-0.8, 0.8) under the rule
-            "fixed".
-        dtype: of the computation; None takes the input's.
+        up_init: initializer of the latent up-projections `[N, D, F]`, called once a
+            tile with `[D, F]`; None takes a normal distribution of variance 1 / D, or
+            U(-0.8, 0.8) under the rule "fixed".
+        down_init: initializer of the latent down-projections `[N, F, D]`, called once a
+            tile with `[F, D]`; None takes a normal distribution of variance 1 / F, or
+            U(-0.8, 0.8) under the rule "fixed".
+        dtype: of the computation and the output; None takes the input's.
         param_dtype: of the parameters.
         axis_name: mapped axis, or axes, over which the balance loss sees the load, as
             in `nn.BatchNorm`; None sees one device's tokens.

@@ -2,9 +2,10 @@
 
 from flax import linen as nn
 
+from trix_jax.nn.inputs import check_input
 from trix_jax.nn.settings import TileArguments, TileSettings, check_divides
-from trix_jax.nn.tiles import Output, RoutedTiles, check_input, finish
-from trix_jax.typing import Array, Float, Integer, Scalar
+from trix_jax.nn.tiles import Output, RoutedTiles, finish
+from trix_jax.typing import AnyArray, Scalar, Shaped
 
 
 class SparseTriXFFN(TileArguments):
@@ -42,28 +43,32 @@ class SparseTriXFFN(TileArguments):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "*B D"],
+        x: Shaped[AnyArray, "..."],
         train: bool = False,
         *,
-        progress: Scalar = 1.0,
-        token_ids: Integer[Array, "*B"] | None = None,
-        router_input: Float[Array, "*B D"] | None = None,
+        progress: Scalar | None = None,
+        token_ids: Shaped[AnyArray, "..."] | None = None,
+        router_input: Shaped[AnyArray, "..."] | None = None,
+        mask: Shaped[AnyArray, "..."] | None = None,
     ) -> Output:
         """Applies the layer.
 
         Args:
-            x: tokens, rank 2 or 3.
+            x: `[..., d_model]`; integers are promoted with the parameters.
             train: dropout on; batch statistics over `axis_name`.
-            progress: share of training done, for `TernaryConfig` schedules.
+            progress: share of training done, for `TernaryConfig` schedules; None is the
+                end.
             token_ids: only for the routing control "hash".
             router_input: what the signatures are matched with; None takes `x`. With a
                 token's row of the embedding table its tiles depend on nothing else.
+            mask: True for real tokens. Others, whatever they hold, get 0 and count in
+                no load, loss or diagnostic.
 
         Returns:
             the output, what the routing did, and the auxiliary losses, of which
             `total_aux` is to be added to the task's.
         """
-        check_input(x, self.d_model)
+        x = check_input(x, self.d_model, self.param_dtype)
         hidden = self.expansion * self.d_model
         width = check_divides(
             "expansion * d_model", hidden, "num_tiles", self.num_tiles
@@ -76,5 +81,5 @@ class SparseTriXFFN(TileArguments):
             **self.tile_arguments(),
         )
         tiles = RoutedTiles(settings, width, name="tiles")
-        y, info, aux = tiles(x, train, progress, token_ids, router_input)
+        y, info, aux = tiles(x, train, progress, token_ids, router_input, mask)
         return finish(y, x, settings, train), info, aux

@@ -7,19 +7,23 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from trix_jax import ops, routing
+from trix_jax.nn import inputs
 from trix_jax.nn.kernel import TernaryKernel
 from trix_jax.nn.router import Router
 from trix_jax.nn.settings import TileSettings
-from trix_jax.nn.tiles import (
-    Output,
-    check_input,
-    finish,
-    in_shape_of,
-    router_tokens,
-)
+from trix_jax.nn.tiles import Output, finish, router_tokens
 from trix_jax.routing import RoutingConfig
 from trix_jax.ternary import TernaryConfig
-from trix_jax.typing import Array, AxisName, Dtype, Float, Integer, Scalar
+from trix_jax.typing import (
+    AnyArray,
+    Array,
+    AxisName,
+    Dtype,
+    Float,
+    Integer,
+    Scalar,
+    Shaped,
+)
 
 SPLINE_THRESHOLD = (
     0.3  # the original's, on N(0, 0.5^2) coefficients: 55 in 100 are not zero
@@ -71,15 +75,17 @@ class SparseLookupFFN(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "*B D"],
+        x: Shaped[AnyArray, "..."],
         train: bool = False,
         *,
-        progress: Scalar = 1.0,
-        token_ids: Integer[Array, "*B"] | None = None,
-        router_input: Float[Array, "*B D"] | None = None,
+        progress: Scalar | None = None,
+        token_ids: Shaped[AnyArray, "..."] | None = None,
+        router_input: Shaped[AnyArray, "..."] | None = None,
+        mask: Shaped[AnyArray, "..."] | None = None,
     ) -> Output:
         """Applies the layer. Arguments and results are those of `SparseTriXFFN`."""
-        check_input(x, self.d_model)
+        x = inputs.check_input(x, self.d_model, self.param_dtype)
+        lead, tokens = x.shape[:-1], inputs.flatten(x, token_ids, router_input, mask)
         settings = TileSettings(
             num_tiles=self.num_tiles,
             tiles_per_cluster=self.tiles_per_cluster,
@@ -92,23 +98,26 @@ class SparseLookupFFN(nn.Module):
         )
         dtype = self.dtype or x.dtype
         norm = nn.LayerNorm(dtype=dtype, param_dtype=self.param_dtype, name="norm")
-        h = norm(x.reshape(-1, self.d_model))
+        h = norm(tokens.x)
         shape = (self.num_tiles, self.d_model)
         init = nn.initializers.normal(DIRECTION_STD)
         directions = self.param("directions", init, shape, self.param_dtype)
         route, info, aux = Router(settings, name="router")(
-            router_tokens(h, router_input),
+            router_tokens(h, tokens.router_input),
             routing.signatures(directions, self.routing.signature),
             train,
-            None if token_ids is None else token_ids.reshape(-1),
+            tokens.token_ids,
+            tokens.mask,
         )
         tile, gate = route.tiles[:, 0], route.gates[:, 0]
-        magnitude = self._magnitude(self._compress(h, dtype), tile, progress)
+        done = 1.0 if progress is None else progress
+        magnitude = self._magnitude(self._compress(h, dtype), tile, done)
         small = nn.initializers.constant(0.1)
         scale = self.param("output_scale", small, (), self.param_dtype)
         y = (gate * magnitude * scale)[:, None] * directions[tile]
-        y = finish(y.astype(x.dtype).reshape(x.shape), x, settings, train)
-        return y, in_shape_of(info, x), aux
+        y = inputs.unflatten(inputs.hide(y.astype(dtype), tokens.mask), lead)
+        y = finish(y, x, settings, train)
+        return y, inputs.in_shape_of(info, lead, tokens.mask), aux
 
     def _compress(self, h: Float[Array, "T D"], dtype: Dtype) -> Float[Array, "T two"]:
         """Two numbers in -1..1 that say where on its tile's grid a token is."""

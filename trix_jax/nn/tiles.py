@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from trix_jax import dispatch, expert_parallel, ops, routing
+from trix_jax.nn import inputs, misuse
 from trix_jax.nn.activations import activation
 from trix_jax.nn.kernel import TernaryKernel
 from trix_jax.nn.router import Route, Router
@@ -17,7 +18,7 @@ from trix_jax.nn.settings import TileSettings, check_divides
 from trix_jax.ops import PACKED
 from trix_jax.routing import RoutingInfo
 from trix_jax.ternary import Activations
-from trix_jax.typing import Array, Float, Integer, Scalar
+from trix_jax.typing import AnyArray, Array, Bool, Float, Scalar, Shaped
 
 Aux = dict[str, Float[Array, ""]]
 Output = tuple[Float[Array, "*B D"], RoutingInfo, Aux]
@@ -32,6 +33,7 @@ def tile_ffn(
     act: Callable,
     tile_axis: str | None = None,
     activations: Activations = "float",
+    mask: Bool[Array, " T"] | None = None,
 ) -> Float[Array, "T D"]:
     """Computes `sum_k gate_tk * (act((h_t @ q_up) * s_up) @ q_down) * s_down` over the
     tiles k chosen for token t.
@@ -41,23 +43,24 @@ def tile_ffn(
         tile_axis: mapped axis that the tiles, and with them `up` and `down`, are spread
             over; None has them all on this device.
         activations: see `TernaryConfig`.
+        mask: False for tokens that are not computed; what they get means nothing.
     """
     compute = partial(_outputs, tile_width=shape[1], act=act, activations=activations)
     if tile_axis is None:
-        y_TKD = compute(h, route.tiles, (up, down))
+        y_TKD = compute(h, route.tiles, (up, down), mask=mask)
     else:
         y_TKD = expert_parallel.route_tiles(
-            compute, h, route.tiles, (up, down), shape[0], tile_axis
+            compute, h, route.tiles, (up, down), shape[0], tile_axis, mask
         )
     return (y_TKD * route.gates[..., None]).sum(axis=1).astype(h.dtype)
 
 
-def _outputs(h, tiles, weights, *, tile_width, act, activations):
+def _outputs(h, tiles, weights, *, tile_width, act, activations, mask=None):
     """The output of every chosen tile, `[T, K, D]`."""
     up, down = weights
     num_tiles = up[0].shape[0]
     rows = dispatch.block_rows(tiles.size, num_tiles)
-    plan = dispatch.make_plan(tiles, num_tiles, max(rows, ops.least_rows(up)))
+    plan = dispatch.make_plan(tiles, num_tiles, max(rows, ops.least_rows(up)), mask)
     y = ops.tile_ffn(
         dispatch.to_blocks(h, plan),
         up,
@@ -88,11 +91,13 @@ class RoutedTiles(nn.Module):
         self,
         x: Float[Array, "*B D"],
         train: bool = False,
-        progress: Scalar = 1.0,
-        token_ids: Integer[Array, "*B"] | None = None,
-        router_input: Float[Array, "*B D"] | None = None,
+        progress: Scalar | None = None,
+        token_ids: Shaped[AnyArray, "..."] | None = None,
+        router_input: Shaped[AnyArray, "..."] | None = None,
+        mask: Shaped[AnyArray, "..."] | None = None,
     ) -> Output:
-        s = self.settings
+        s, lead = self.settings, x.shape[:-1]
+        tokens = inputs.flatten(x, token_ids, router_input, mask)
         n, d, f = s.num_tiles, x.shape[-1], self.tile_width
         axis = None if self.is_initializing() else s.tile_axis
         parts = 1 if axis is None else jax.lax.axis_size(axis)
@@ -102,20 +107,26 @@ class RoutedTiles(nn.Module):
         down = TernaryKernel(
             (held, f, d), kernel_init=s.down_init, name="down", **common
         )
+        training = not self.is_initializing() and (
+            train or self.is_mutable_collection("routing")
+        )
+        progress = misuse.check_progress(progress, s.ternary, training)
         up, down = up(progress), down(progress)
-        tokens = x.reshape(-1, d).astype(s.dtype or x.dtype)
+        h = tokens.x.astype(s.dtype or x.dtype)
         signature = routing.signatures(
             self._signature_sums(up, axis), s.routing.signature
         )
         route, info, aux = Router(s, name="router")(
-            router_tokens(tokens, router_input),
+            router_tokens(h, tokens.router_input),
             signature,
             train,
-            None if token_ids is None else token_ids.reshape(-1),
+            tokens.token_ids,
+            **({} if tokens.mask is None else {"mask": tokens.mask}),
         )
         act, mode = activation(s.activation), s.ternary.activations
-        y = tile_ffn(tokens, route, up, down, (n, f), act, axis, mode)
-        return y.reshape(x.shape).astype(x.dtype), in_shape_of(info, x), aux
+        y = tile_ffn(h, route, up, down, (n, f), act, axis, mode, tokens.mask)
+        y = inputs.unflatten(inputs.hide(y, tokens.mask), lead)
+        return y, inputs.in_shape_of(info, lead, tokens.mask), aux
 
     def pack(self, params: dict, packed: dict) -> dict[str, Array]:
         """What a frozen model keeps beside the packed kernels: the signature sums,
@@ -136,30 +147,12 @@ class RoutedTiles(nn.Module):
 
 
 def router_tokens(
-    tokens: Float[Array, "T D"], router_input: Float[Array, "*B D"] | None
+    tokens: Float[Array, "T D"], router_input: Float[Array, "T D"] | None
 ) -> Float[Array, "T D"]:
     """What the signatures are matched with: the layer's own tokens, or the input given
     for it.
-
-    Raises:
-        ValueError: there are not as many vectors of D as tokens.
     """
-    if router_input is None:
-        return tokens
-    shape = list(router_input.shape)
-    if shape[-1] != tokens.shape[-1] or router_input.size != tokens.size:
-        raise ValueError(
-            f"router_input must be {list(tokens.shape)}, as the input is with its leading axes as one. Got {shape}."
-        )
-    return router_input.reshape(tokens.shape)
-
-
-def in_shape_of(info: RoutingInfo, x: Float[Array, "*B D"]) -> routing.RoutingInfo:
-    """Gives the per-token fields the leading axes of `x`."""
-    lead = x.shape[:-1]
-    return info._replace(
-        tiles=info.tiles.reshape(*lead, -1), gates=info.gates.reshape(*lead, -1)
-    )
+    return tokens if router_input is None else router_input
 
 
 def finish(
@@ -168,16 +161,8 @@ def finish(
     settings: TileSettings,
     train: bool,
 ) -> Float[Array, "*B D"]:
-    """Computes `dropout(y)`, and adds the input `x` if the layer is residual."""
-    y = nn.Dropout(settings.dropout)(y, deterministic=not train)
-    return x + y if settings.residual else y
-
-
-def check_input(x: Float[Array, "..."], d_model: int) -> None:
-    """Raises a ValueError unless `x` is `[..., d_model]` with one or two leading axes
-    and at least one token.
+    """Computes `dropout(y)` in the layer's dtype, and adds the input `x` if the layer
+    is residual.
     """
-    if x.ndim not in (2, 3) or x.shape[-1] != d_model or 0 in x.shape:
-        raise ValueError(
-            f"x must be [tokens, {d_model}] or [batch, length, {d_model}], and not empty. Got {list(x.shape)}."
-        )
+    y = nn.Dropout(settings.dropout)(y, deterministic=not train)
+    return x.astype(y.dtype) + y if settings.residual else y

@@ -15,12 +15,23 @@ from trix_jax.nn.block import (
     SparseLookupBlock,
     SparseTriXBlock,
 )
+from trix_jax.nn.inputs import check_mask
+from trix_jax.nn.kernel import Whole
 from trix_jax.nn.settings import TileSettings, check_divides
 from trix_jax.nn.sparse_lookup_ffn import compress_width
 from trix_jax.nn.tiles import Aux
 from trix_jax.routing import RoutingConfig, RoutingInfo
 from trix_jax.ternary import TernaryConfig
-from trix_jax.typing import Array, AxisName, Float, Integer, Scalar
+from trix_jax.typing import (
+    AnyArray,
+    Array,
+    AxisName,
+    Bool,
+    Float,
+    Integer,
+    Scalar,
+    Shaped,
+)
 
 FFNKind = Literal["hierarchical", "sparse", "lookup", "dense"]
 RouterInput = Literal["hidden", "embedding"]
@@ -174,10 +185,13 @@ class TransformerLM(nn.Module):
     @nn.compact
     def __call__(
         self,
-        tokens: Integer[Array, "B L"],
+        tokens: Integer[AnyArray, "B L"],
         train: bool = False,
         decode: bool = False,
-        progress: Scalar = 1.0,
+        progress: Scalar | None = None,
+        *,
+        mask: Shaped[AnyArray, "..."] | None = None,
+        segment_ids: Shaped[AnyArray, "..."] | None = None,
     ) -> tuple[Float[Array, "B L V"], tuple[RoutingInfo | None, ...], Aux]:
         """Applies the model.
 
@@ -185,22 +199,31 @@ class TransformerLM(nn.Module):
             tokens: ids, `[batch, length]`, at most `context` long.
             train: dropout on ("dropout" rng), batch statistics over `axis_name`.
             decode: append to the `"cache"` collection (see `CausalSelfAttention`).
-            progress: share of training done, for `TernaryConfig` schedules.
+            progress: share of training done, for `TernaryConfig` schedules; None is the
+                end.
+            mask: `[batch, length]`, True for real tokens, of which positions are
+                counted; padding may stand left or right.
+            segment_ids: `[batch, length]` integers; a token sees those of its own
+                number. Positions are counted over all.
 
         Returns:
             logits in float32, a `RoutingInfo` a layer (None for a dense FFN), and the
             auxiliary losses, layers averaged.
 
         Raises:
-            ValueError: a sequence longer than the context.
+            ValueError: a sequence longer than the context, a mask of another shape.
+            NotImplementedError: `mask` or `segment_ids` with `decode`.
         """
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         v = _vocabulary(c, tokens.shape[1])
         embed = nn.Embed(v, c.d_model, embedding_init=INIT, dtype=dtype, name="embed")
+        mask = check_mask(mask, tokens.shape)
+        tokens = jnp.asarray(tokens)
         rows = embed(tokens)
-        x = rows + self._positions(tokens.shape[1], decode)
+        x = rows + self._positions(tokens.shape[1], decode, mask)
         x = nn.Dropout(c.dropout)(x, deterministic=not train)
         how: dict[str, Any] = {"progress": progress, "token_ids": tokens}
+        how |= {"mask": mask, "segment_ids": segment_ids}
         if c.router_input == "embedding":
             how["router_input"] = rows
         x, infos, losses = self._blocks(x, train, decode, how)
@@ -212,9 +235,15 @@ class TransformerLM(nn.Module):
             )
         return head(x).astype(jnp.float32), infos, _mean_losses(losses)
 
-    def _positions(self, length: int, decode: bool) -> Float[Array, "1 L D"]:
-        """Embedded positions: 0 to L - 1, or in decoding those after what is cached."""
-        c, positions = self.config, jnp.arange(length)
+    def _positions(
+        self, length: int, decode: bool, mask: Bool[Array, "B L"] | None
+    ) -> Float[Array, "B L D"]:
+        """Embedded positions: 0 to L - 1, or in decoding those after what is cached, or
+        under a mask those among the real tokens.
+        """
+        c, positions = self.config, jnp.arange(length)[None]
+        if mask is not None:
+            positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         if decode:
             start = self.variable("cache", "position", lambda: jnp.zeros((), jnp.int32))
             positions = positions + start.value
@@ -223,7 +252,7 @@ class TransformerLM(nn.Module):
         embed = nn.Embed(
             c.context, c.d_model, embedding_init=INIT, dtype=dtype, name="positions"
         )
-        return embed(positions[None])
+        return embed(positions)
 
     def _blocks(self, x, train, decode, how):
         """The blocks' output, and the routing infos and losses of each."""
@@ -288,12 +317,13 @@ def make_block(
 def _block_arguments(config: TransformerConfig) -> dict[str, Any]:
     """What the blocks of all FFNs are told."""
     into_residual = nn.initializers.normal(INIT_STD / (2 * config.n_layers) ** 0.5)
+    dense = config.ffn == "dense"
     return {
         "dropout": config.dropout,
         "cache_length": config.context,
         "attention_init": INIT,
         "attention_out_init": into_residual,
-        "up_init": INIT,
-        "down_init": into_residual,
+        "up_init": INIT if dense else Whole(INIT),
+        "down_init": into_residual if dense else Whole(into_residual),
         "dtype": jnp.dtype(config.dtype),
     }

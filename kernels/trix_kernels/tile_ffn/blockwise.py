@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
 from trix_kernels.tile_matmul.xla import matmul
+from trix_kernels.varying import vary_like
 from trix_kernels.weights import Packed, unpack
 
 LANE = 64  # outputs that a lane has at least
@@ -65,7 +66,8 @@ def forward(
 
         return _while_same_tile(block, (first, y), rows, tile)
 
-    return _runs(run, jnp.zeros((*x.shape[:2], shape[1]), x.dtype), rows)
+    start = jnp.zeros((*x.shape[:2], shape[1]), x.dtype)
+    return _runs(run, vary_like(start, x), rows)
 
 
 def backward(
@@ -179,7 +181,7 @@ def _runs(run, start, rows):
         first, rest = carry
         return run(first, rows.tile[first], rest)
 
-    first = jnp.zeros((), jnp.int32)
+    first = vary_like(jnp.zeros((), jnp.int32), rows)
     return jax.lax.while_loop(lambda c: c[0] < rows.used[0], body, (first, start))[1]
 
 

@@ -15,6 +15,7 @@ from trix_kernels.quantize import Activations
 from trix_kernels.tile_ffn import blockwise
 from trix_kernels.tile_ffn.blockwise import Rows
 from trix_kernels.tile_matmul.xla import of_blocks, tile_matmul
+from trix_kernels.varying import vary_alike
 
 
 def tile_ffn(
@@ -42,7 +43,8 @@ def tile_ffn(
         return tile_matmul(hidden, down, block_tile, shape[1], activations)
     if used is None:
         used = jnp.full((1,), x.shape[0], jnp.int32)
-    return _tile_ffn(Rows(x, block_tile, used), (up, down), shape, act)
+    rows, weights = vary_alike((Rows(x, block_tile, used), (up, down)))
+    return _tile_ffn(rows, weights, shape, act)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))

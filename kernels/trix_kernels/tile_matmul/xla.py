@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, Num
 
 from trix_kernels.quantize import Activations, quantize
+from trix_kernels.varying import vary_alike
 from trix_kernels.weights import Packed, unpack
 
 
@@ -29,14 +30,16 @@ def matmul(
         token_scale: multiplies the rows, last.
     """
     q = q.astype(x.dtype)
-    sums = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32
+    is_integer = jnp.issubdtype(x.dtype, jnp.integer)
+    real = jnp.float32 if is_integer else jnp.promote_types(x.dtype, jnp.float32)
+    sums = jnp.int32 if is_integer else real
     groups = scale.shape[-2]
     rows = q.shape[-2] // groups
     products = []
     for g in range(groups):
         part = slice(g * rows, (g + 1) * rows)
         product = _product(x[..., part], q[..., part, :], sums)
-        products.append(product.astype(jnp.float32) * scale[..., g, None, :])
+        products.append(product.astype(real) * scale[..., g, None, :])
     if groups > 1:
         products = jax.lax.optimization_barrier(products)
     total = functools.reduce(jnp.add, products)
@@ -68,7 +71,7 @@ def _product(x, q, sums):
     """Computes `x @ q` in the dtype `sums`."""
     is_narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
     if is_narrow and x.shape[:-2] == q.shape[:-2]:
-        return _narrow_product(x, q)
+        return _narrow_product(*vary_alike((x, q)))
     return jnp.matmul(x, q, preferred_element_type=sums)
 
 
@@ -110,9 +113,9 @@ def of_blocks(
     if not isinstance(weights, Packed):
         q, scale = weights
         return q[block_tile], scale[block_tile]
-    if (
-        block_tile.shape[0] > weights.bits.shape[0]
-    ):  # unpack each tile once, not a block
+    blocks = block_tile.shape[0]
+    is_symbolic = not isinstance(blocks, int)  # `jax.export`: any number of them
+    if is_symbolic or blocks > weights.bits.shape[0]:  # unpack a tile once, not a block
         q, scale = unpack(weights, features, dtype)
         return q[block_tile], scale[block_tile]
     return unpack(Packed(*(leaf[block_tile] for leaf in weights)), features, dtype)

@@ -83,7 +83,9 @@ def route(
 
     lines = jnp.asarray(lines[:count], jnp.int32)
     tiles, losses = jax.jit(lambda x: jax.lax.map(read, x, batch_size=WINDOWS))(lines)
-    outputs: Any = model.apply(variables, lines[:1, :-1], mutable=["routing"])
+    outputs: Any = model.apply(
+        variables, lines[:1, :-1], progress=1.0, mutable=["routing"]
+    )
     tiles = np.asarray(jnp.moveaxis(tiles, 1, 0))
     return Seen(
         tiles.reshape(tiles.shape[0], count * length, -1),

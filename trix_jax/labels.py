@@ -1,0 +1,38 @@
+"""What every parameter is, for optimizers: whom weight decay shrinks, who gets a
+learning rate or an optimizer of its own.
+"""
+
+from typing import Any
+
+import jax
+
+PROJECTIONS = ("up", "down", "kernel")  # the modules of latent ternary matrices
+
+
+def optimizer_labels(params: Any) -> Any:
+    """A tree like `params` with a word for every parameter.
+
+    ===========  ===============================================================
+    "ternary"    latent matrices of tiles and of `TriXLinear`: decayed, or given
+                 to Muon matrix by matrix, `[..., I, O]`
+    "kernel"     real matrices (attention, heads, dense layers): decayed
+    "other"      embeddings, norms, biases, scales, directions, and the latent
+                 splines, whose threshold is fixed: not decayed
+    ===========  ===============================================================
+
+    Goes into `optax.partition(transforms, optimizer_labels)`; boxes stay around the
+    words. A mask for decay is
+    `jax.tree.map(lambda label: label != "other", optimizer_labels(params))`.
+    """
+
+    def label(path, _):
+        names = [str(getattr(e, "key", getattr(e, "name", ""))) for e in path]
+        names = [name for name in names if name != "value"]  # inside a box
+        if names[-1] == "router":
+            return "kernel"
+        if names[-1] != "kernel" or names[-2:-1] == ["splines"]:
+            return "other"
+        in_tiles = "tiles" in names[:-2] and names[-2] in PROJECTIONS
+        return "ternary" if in_tiles or names[-2:-1] == ["kernel"] else "kernel"
+
+    return jax.tree_util.tree_map_with_path(label, params)
