@@ -8,6 +8,7 @@ import tyro
 from trix_jax.cli.common import be_deterministic, print_json, say
 from trix_jax.lm import hosts
 from trix_jax.lm.config import RunConfig
+from trix_jax.lm.data import check_typed
 from trix_jax.lm.presets import parse_preset
 from trix_jax.lm.report.run import write_run_report
 from trix_jax.lm.train.loop import train
@@ -43,6 +44,7 @@ class Args:
 def main(argv: list[str]) -> None:
     """Trains, or goes on with the run in the workdir, and writes its report."""
     args = parse_preset(Args, argv, "train")
+    check_typed(args.config.data, argv)
     if args.trace_steps < 0:
         raise ValueError(f"trace_steps must not be negative. Got {args.trace_steps}.")
     if args.deterministic:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from trix_jax.files import json_sha256
-from trix_jax.lm.data import DataConfig
+from trix_jax.lm.data import DataConfig, Sampler
 from trix_jax.nn.transformer import TransformerConfig
 
 DEFAULT_ARM = "hierarchical"  # of no preset: the defaults of `TransformerConfig`
@@ -48,6 +48,9 @@ class TrainConfig:
         log_every: steps between lines of metrics.jsonl.
         max_skipped: steps in a row that may be skipped because loss or gradient is not
             finite; one more stops the run.
+        sampler: "epochs" takes every token as a target once an epoch, "offsets" windows
+            at random, as runs did before this setting. None: epochs, or what the run
+            that goes on has.
     """
 
     steps: int = 2000
@@ -69,6 +72,7 @@ class TrainConfig:
     eval_batch_size: int = 64
     log_every: int = 1
     max_skipped: int = 10
+    sampler: Sampler | None = None
 
     def __post_init__(self):
         for name in AT_LEAST_ONE:
@@ -102,6 +106,7 @@ AT_LEAST_ONE = (
 NOT_NEGATIVE = (
     "warmup_steps weight_decay clip rebuild_every checkpoint_every max_skipped".split()
 )
+SAMPLER_BEFORE = "offsets"  # of runs whose config does not name theirs
 SHARES = "decay_until beta1 beta2 final_learning_rate balance_rate".split()
 
 
@@ -159,8 +164,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return tree
 
 
-def resolve(config: RunConfig, vocab_size: int) -> RunConfig:
-    """Fills in the vocabulary, which depends on the data.
+def resolve(
+    config: RunConfig, vocab_size: int, before: RunConfig | None = None
+) -> RunConfig:
+    """Fills in the vocabulary, which depends on the data, and the sampler, which depends
+    on whether a run goes on.
+
+    Args:
+        before: the config of the run that goes on; None for a new one.
 
     Raises:
         ValueError: `model.vocab_size` is given and is not the tokenizer's; a dense width
@@ -181,7 +192,10 @@ def resolve(config: RunConfig, vocab_size: int) -> RunConfig:
             f"model.vocab_size={model.vocab_size} must be the tokenizer's {vocab_size}, or left out."
         )
     model = dataclasses.replace(model, vocab_size=vocab_size)
-    return dataclasses.replace(config, model=model)
+    own = before.train.sampler if before else None
+    sampler = config.train.sampler or own or "epochs"
+    train = dataclasses.replace(config.train, sampler=sampler)
+    return dataclasses.replace(config, model=model, train=train)
 
 
 def to_tree(config: RunConfig) -> dict[str, Any]:
@@ -190,11 +204,14 @@ def to_tree(config: RunConfig) -> dict[str, Any]:
 
 
 def from_tree(tree: dict[str, Any]) -> RunConfig:
-    """The inverse of `to_tree`, for a config that this program wrote.
+    """The inverse of `to_tree`, for a config that this program wrote: the sampler of one
+    that has none is that of its time.
 
     Raises:
         ValueError: unknown or missing names, or values of another type.
     """
+    if isinstance(train := tree.get("train"), dict):
+        tree = tree | {"train": {"sampler": SAMPLER_BEFORE} | train}
     return _build(RunConfig, tree, "")
 
 

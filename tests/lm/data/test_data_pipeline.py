@@ -31,22 +31,23 @@ def test_train_batches_are_windows_of_consecutive_tokens():
         assert batch.shape == (4, 6)
         assert batch.dtype == np.int32
         np.testing.assert_array_equal(
-            batch - batch[:, :1], np.tile(np.arange(6), (4, 1))
+            (batch - batch[:, :1]) % 50, np.tile(np.arange(6), (4, 1))
         )
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
 @pytest.mark.parametrize("start_step", [0, 1, 4])
 def test_train_batch_i_is_the_same_whatever_the_start_and_threads(start_step, threads):
-    split = line_of(50)  # 45 windows: the third pass begins inside these batches
+    split = line_of(50)  # 10 windows: an epoch ends inside a batch
     expected = run(split, n=25)[start_step:]
     got = run(split, n=25 - start_step, start_step=start_step, threads=threads)
     np.testing.assert_array_equal(got, expected)
 
 
-def test_train_batches_one_pass_takes_every_offset_once_and_the_next_reshuffles():
+def test_old_sampler_one_pass_takes_every_offset_once_and_the_next_reshuffles():
     split = line_of(25)  # 20 windows of 6: 5 batches of 4 a pass
-    starts = np.array(run(split, n=10))[:, :, 0].reshape(2, 20)
+    read = run(split, n=10, sampler="offsets")
+    starts = np.array(read)[:, :, 0].reshape(2, 20)
     np.testing.assert_array_equal(
         np.sort(starts, axis=1), np.tile(np.arange(20), (2, 1))
     )
@@ -60,9 +61,10 @@ def test_train_batches_seed_changes_the_order():
 
 
 def test_train_batches_split_of_one_window_repeats_it():
-    np.testing.assert_array_equal(
-        run(line_of(6), n=1)[0], np.tile(np.arange(6), (4, 1))
-    )
+    old = run(line_of(6), n=1, sampler="offsets")[0]
+    np.testing.assert_array_equal(old, np.tile(np.arange(6), (4, 1)))
+    for row in run(line_of(6), n=1)[0]:  # each is an epoch, at an offset of its own
+        np.testing.assert_array_equal((row - row[0]) % 6, np.arange(6))
 
 
 @given(

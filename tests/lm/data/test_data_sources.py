@@ -59,6 +59,7 @@ def test_text_folder_reads_sorted_whole_and_counts_unreadable(tmp_path):
         "two\r\nlines\n",
         "three",
     ]
+    lines = [line for line in lines if "cannot be read" in line]
     assert len(lines) == 1
     assert "skipped 2 file(s)" in lines[0]
 
@@ -236,3 +237,11 @@ def test_infer_source_goes_by_suffix_and_first_kind_held(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="say source='code'"):
         infer_source(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("name", ["train.bin", "train.npy"])
+def test_token_files_are_refused_by_name(name, tmp_path):
+    (tmp_path / name).write_bytes(bytes(range(64)))
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(ValueError, match=rf"holds tokens \({name[-4:]}\)"):
+            infer_source(path)

@@ -1,13 +1,18 @@
 """The token store: shards, the manifest, and damage to either."""
 
+import errno
+import itertools
 import json
+import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trix_jax.lm.data import DataConfig, Split, open_store, prepare
+from trix_jax.lm.data import DataConfig, Split, is_store, open_store, prepare
 from trix_jax.lm.data.store import SplitWriter
 
 
@@ -95,3 +100,64 @@ def test_open_manifest_with_another_count_is_refused(store):
     path.write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=r"manifest\.json.*checksum"):
         open_store(store.directory, verify=False)
+
+
+def text_of(tmp_path):
+    (tmp_path / "text").mkdir(exist_ok=True)
+    path = tmp_path / "text" / "corpus.txt"
+    path.write_text("To be, or not to be, that is the question. " * 20)
+    return DataConfig(source="text", path=str(path))
+
+
+@pytest.mark.parametrize("place", ["link", "dangling", "empty", "disk"])
+def test_store_goes_into_a_folder_that_is_there_without_moving_it(
+    place, store, tmp_path, monkeypatch
+):
+    """A link, or a disk's own folder, over which nothing can be renamed."""
+    there = tmp_path / "there"
+    target = tmp_path / "elsewhere" if place in ("link", "dangling") else there
+    if place != "dangling":
+        target.mkdir()
+    if place in ("link", "dangling"):
+        there.symlink_to(target, target_is_directory=True)
+    if place == "disk":
+        (there / "lost+found").mkdir()
+    number = target.stat().st_ino if target.exists() else None
+    sound = os.rename
+
+    def rename(source, goal):
+        if place != "dangling" and Path(goal) in (there, target):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        sound(source, goal)
+
+    monkeypatch.setattr(os, "rename", rename)
+    made = prepare(text_of(tmp_path), there, report=lambda line: None)
+    assert made.fingerprint == store.fingerprint
+    assert number in (None, target.stat().st_ino)
+    files = {path.name for path in target.iterdir()} - {"lost+found"}
+    assert files == {path.name for path in store.directory.iterdir()}
+    assert there.is_symlink() == (place in ("link", "dangling"))
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2, 3])
+def test_store_killed_while_its_files_moved_is_none_and_is_made_anew(
+    moved, store, tmp_path, monkeypatch
+):
+    there, sound, count = tmp_path / "there", os.rename, itertools.count()
+    there.mkdir()
+
+    def rename(source, goal):
+        if Path(goal).parent == there and next(count) == moved:
+            raise KeyboardInterrupt
+        sound(source, goal)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", rename)
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # as if killed
+        with pytest.raises(KeyboardInterrupt):
+            prepare(text_of(tmp_path), there, report=lambda line: None)
+    assert not is_store(there)
+    made = prepare(text_of(tmp_path), there, report=lambda line: None)
+    assert made.fingerprint == store.fingerprint
+    files = {path.name for path in there.iterdir()}
+    assert files == {path.name for path in store.directory.iterdir()}

@@ -1,6 +1,10 @@
 """Tokenizers: round trips, what each refuses, and their files."""
 
 import json
+import random
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trix_jax.lm.data import ByteTokenizer, CharTokenizer, load_tokenizer, train_bpe
+from trix_jax.lm.data.tokenizer import interruptible
 
 CORPUS = ["the cat sat on the mat. " * 20, "naïve façade, 日本 and 🙂 " * 20]
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -121,3 +126,50 @@ def test_load_corrupt_file_is_named(text, tmp_path):
 def test_load_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"absent\.json"):
         load_tokenizer(tmp_path / "absent.json")
+
+
+def test_bpe_over_one_very_long_word_takes_seconds_and_encodes_it():
+    """400,000 characters took 200 s, 25 times those of 80,000."""
+    draw = random.Random(0)
+    word = "".join(draw.choices("abcdefghij", k=400_000))
+    began = time.process_time()
+    tokenizer = train_bpe([f"a word {word} and others"], 1000)
+    assert time.process_time() - began < 60
+    assert tokenizer.vocab_size == 1000
+    assert tokenizer.decode(tokenizer.encode(word)) == word
+
+
+def test_bpe_of_words_below_the_limit_is_the_library_s_own(tmp_path):
+    texts = ["x" * 1999 + " y" * 3000, "some text, more text " * 50, "12345" * 399]
+    train_bpe(texts, 300).save(tmp_path / "ours.json")
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer)
+    ours = json.loads((tmp_path / "ours.json").read_text(encoding="utf-8"))
+    assert ours["model"]["vocab"] == json.loads(inner.to_str())["model"]["vocab"]
+
+
+def test_signal_is_heard_while_a_library_s_call_lasts():
+    class Heard(Exception):
+        pass
+
+    def hear(*_):
+        raise Heard
+
+    before, over = signal.signal(signal.SIGALRM, hear), threading.Event()
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(Heard):
+            interruptible(lambda: over.wait(30))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        over.set()
+    assert interruptible(lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        interruptible(lambda: 1 // 0)

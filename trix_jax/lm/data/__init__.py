@@ -5,13 +5,16 @@ the grain pipeline.
 and `eval_batches(store.val, ...)` read it.
 """
 
+from trix_jax.lm.data.config import DataConfig, check_typed, made_with
 from trix_jax.lm.data.pipeline import (
+    Sampler,
     batch_windows,
     check_context,
     eval_batches,
+    read_window,
     train_batches,
 )
-from trix_jax.lm.data.prepare import DataConfig, prepare
+from trix_jax.lm.data.prepare import prepare
 from trix_jax.lm.data.sources import Source, infer_source, iter_documents
 from trix_jax.lm.data.store import Split, Store, is_store, open_store
 from trix_jax.lm.data.tokenizer import (
@@ -28,19 +31,23 @@ __all__ = [
     "ByteTokenizer",
     "CharTokenizer",
     "DataConfig",
+    "Sampler",
     "Source",
     "Split",
     "Store",
     "Tokenizer",
     "batch_windows",
     "check_context",
+    "check_typed",
     "eval_batches",
     "infer_source",
     "is_store",
     "iter_documents",
     "load_tokenizer",
+    "made_with",
     "open_store",
     "prepare",
+    "read_window",
     "train_batches",
     "train_bpe",
 ]

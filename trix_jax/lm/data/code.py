@@ -87,7 +87,8 @@ def code_files(
         languages: names, separated by commas; None takes all that are known.
         licenses: "permissive" takes only repositories whose licence file says so; None
             all.
-        report: is told how many repositories of which licence were taken.
+        report: is told how many repositories of which licence were taken, and how many
+            links and large files were not.
 
     Raises:
         ValueError: no such folder or language, or no repository is left.
@@ -96,8 +97,14 @@ def code_files(
     repositories = _repositories(path)
     if licenses == "permissive":
         repositories = _permissive(repositories, path, report)
+    passed: list[Path] = []
     for repository in repositories:
-        yield from _files(repository, suffixes)
+        yield from _files(repository, suffixes, passed)
+    if passed:
+        report(
+            f"skipped {len(passed)} link(s) or file(s) over {FILE_BYTES:,} bytes, the "
+            f"first {passed[0].name}"
+        )
 
 
 def suffixes_of(languages: str | None) -> frozenset[str]:
@@ -271,18 +278,22 @@ def _permissive(repositories: list[Path], path: Path, report: Report) -> list[Pa
     return kept
 
 
-def _files(repository: Path, suffixes: frozenset[str]) -> Iterator[Path]:
+def _files(
+    repository: Path, suffixes: frozenset[str], passed: list[Path]
+) -> Iterator[Path]:
+    """Yields source files; links, of which another repository is full, and what is too
+    large go to `passed`.
+    """
     for folder, folders, names in os.walk(repository):
         folders[:] = sorted(
             f for f in folders if not f.startswith(".") and f not in LEFT_OUT
         )
+        passed += [p for f in folders if (p := Path(folder, f)).is_symlink()]
         for name in sorted(names):
             file = Path(folder, name)
-            if (
-                name.startswith(".")
-                or file.suffix.lower() not in suffixes
-                or file.is_symlink()
-            ):
+            if name.startswith(".") or file.suffix.lower() not in suffixes:
                 continue
-            if file.stat().st_size <= FILE_BYTES:
+            if file.is_symlink() or file.stat().st_size > FILE_BYTES:
+                passed.append(file)
+            else:
                 yield file

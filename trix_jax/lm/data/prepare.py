@@ -1,11 +1,8 @@
 """Raw text to a token store, in one call.
 
-Documents are split before they are cut into windows. One document: its last
-`val_fraction` of characters is validation, as in nanoGPT. Several: each goes by the
-sha256 of its text, so that copies land on the same side and order does not matter;
-validation is the documents of smallest hash that together hold at least `val_fraction`
-of the bytes. Several documents end in the tokenizer's end-of-text id each; a single one
-has none, so its tokens are exactly its characters or bytes.
+Documents are split before they are cut into windows (`splits.py`). Several documents end
+in the tokenizer's end-of-text id each; a single one has none, so its tokens are exactly
+its characters or bytes.
 
 The source is read three times at most (sizes, tokenizer, tokens) and never held: memory
 grows by 16 bytes a document, and with `near_duplicates` by a kilobyte a validation
@@ -13,23 +10,26 @@ document.
 """
 
 import dataclasses
-import hashlib
-import math
+import sys
 import time
-from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
+from trix_jax.lm.data import splits
+from trix_jax.lm.data.config import DataConfig, check, check_same, recipe
+from trix_jax.lm.data.corpus import Corpus, corpus_of
 from trix_jax.lm.data.datasets import filled_in
 from trix_jax.lm.data.near_duplicates import NearDuplicates
-from trix_jax.lm.data.sources import Source, describe, infer_source, iter_documents
+from trix_jax.lm.data.pipeline import check_context
+from trix_jax.lm.data.sources import infer_source
 from trix_jax.lm.data.store import (
     TOKENIZER,
     SplitWriter,
     Store,
+    check_free,
     is_store,
     new_store,
     open_store,
@@ -47,160 +47,95 @@ TOKENIZER_BYTES = 200_000_000  # of training text that a BPE learns from
 BATCH_CHARACTERS = 4_000_000
 SECONDS_BETWEEN_LINES = 10.0
 
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """What text to learn from, and how it becomes tokens.
-
-    Attributes:
-        source: Where documents come from (the table in `sources.py`). With the default
-            and a `path`, it is read off the path.
-        path: A prepared store, a file or a folder. None: the embedded default, or a
-            download.
-        tokenizer: Ids are characters of the corpus, UTF-8 bytes, or a byte-level BPE
-            trained on the training documents.
-        vocab_size: Size of the BPE vocabulary; the other tokenizers have their own.
-        val_fraction: Share of the text that is never trained on.
-        max_bytes: Stop reading after this much text. None: read all.
-        max_tokens: Stop after this many training tokens. None: take all.
-        near_duplicates: Leave out training documents whose sets of five successive
-            words are at least this similar (Jaccard) to a validation document's. None:
-            only exact copies land on one side.
-        languages: Of source code, separated by commas. None: all that are known.
-        licenses: Of source code; "permissive" takes repositories whose licence file
-            says so. None: does not look.
-    """
-
-    source: Source = "stdlib"
-    path: str | None = None
-    tokenizer: Literal["char", "byte", "bpe"] = "byte"
-    vocab_size: int = 8192
-    val_fraction: float = 0.1
-    max_bytes: int | None = None
-    max_tokens: int | None = None
-    near_duplicates: float | None = None
-    languages: str | None = None
-    licenses: Literal["permissive"] | None = None
-
-
-class _Survey(NamedTuple):
-    """What a first reading of the documents tells."""
-
-    documents: int
-    characters: frozenset[str]  # empty unless asked for
-    last_val_key: int  # documents with a key up to this one are validation
+Changed = Literal["refuse", "tell", "rebuild"]
 
 
 def prepare(
-    config: DataConfig, directory: str | Path, report: Callable[[str], None] = print
+    config: DataConfig,
+    directory: str | Path,
+    report: Callable[[str], None] = print,
+    context: int = 1,
+    changed: Changed = "refuse",
 ) -> Store:
     """Opens the store that `config` describes, building it in `directory` if it is not
     there yet.
 
     A store at `config.path` is opened as it is. A store in `directory` is verified and
-    opened if it was prepared from the same config; its source is not read again.
+    opened if it was prepared from the same config and the same files, or files that are
+    gone.
 
     Args:
         config: What to prepare.
         directory: Where the store goes: a name that is free, an empty folder, or a
             store.
         report: Is told in lines what happens.
+        context: Of the model that will read it: both sides of a store that is built
+            must hold a window of it.
+        changed: What to do about a store whose files changed since: refuse it, tell and
+            open it, or build the store again, whatever is there.
 
     Raises:
         ValueError: The config, its source or `directory` is unusable, or the store
-            there has another config.
+            there has another config or was made from other text.
         ConnectionError: Something could not be downloaded.
         RuntimeError: A download is not what it should be.
     """
-    _check(config)
+    check(config)
     if config.path is not None and is_store(config.path):
         return open_store(config.path)
-    if config.source == "stdlib" and config.path is not None:
-        config = dataclasses.replace(config, source=infer_source(config.path))
-    config = filled_in(config)
     directory = Path(directory)
-    if not is_store(directory):
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise ValueError(
-                f"directory={str(directory)!r} must be new, empty or a token store; it holds something else, without a manifest.json."
-            )
+    is_kept = changed != "rebuild" and is_store(directory)
+    if config.source == "stdlib" and config.path is not None:
+        # That of a store that stays, whose path may be gone or look otherwise now.
+        made = read_manifest(directory)["config"] if is_kept else {}
+        source = made.get("source") or infer_source(config.path)
+        config = dataclasses.replace(config, source=source)
+    config = filled_in(config)
+    if not is_kept:
+        check_free(directory)
         try:
             with new_store(directory) as building:
-                _build(config, building, report)
+                _build(config, building, context, report)
         except OSError:
-            if not is_store(directory):  # else another process prepared it meanwhile
-                raise
-    _check_same(directory, _recipe(config))
+            if changed == "rebuild" or not is_store(directory):
+                raise  # else another process prepared it meanwhile
+    check_same(directory, recipe(config))
+    if is_kept and (
+        found := corpus_of(config).changes(read_manifest(directory), report)
+    ):
+        said = f"{directory} was prepared from other text than there is now: {found}"
+        if changed == "refuse":
+            raise ValueError(
+                f"{said}. To make it again: trix-jax prepare --rebuild. A run that was "
+                "trained on it wants it as it is."
+            )
+        report(f"{said}. It is used as it is")
     return open_store(directory)
 
 
-def _check(config: DataConfig) -> None:
-    if not 0 < config.val_fraction < 1:
-        raise ValueError(
-            f"val_fraction must be between 0 and 1, both excluded. Got {config.val_fraction}."
-        )
-    for name in ("max_bytes", "max_tokens"):
-        if (most := getattr(config, name)) is not None and most < 1:
-            raise ValueError(f"{name} must be at least 1, or None. Got {most}.")
-    if config.near_duplicates is not None and not 0 < config.near_duplicates < 1:
-        raise ValueError(
-            "near_duplicates must be between 0 and 1, both excluded, or None. "
-            f"Got {config.near_duplicates}."
-        )
-    if config.tokenizer not in ("char", "byte", "bpe"):
-        raise ValueError(
-            f"tokenizer must be char, byte or bpe. Got {config.tokenizer!r}."
-        )
-
-
-def _recipe(config: DataConfig) -> dict[str, Any]:
-    """The config as the manifest has it: without what has no effect."""
-    moot = () if config.tokenizer == "bpe" else ("vocab_size",)
-    return {k: v for k, v in dataclasses.asdict(config).items() if k not in moot}
-
-
-def _check_same(directory: Path, recipe: dict[str, Any]) -> None:
-    found = read_manifest(directory)["config"]
-    names = sorted(
-        name for name in found | recipe if found.get(name) != recipe.get(name)
-    )
-    if names:
-        differ = ", ".join(
-            f"{name}={found.get(name)!r} there and {recipe.get(name)!r} here"
-            for name in names
-        )
-        raise ValueError(
-            f"directory={str(directory)!r} holds a store of another config: {differ}."
-        )
-
-
-def _build(config: DataConfig, building: Path, report: Callable[[str], None]) -> None:
-    def documents(report: Callable[[str], None] = lambda line: None) -> Iterator[str]:
-        return iter_documents(
-            config.source,
-            config.path,
-            config.max_bytes,
-            report,
-            config.languages,
-            config.licenses,
-        )
-
-    survey = _survey(documents(report), config)
-    tokenizer = _make_tokenizer(documents, survey, config)
+def _build(
+    config: DataConfig, building: Path, context: int, report: Callable[[str], None]
+) -> None:
+    corpus = corpus_of(config)
+    survey = corpus.survey(report)
+    tokenizer = _make_tokenizer(corpus, survey)
     tokenizer.save(building / TOKENIZER)
-    copies = _near_duplicates(documents, survey, config, report)
+    copies = _near_duplicates(corpus, survey, report)
     with (
         SplitWriter(building, "train", tokenizer.vocab_size) as train,
         SplitWriter(building, "val", tokenizer.vocab_size) as val,
     ):
-        splits = {"train": train, "val": val}
-        removed = _write(documents(), splits, survey, tokenizer, copies, config, report)
-    source = describe(config.source, config.path)
-    write_manifest(building, _recipe(config), source, splits, removed)
+        written = {"train": train, "val": val}
+        removed = _write(corpus, written, survey, tokenizer, copies, report)
+    for name, split in (("training", train), ("validation", val)):
+        check_context(name, split, context)
+    source, sources = corpus.describe(), corpus.note()
+    write_manifest(building, recipe(config), source, written, removed, sources)
+    count = survey.documents + survey.val_documents
     report(
-        f"prepared {survey.documents:,} document(s): {source}; {tokenizer.kind} vocabulary of {tokenizer.vocab_size:,}"
+        f"prepared {count:,} document(s): {source}; {tokenizer.kind} vocabulary of {tokenizer.vocab_size:,}"
     )
-    for name, split in splits.items():
+    for name, split in written.items():
         report(f"{name}: {split.tokens:,} tokens, {split.bytes:,} bytes of text")
     if copies:
         report(f"{removed:,} near-duplicate(s) of validation left out of training")
@@ -211,55 +146,57 @@ def _build(config: DataConfig, building: Path, report: Callable[[str], None]) ->
 
 
 def _near_duplicates(
-    documents: Callable[[], Iterable[str]],
-    survey: _Survey,
-    config: DataConfig,
-    report: Callable[[str], None],
+    corpus: Corpus, survey: splits.Survey, report: Callable[[str], None]
 ) -> NearDuplicates | None:
-    if config.near_duplicates is None or survey.documents < 2:
+    threshold = corpus.config.near_duplicates
+    if threshold is None or survey.documents + survey.val_documents < 2:
         return None
     report("indexing validation documents, to find their near-duplicates")
-    sides = _sides(documents(), survey, config.val_fraction)
-    val = (text for side, text in sides if side == "val")
-    return NearDuplicates(val, config.near_duplicates)
+    return NearDuplicates(corpus.side("val", survey), threshold)
 
 
 def _write(
-    documents: Iterable[str],
-    splits: dict[str, SplitWriter],
-    survey: _Survey,
+    corpus: Corpus,
+    written: dict[str, SplitWriter],
+    survey: splits.Survey,
     tokenizer: Tokenizer,
     copies: NearDuplicates | None,
-    config: DataConfig,
     report: Callable[[str], None],
 ) -> int:
     """Writes the tokens of both sides; returns how many documents were left out."""
-    end = np.asarray([tokenizer.eot] if survey.documents > 1 else [], np.int32)
-    train, removed = splits["train"], 0
+    config = corpus.config
+    end = np.asarray([tokenizer.eot] if survey.several else [], np.int32)
+    train, removed, read = written["train"], 0, {"train": 0, "val": 0}
     began = last = time.monotonic()
-    for batch in _batches(_sides(documents, survey, config.val_fraction)):
+    for batch in _batches(corpus.sides(survey)):
+        for side, text in batch:
+            read[side] += len(text.encode())
+        left = (config.max_tokens or sys.maxsize) - train.tokens
+        wanted = [(side, text) for side, text in batch if side == "val" or left > 0]
         kept = [
             (side, text)
-            for side, text in batch
+            for side, text in wanted
             if side == "val" or copies is None or not copies.holds(text)
         ]
-        removed += len(batch) - len(kept)
+        removed += len(wanted) - len(kept)
         encoded = tokenizer.encode_batch([text for _, text in kept])
         for (side, text), ids in zip(kept, encoded, strict=True):
-            ids, num_bytes = np.append(ids, end), len(text.encode())
-            left = (config.max_tokens or math.inf) - train.tokens
-            if side == "train" and len(ids) >= left:
-                head = ids[: int(left)]
-                train.append(head, num_bytes=num_bytes * len(head) // len(ids))
-                return removed
-            splits[side].append(ids, num_bytes=num_bytes)
+            most = max(left, 0) if side == "train" else sys.maxsize
+            taken = _append(written[side], np.append(ids, end), text, most)
+            left -= taken if side == "train" else 0
         if time.monotonic() - last > SECONDS_BETWEEN_LINES:
             last = time.monotonic()
-            done = sum(split.bytes for split in splits.values())
-            report(
-                f"{train.tokens:,} training tokens, {done / 1e6 / (last - began):.1f} MB/s"
-            )
+            rate = sum(read.values()) / 1e6 / (last - began)
+            report(f"{train.tokens:,} training tokens, {rate:.1f} MB/s")
+    splits.check_share(survey, config.val_fraction, read)
     return removed
+
+
+def _append(split: SplitWriter, ids: np.ndarray, text: str, most: int) -> int:
+    """Appends the tokens of a text, `most` of them; returns how many."""
+    head = ids[:most]
+    split.append(head, num_bytes=len(text.encode()) * len(head) // max(len(ids), 1))
+    return len(head)
 
 
 def _batches(sides: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
@@ -275,73 +212,15 @@ def _batches(sides: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]
         yield batch
 
 
-def _survey(documents: Iterable[str], config: DataConfig) -> _Survey:
-    """Reads every document once; keeps 16 bytes of each."""
-    keys, sizes, characters = array("Q"), array("Q"), set()
-    for text in documents:
-        keys.append(_key(text))
-        sizes.append(len(text.encode()))
-        if config.tokenizer == "char":
-            characters.update(text)
-    if not keys:
-        raise ValueError(
-            f"source={config.source!r} at path={config.path!r} holds no text."
-        )
-    threshold = (
-        _last_val_key(np.array(keys), np.array(sizes), config.val_fraction)
-        if len(keys) > 1
-        else 0
-    )
-    return _Survey(len(keys), frozenset(characters), threshold)
-
-
-def _last_val_key(keys: np.ndarray, sizes: np.ndarray, val_fraction: float) -> int:
-    order = np.argsort(keys, kind="stable")
-    held = np.cumsum(sizes[order])
-    last = keys[order[np.searchsorted(held, val_fraction * held[-1])]]
-    if last == keys.max():  # leave something to train on
-        if keys.min() == keys.max():
-            raise ValueError(
-                f"the {len(keys)} documents must not all be the same text: validation would repeat training."
-            )
-        last = keys[keys < keys.max()].max()
-    return int(last)
-
-
-def _key(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
-
-def _sides(
-    documents: Iterable[str], survey: _Survey, val_fraction: float
-) -> Iterator[tuple[str, str]]:
-    """Yields `("train" | "val", text)` for every document; a single one is cut in two."""
-    if survey.documents > 1:
-        for text in documents:
-            yield ("val" if _key(text) <= survey.last_val_key else "train"), text
-        return
-    (text,) = documents
-    cut = int(len(text) * (1 - val_fraction))
-    if not 0 < cut < len(text):
-        raise ValueError(
-            f"val_fraction={val_fraction} leaves one side of a document of {len(text)} character(s) empty."
-        )
-    yield "train", text[:cut]
-    yield "val", text[cut:]
-
-
-def _make_tokenizer(
-    documents: Callable[[], Iterable[str]], survey: _Survey, config: DataConfig
-) -> Tokenizer:
-    match config.tokenizer:
+def _make_tokenizer(corpus: Corpus, survey: splits.Survey) -> Tokenizer:
+    match corpus.config.tokenizer:
         case "char":
-            return CharTokenizer(survey.characters, with_eot=survey.documents > 1)
+            return CharTokenizer(survey.characters, with_eot=survey.several)
         case "byte":
             return ByteTokenizer()
         case "bpe":
-            sides = _sides(documents(), survey, config.val_fraction)
-            train = (text for side, text in sides if side == "train")
-            return train_bpe(_first(train, TOKENIZER_BYTES), config.vocab_size)
+            train = _first(corpus.side("train", survey), TOKENIZER_BYTES)
+            return train_bpe(train, corpus.config.vocab_size)
 
 
 def _first(documents: Iterable[str], num_bytes: int) -> Iterator[str]:

@@ -5,18 +5,18 @@
 | `stdlib` | one module of the running Python's standard library | none |
 | `shakespeare` | all of TinyShakespeare | a local copy, or None to download it |
 | `text` | one file | a file, or a folder whose `*.txt` are taken |
-| `jsonl` | the `"text"` of one line | a file, or a folder whose `*.jsonl` are taken |
+| `jsonl` | the `"text"` of one line, or of one entry of a `.json` array | a file, or a folder whose `*.jsonl`, else `*.json`, are taken |
 | `parquet` | the `text` of one row (FineWeb-Edu shards read as they are) | a file, or a folder of `*.parquet` |
 | `code` | one source file | a folder of repositories, or a list of them (`code.py`) |
 | `fineweb_5m`, ... | one row of FineWeb-Edu, one file of The Stack | None downloads (`datasets.py`), or as `parquet` or `code` |
 
 Documents are UTF-8, in a fixed order (files by sorted path), newlines as they stand in
-the file. A file named by the caller that cannot be read is an error; inside a folder it
-is skipped, and the number of skipped files is reported.
+the file (`files.py`: links, suffixes, archives). A file named by the caller that cannot
+be read is an error; inside a folder it is skipped, and the number of skipped files is
+reported.
 """
 
 import hashlib
-import json
 import os
 import platform
 import sysconfig
@@ -29,6 +29,8 @@ from trix_jax.files import write_whole
 from trix_jax.lm.data.code import code_files, stack_documents
 from trix_jax.lm.data.datasets import DATASETS, Dataset
 from trix_jax.lm.data.download import fetch
+from trix_jax.lm.data.files import files_of, json_texts, read, suffix_of, walk
+from trix_jax.lm.data.origin import Opened
 
 Source = Literal[
     "stdlib",
@@ -50,6 +52,8 @@ STDLIB_LEFT_OUT = frozenset(
     "test tests site-packages dist-packages idlelib lib2to3 encodings pydoc_data __pycache__".split()
 )
 
+TOKEN_FILES = {".bin", ".npy"}  # of nanoGPT and others
+
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
@@ -61,6 +65,7 @@ def iter_documents(
     report: Callable[[str], None] = print,
     languages: str | None = None,
     licenses: str | None = None,
+    opened: Opened | None = None,
 ) -> Iterator[str]:
     """Yields the documents of a source, none of them empty, in a fixed order.
 
@@ -71,6 +76,7 @@ def iter_documents(
             characters, to fit. None: no limit.
         report: Is told in one line how many files of a folder were skipped.
         languages, licenses: What of `code` to take (`code.code_files`).
+        opened: Notes the local files that are read.
 
     Raises:
         ValueError: The path is missing, empty, not what the source expects, or holds
@@ -78,6 +84,13 @@ def iter_documents(
         ConnectionError: Something could not be downloaded.
         RuntimeError: A download is not what it should be.
     """
+
+    def local(kind: str, path: Path) -> Iterator[str]:
+        files = local_files(kind, path, report, languages, licenses)
+        if opened is not None:
+            files = opened.noting(files)
+        return _local(kind, files, path.is_file(), report)
+
     match source:
         case "stdlib":
             if path is not None:
@@ -92,10 +105,9 @@ def iter_documents(
                 raise ValueError(
                     f"source={source!r} needs a path: a file or a folder. Got None."
                 )
-            documents = _local(source, Path(path), report, languages, licenses)
+            documents = local(source, Path(path))
         case name if name in DATASETS and path is not None:
-            kind = "code" if DATASETS[name].is_code else "parquet"
-            documents = _local(kind, Path(path), report, languages, licenses)
+            documents = local(kind_of(name), Path(path))
         case name if name in DATASETS:
             documents = _downloaded(DATASETS[name], report)
         case _:
@@ -111,15 +123,25 @@ def infer_source(path: str | Path) -> Source:
     of file it holds.
     """
     path = Path(path)
-    if not path.is_dir():
-        by_suffix: dict[str, Source] = {".jsonl": "jsonl", ".parquet": "parquet"}
-        return by_suffix.get(path.suffix, "text")
-    kinds: dict[str, Source] = {"parquet": "parquet", "jsonl": "jsonl", "txt": "text"}
+    kinds: dict[str, Source] = {
+        ".parquet": "parquet",
+        ".jsonl": "jsonl",
+        ".txt": "text",
+        ".json": "jsonl",
+    }
+    held = {suffix_of(file) for file in walk(path)} if path.is_dir() else set()
     for suffix, source in kinds.items():
-        if next(path.rglob(f"*.{suffix}"), None):
+        if suffix in (held or {suffix_of(path)}):
             return source
+    if found := sorted(TOKEN_FILES & (held or {suffix_of(path)})):
+        raise ValueError(
+            f"path={str(path)!r} holds tokens ({', '.join(found)}), and text is needed: "
+            "give what they were made from."
+        )
+    if not path.is_dir():
+        return "text"
     raise ValueError(
-        f"path={str(path)!r} holds no .parquet, .jsonl or .txt file; for source files say source='code'."
+        f"path={str(path)!r} holds no .parquet, .jsonl, .txt or .json file; for source files say source='code'."
     )
 
 
@@ -144,22 +166,41 @@ def _downloaded(dataset: Dataset, report: Callable[[str], None]) -> Iterator[str
     return (text for shard in shards for text in _parquet(shard))
 
 
-def _local(
-    source: Source,
+def local_files(
+    source: str,
     path: Path,
     report: Callable[[str], None],
-    languages: str | None,
-    licenses: str | None,
-) -> Iterator[str]:
+    languages: str | None = None,
+    licenses: str | None = None,
+) -> Iterable[Path]:
+    """The files that a source reads at a path, in order.
+
+    Raises:
+        ValueError: there is none.
+    """
     if not path.exists():
         raise ValueError(f"path={str(path)!r} does not exist (source={source!r}).")
+    if kind_of(source) == "code":
+        return code_files(path, languages, licenses, report)
+    return files_of(kind_of(source), path, report)
+
+
+def kind_of(source: str) -> str:
+    """What a source's local files hold: that of a data set is parquet or code."""
+    if source not in DATASETS:
+        return source
+    return "code" if DATASETS[source].is_code else "parquet"
+
+
+def _local(
+    source: str, files: Iterable[Path], named: bool, report: Callable[[str], None]
+) -> Iterator[str]:
     if source == "code":
-        files = code_files(path, languages, licenses, report)
         return _read_files(files, named=False, report=report)
     if source == "text":
-        return _read_files(_files(path, ".txt"), path.is_file(), report)
-    read = _jsonl if source == "jsonl" else _parquet
-    return (text for file in _files(path, f".{source}") for text in read(file))
+        return _read_files(files, named, report)
+    texts = json_texts if source == "jsonl" else _parquet
+    return (text for file in files for text in texts(file))
 
 
 def _limit(documents: Iterable[str], max_bytes: int | None) -> Iterator[str]:
@@ -200,7 +241,7 @@ def _read_files(
     try:
         for file in files:
             try:
-                text = _decode(file.read_bytes(), file)
+                text = _decode(read(file), file)
             except (ValueError, OSError):
                 if named:
                     raise
@@ -214,14 +255,6 @@ def _read_files(
             report(
                 f"skipped {len(skipped)} file(s) that cannot be read as UTF-8 text, the first {skipped[0]}"
             )
-
-
-def _files(path: Path, suffix: str) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if found := sorted(p for p in path.rglob(f"*{suffix}") if p.is_file()):
-        return found
-    raise ValueError(f"path={str(path)!r} is a folder without any {suffix} file.")
 
 
 def _python_stdlib() -> Iterator[str]:
@@ -295,30 +328,6 @@ def _check_shakespeare(data: bytes, origin: str) -> None:
         raise ValueError(
             f"{origin} is not TinyShakespeare: sha256 must be {SHAKESPEARE_SHA256}. Got {got}."
         )
-
-
-def _jsonl(file: Path) -> Iterator[str]:
-    """Yields the "text" of each line; blank lines are passed over, anything else is an
-    error with its line number.
-    """
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-                text.encode()  # JSON can spell lone surrogates, which are not text
-            except (
-                ValueError,
-                KeyError,
-                TypeError,
-                AttributeError,
-                RecursionError,
-            ) as error:
-                raise ValueError(
-                    f'{file}, line {number}: must be a JSON object with a string "text" ({type(error).__name__}: {error}).'
-                ) from error
-            yield text
 
 
 def _parquet(file: Path) -> Iterator[str]:

@@ -4,7 +4,7 @@
 train_00000.npy ...   val_00000.npy ...   uint16, or uint32 for vocabularies over 65,536; at most 64M tokens a shard
 tokenizer.json        see tokenizer.py
 manifest.json         format, files {name: sha256, bytes, tokens}, splits {train, val: tokens, bytes}, config, source,
-                      near_duplicates_removed, fingerprint (sha256 over the files' names and hashes), checksum
+                      near_duplicates_removed, sources (origin.py), fingerprint (sha256 over the files' names and hashes), checksum
                       (sha256 of all the rest of the manifest)
 ```
 
@@ -138,6 +138,9 @@ class SplitWriter:
         if self._file is not None:
             self._finish(self._file)
 
+    def __len__(self) -> int:
+        return self.tokens
+
     def append(self, tokens: Integer[np.ndarray, " T"], num_bytes: int = 0) -> None:
         """Appends tokens that stand for `num_bytes` of UTF-8 text."""
         self.bytes += num_bytes
@@ -173,33 +176,78 @@ class SplitWriter:
         self._file, self._in_shard, self._shards = None, 0, self._shards + 1
 
 
+def check_free(directory: Path) -> None:
+    """Raises a ValueError where a store would lie among other things.
+
+    What a killed preparation left counts as nothing, and so does `lost+found`, which a
+    new disk has.
+    """
+    if not directory.exists() or is_store(directory):
+        return
+    if directory.is_dir():
+        names = {path.name for path in directory.iterdir()} - {"lost+found"}
+        if left := {path.name for path in _leftovers(directory, directory)}:
+            names = {n for n in names - left if not _FILE_NAME.fullmatch(n)}
+        if not names:
+            return
+    raise ValueError(
+        f"directory={str(directory)!r} must be new, empty or a token store; it holds something else, without a manifest.json."
+    )
+
+
 @contextlib.contextmanager
 def new_store(directory: Path) -> Iterator[Path]:
-    """Gives a temporary folder beside `directory` and, if the body succeeds, renames it
-    to `directory`; else removes it.
+    """Gives a temporary folder and, if the body succeeds, makes it `directory`; else
+    removes it.
 
-    What processes that died here have left is removed first.
+    It lies beside a `directory` that is new, and is renamed. A folder that is there, be
+    it a link or where a disk is mounted, stays: the temporary one lies inside, on the
+    same disk, its files move up, and the manifest is the last. What processes that died
+    here have left is removed first.
     """
+    if directory.is_symlink():  # also one to a place that is still to be made
+        directory = directory.resolve()
     directory = Path(os.path.abspath(directory))
+    is_there = directory.is_dir()
+    place = directory if is_there else directory.parent
     with writing(directory):
-        directory.parent.mkdir(parents=True, exist_ok=True)
-    for left in directory.parent.glob(f".{glob.escape(directory.name)}.*.tmp"):
+        place.mkdir(parents=True, exist_ok=True)
+    for left in _leftovers(directory, place):
         pid = left.name.split(".")[-2].partition("-")[0]
         if pid.isdecimal() and not is_another_process(int(pid)):
             shutil.rmtree(left)
     unique = f"{os.getpid()}-{secrets.token_hex(4)}"
-    building = directory.parent / f".{directory.name}.{unique}.tmp"
+    building = place / f".{directory.name}.{unique}.tmp"
     with writing(directory):
         building.mkdir()
     try:
         yield building
         sync(building)
-        os.rename(
-            building, directory
-        )  # over nothing or an empty folder; anything else is an OSError
-        sync(directory.parent)
+        if is_there:
+            _move_up(building, directory)
+        else:  # over nothing; anything else is an OSError
+            os.rename(building, directory)
+        sync(place)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def _leftovers(directory: Path, place: Path) -> Iterator[Path]:
+    return place.glob(f".{glob.escape(directory.absolute().name)}.*.tmp")
+
+
+def _move_up(building: Path, directory: Path) -> None:
+    """Puts a store's files where the former ones were, if there were any; in between
+    there is none.
+    """
+    (directory / MANIFEST).unlink(missing_ok=True)
+    for path in directory.iterdir():
+        if _FILE_NAME.fullmatch(path.name):
+            path.unlink()
+    sync(directory)
+    for name in sorted(os.listdir(building), key=lambda name: name == MANIFEST):
+        sync(directory)
+        os.rename(building / name, directory / name)
 
 
 def write_manifest(
@@ -208,12 +256,14 @@ def write_manifest(
     source: str,
     splits: dict[str, SplitWriter],
     removed: int = 0,
+    sources: dict[str, Any] | None = None,
 ) -> None:
     """Hashes the files of a store that is complete but for its manifest, and writes
     that.
 
     Args:
         removed: training documents left out as near-duplicates of validation.
+        sources: the files it was made from (`origin.py`).
     """
     files = {}
     for path in sorted(directory.iterdir()):
@@ -233,6 +283,7 @@ def write_manifest(
             for name, split in splits.items()
         },
         "near_duplicates_removed": removed,
+        "sources": sources or {"complete": True, "files": []},
         "files": files,
         "fingerprint": json_sha256(
             {name: file["sha256"] for name, file in files.items()}, COMPACT

@@ -29,8 +29,10 @@ from trix_jax.lm.train.run import (
     Position,
     Resume,
     Run,
+    as_made,
     held,
     open_data,
+    read_config,
     restore,
     resume_step,
     save,
@@ -126,10 +128,13 @@ def _open(
 ) -> Run:
     """Checks and prepares everything that stays the same from the first step on."""
     store = hosts.first_then_others(
-        lambda: open_data(config, workdir, report), "the data is prepared"
+        lambda: open_data(config, workdir, report, step is None),
+        "the data is prepared",
     )
     hosts.check_same("the token store", store.fingerprint)
-    config = resolve(config, store.tokenizer.vocab_size)
+    before = read_config(workdir) if step is not None else None
+    config = as_made(config, store)
+    config = resolve(config, store.tokenizer.vocab_size, before)
     for name, split in (("training", store.train), ("validation", store.val)):
         check_context(name, split, config.model.context)
     devices = list(devices or jax.devices())
@@ -202,6 +207,7 @@ def _batches(run: Run, start: int) -> Iterator[np.ndarray]:
         context=context,
         seed=run.config.seed,
         start_step=start,
+        sampler=config.sampler,
     )
     shape = (config.accumulate, -1, context + 1)
     return (batch.reshape(shape) for batch in batches)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from trix_jax.files import file_sha256
-from trix_jax.lm.config import RunConfig, fingerprint, to_tree
+from trix_jax.lm.config import SAMPLER_BEFORE, RunConfig, fingerprint, to_tree
 from trix_jax.lm.data import Store
 
-MOVABLE = "data.path"  # a store may lie elsewhere; its fingerprint says whether it is the same
+DATA = "data."  # how a store was made; its fingerprint says whether it is the same
 
 
 def notes(config: RunConfig, store: Store) -> dict[str, Any]:
@@ -36,6 +36,8 @@ def check(meta: dict[str, Any], config: RunConfig, tokenizer: Path, what: str) -
         ValueError: another setting or tokenizer; names them.
     """
     before, now = meta.get("settings", {}), flat(to_tree(config))
+    if before:
+        before = {"train.sampler": SAMPLER_BEFORE} | before
     if lines := changes(before, now):
         raise ValueError(f"{what} was trained with other settings: {'; '.join(lines)}.")
     wanted = meta.get("tokenizer_sha256")
@@ -47,8 +49,8 @@ def check(meta: dict[str, Any], config: RunConfig, tokenizer: Path, what: str) -
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The settings that differ, of those that both have, but for where the data lies."""
-    both = sorted((before.keys() & now.keys()) - {MOVABLE})
+    """The settings that differ, of those that both have, but for those of the data."""
+    both = sorted(n for n in before.keys() & now.keys() if not n.startswith(DATA))
     return [
         f"{name} was {before[name]!r} and is {now[name]!r}"
         for name in both

@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import math
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from trix_jax.files import write_json, write_whole, writing
 from trix_jax.lm import config as run_config
 from trix_jax.lm.checkpoint import checkpoint
 from trix_jax.lm.config import RunConfig, to_tree
-from trix_jax.lm.data import Store, is_store, open_store, prepare
+from trix_jax.lm.data import Store, is_store, made_with, open_store, prepare
 from trix_jax.lm.train import metrics, provenance
 from trix_jax.lm.train.evaluate import ROUTES_KEPT
 from trix_jax.lm.train.parallel import Mapping
@@ -69,13 +70,28 @@ class Position(NamedTuple):
     skipped: int
 
 
-def open_data(config: RunConfig, workdir: Path, report: Report = print) -> Store:
+def open_data(
+    config: RunConfig, workdir: Path, report: Report = print, is_new: bool = True
+) -> Store:
     """The run's token store: the one at `data.path`, or `workdir/data`, prepared on
     first use.
+
+    Text that changed since stops a new run; one that goes on has its tokens, and is
+    told.
     """
     if config.data.path and is_store(config.data.path):
         return open_store(config.data.path)
-    return prepare(config.data, workdir / "data", report)
+    changed = "refuse" if is_new else "tell"
+    context = config.model.context
+    return prepare(config.data, workdir / "data", report, context, changed)
+
+
+def as_made(config: RunConfig, store: Store) -> RunConfig:
+    """The config with what is true of a store that was there: a preset yields to it."""
+    if not config.data.path or not is_store(config.data.path):
+        return config
+    data = made_with(store, config.data.path)
+    return dataclasses.replace(config, data=data)
 
 
 def resume_step(workdir: Path, resume: Resume, report: Report) -> int | None:
@@ -118,6 +134,12 @@ def resume_step(workdir: Path, resume: Resume, report: Report) -> int | None:
             f"resume='must' needs a workdir with a checkpoint. Got {workdir}, which has none."
         )
     return good
+
+
+def read_config(workdir: Path) -> RunConfig | None:
+    """What a run was begun with; None if nothing says so."""
+    path = workdir / "config.yaml"
+    return run_config.load(path) if path.exists() else None
 
 
 @contextlib.contextmanager
@@ -165,9 +187,8 @@ def settle(
             "another one its steps could not be read again. Use another workdir."
         )
     if path.exists():
-        before, now = (
-            provenance.flat(to_tree(c)) for c in (run_config.load(path), config)
-        )
+        written = run_config.load(path)
+        before, now = (provenance.flat(to_tree(c)) for c in (written, config))
         if (lines := provenance.changes(before, now)) and not is_new:
             raise ValueError(
                 f"{workdir} holds a run with other settings: {'; '.join(lines)}. Use "

@@ -100,6 +100,7 @@ class StepLog:
             context=config.model.context,
             seed=config.seed,
             batch=step - 1,
+            sampler=config.train.sampler,
         )
         self._log.write(
             event="skipped",
