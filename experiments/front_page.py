@@ -8,6 +8,7 @@ reads `experiments/quality/results/*.json` and writes between the lines
 A loss is the mean over seeds at the best learning rate, with the half width of its 95 %
 t-interval. Memory is that of the FFN weights: as served, counted by the runs
 themselves; in training, float32 weights and Muon's one float32 moment, 8 bytes each.
+Seconds are those of a training step as `experiments.speed.steps` measured it.
 """
 
 import json
@@ -24,6 +25,7 @@ from trix_jax.lm.experiment.tuning import Tuned, tuned
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "quality" / "results"
+STEPS = ROOT / "experiments" / "speed" / "measured" / "steps.json"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 TRAINING_BYTES = 8
 TRIX, HASH, HIDDEN = (
@@ -103,6 +105,7 @@ def less(arms: Mapping[str, Tuned], name: str, sign: str = "+") -> str:
 def row(what: str, arms: Mapping[str, Tuned], name: str) -> list[str]:
     """What an FFN costs and reaches."""
     run, dense = arms[name].one, arms[f"dense-{SETTINGS[FRONT].params}"].one
+    seconds = json.loads(STEPS.read_text("utf-8"))["arms"]
     others = dense.params_total - dense.ffn_bits // 16
     return [
         what,
@@ -110,7 +113,7 @@ def row(what: str, arms: Mapping[str, Tuned], name: str) -> list[str]:
         f"{run.active_width:,.0f}",
         f"{run.ffn_bits / 8e6:.2f}",
         f"{(run.params_total - others) * TRAINING_BYTES / 1e6:.1f}",
-        "not measured",
+        f"{seconds[name]['seconds']:.1f}",
     ]
 
 
@@ -130,7 +133,7 @@ def comparison() -> str:
     order = min(losses, key=losses.get)
     rows.append([f"floor: counted {order}-grams", f"{losses[order]:.3f}", *[""] * 4])
     head = "FFN; loss (nats a token); compute (active width); served (MB)"
-    head += "; in training (MB); time (ms a step)"
+    head += "; in training (MB); time (s a step, CPU)"
     return table(head.split("; "), rows)
 
 
