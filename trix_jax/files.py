@@ -4,10 +4,10 @@ them.
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ def write_whole(path: Path, data: bytes | str) -> None:
         OSError: says which file could not be written, and why.
     """
     data = data.encode() if isinstance(data, str) else data
-    building = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    building = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
+        _clear_left(path)
         try:
             with building.open("wb") as file:
                 file.write(data)
@@ -93,3 +94,11 @@ def is_another_process(pid: int) -> bool:
     except OSError as error:
         return isinstance(error, PermissionError)
     return pid != os.getpid()
+
+
+def _clear_left(path: Path) -> None:
+    """Removes what processes that died while writing `path` have left beside it."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        owner = left.name.split(".")[-2]
+        if owner.isdigit() and not is_another_process(int(owner)):
+            left.unlink(missing_ok=True)

@@ -53,6 +53,7 @@ def test_typed_flag_that_contradicts_the_store_names_both_values(
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_preset_yields_to_the_store_and_the_run_records_what_is_true(
     store, preset, tmp_path
 ):

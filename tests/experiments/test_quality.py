@@ -223,6 +223,7 @@ def plain_lookup():
         return two_steps(None, context, "lookup")
 
 
+@pytest.mark.slow
 def test_muon_on_whole_layers_makes_updates_of_the_size_it_makes_on_tiles(monkeypatch):
     shapes = {"up": (16, 32, 8), "down": (16, 8, 32)}
     params = {

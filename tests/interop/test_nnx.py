@@ -68,12 +68,14 @@ def biases(model):
     return state["flat"]["tiles"]["router"]["bias"]
 
 
+@pytest.mark.slow
 def test_training_learns_and_moves_the_routing_state(trained):
     model, losses = trained
     assert losses[-1] < losses[0]
     assert np.abs(biases(model)).max() > 0
 
 
+@pytest.mark.slow
 def test_frozen_model_computes_what_the_trained_one_does_in_two_bits(trained):
     model, _ = trained
     before = jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
@@ -93,6 +95,7 @@ def test_frozen_model_computes_what_the_trained_one_does_in_two_bits(trained):
     assert not kernels
 
 
+@pytest.mark.slow
 def test_modes_switch_dropout_and_the_routing_state():
     model = Model(nnx.Rngs(0), dropout=0.5)
     call = nnx.jit(lambda model: model(X)[0])

@@ -84,7 +84,15 @@ def test_preset_without_an_arm_is_the_recommended_configuration(path):
     assert config.arm == "base"
 
 
-@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(
+            path, id=path.stem, marks=[] if path.stem in TRAINED else pytest.mark.slow
+        )
+        for path in PRESETS
+    ],
+)
 def test_named_arm_is_what_the_original_plan_asks(path):
     for arm in yaml.safe_load(path.read_text())["arms"]:
         model = preset(path, arm).model

@@ -45,7 +45,7 @@ BLOCKS = {
 MODULES = LAYERS | BLOCKS
 every_module = pytest.mark.parametrize("name", MODULES)
 # What shares its code with another stands behind it.
-QUICK = ["sparse", "lookup", "hierarchical_block"]
+QUICK = ["sparse", "dense_block"]
 most_modules = pytest.mark.parametrize(
     "name",
     [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODULES],

@@ -35,10 +35,7 @@ LAYERS = {
 }
 most_layers = pytest.mark.parametrize(
     "name",
-    [
-        n if n in ("sparse", "block") else pytest.param(n, marks=pytest.mark.slow)
-        for n in LAYERS
-    ],
+    [n if n == "sparse" else pytest.param(n, marks=pytest.mark.slow) for n in LAYERS],
 )
 left_and_right = pytest.mark.parametrize("side", ["left", "right"])
 
@@ -140,6 +137,7 @@ def test_nan_in_a_real_token_shows_in_its_output_and_the_losses():
 TOKENS = np.asarray([[3, 1, 4, 1, 5], [2, 6, 5, 3, 5]])
 
 
+@pytest.mark.slow
 @left_and_right
 @pytest.mark.parametrize(
     "router_input", ["embedding", pytest.param("hidden", marks=pytest.mark.slow)]

@@ -103,6 +103,7 @@ def test_frozen_model_has_the_same_routes_and_logits(lm):
     )
 
 
+@pytest.mark.slow
 def test_cached_generation_equals_uncached(lm):
     model, variables, tokens = lm
     apply = jax.jit(lambda v, t: model.apply(v, t, decode=True, mutable=["cache"]))

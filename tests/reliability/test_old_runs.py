@@ -60,6 +60,7 @@ def old_run(tiny_config, one_device, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_old_run_goes_on_with_its_sampler_bit_for_bit(
     old_run, tiny_config, one_device, run_dir, tmp_path
 ):

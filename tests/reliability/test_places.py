@@ -134,3 +134,13 @@ def test_prompt_that_is_no_text_is_refused(run_dir, capsys):
     argv = ["generate", "--checkpoint", str(run_dir), "--prompt", "the \udcff"]
     assert main(argv) == 2
     assert r"prompt must be text in UTF-8. Got '\udcff' at 4" in capsys.readouterr().err
+
+
+def test_what_a_dead_process_left_beside_a_file_goes_with_the_next_write(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f".a.txt.{dead.pid}.tmp").write_text("half")
+    (tmp_path / f".a.txt.{os.getppid()}.tmp").write_text("under way")
+    files.write_whole(tmp_path / "a.txt", "whole")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"a.txt", f".a.txt.{os.getppid()}.tmp"}

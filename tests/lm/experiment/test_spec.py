@@ -54,7 +54,15 @@ def test_read_experiment_says_what_is_wrong(small, change, match):
         read_experiment(small, parse_run)
 
 
-@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(
+            path, id=path.stem, marks=[] if path.stem == "e1" else pytest.mark.slow
+        )
+        for path in COMMITTED
+    ],
+)
 def test_committed_experiment_reads(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     experiment = read_experiment(path, parse_run)

@@ -173,8 +173,9 @@ def shares_in_float64(logits, config):
 
 
 @pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1.0, 1e38])
-@pytest.mark.parametrize("top_k", [0, 1, 3, 100])
-@pytest.mark.parametrize("top_p", [1e-9, 0.9, 1.0])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(0, 1e-9), (0, 0.9), (1, 1.0), (3, 0.9), (100, 1.0)]
+)
 def test_cut_at_its_limits_is_that_of_float64(temperature, top_k, top_p):
     logits = np.asarray([-3.0, 2.0, 7.5, 7.5, -80.0, 4.0, 0.0, 7.25], np.float32)
     config = SamplingConfig(temperature, top_k, top_p)

@@ -46,6 +46,7 @@ def packed_loss(run, step):
     return evaluate(model, packed, open_store(run / "data")).val_loss
 
 
+@pytest.mark.slow
 def test_loss_before_late_quantization_is_that_of_the_frozen_weights(late):
     lines = evals(late)
     assert lines[5]["val_loss"] == packed_loss(late, 5)
@@ -54,6 +55,7 @@ def test_loss_before_late_quantization_is_that_of_the_frozen_weights(late):
     assert "val_loss_unquantized" not in lines[10]
 
 
+@pytest.mark.slow
 def test_best_is_the_best_as_served(late):
     lines = evals(late)
     summary = json.loads((late / "summary.json").read_text())
