@@ -112,8 +112,8 @@ KERNELS = {
     [
         ("hierarchical", "absmean-group"),
         ("sparse", "fixed"),
-        ("lookup", "fixed"),
         *[("linear", name) for name in CONFIGS],
+        *slowly([("lookup", "fixed")]),
         *slowly(
             (kind, name) for kind in ("sparse", "hierarchical") for name in CONFIGS
         ),

@@ -127,6 +127,7 @@ def test_setting_is_consistent(setting):
         setting.arm("none of these")
 
 
+@pytest.mark.slow
 def test_schedule_of_every_setting_ends():
     for setting in SETTINGS.values():
         order, done = finish(setting, bowl)

@@ -117,6 +117,7 @@ def test_model_without_trix_layers_is_not_frozen():
         freeze(nnx.Linear(16, 2, rngs=nnx.Rngs(0)), X)
 
 
+@pytest.mark.slow
 def test_bridge_without_a_mode_is_frozen_too():
     bridged = nnx.bridge.ToNNX(SparseTriXFFN(16), rngs=nnx.Rngs(0)).lazy_init(X)
     served = freeze(bridged, X)

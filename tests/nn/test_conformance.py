@@ -98,6 +98,7 @@ def test_numpy_initializes_outside_of_jit(name):
     )
 
 
+@pytest.mark.slow
 def test_numpy_initializes_and_runs_without_jit():
     layer, x = LAYERS["sparse"], np.float32(X)
     layer.init(jax.random.key(0), x)

@@ -95,7 +95,9 @@ def test_shard_map_as_it_is_gives_the_step_of_one_device(name):
 
 
 @most_layers
-@pytest.mark.parametrize("is_frozen", [False, True])
+@pytest.mark.parametrize(
+    "is_frozen", [True, pytest.param(False, marks=pytest.mark.slow)]
+)
 def test_export_with_a_symbolic_batch_gives_the_numbers_of_a_call(name, is_frozen):
     layer, variables = LAYERS[name], variables_of(name)
     if is_frozen:
@@ -215,6 +217,7 @@ class Stack(nn.Module):
         return scan(name="steps")(x, None)[0]
 
 
+@pytest.mark.slow
 def test_frozen_variables_under_scan_need_their_axis_and_the_message_says_which():
     model = Stack(("params", "routing", "packed"))
     variables = jit(model.init)(jax.random.key(0), X)

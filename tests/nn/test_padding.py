@@ -37,7 +37,9 @@ most_layers = pytest.mark.parametrize(
     "name",
     [n if n == "sparse" else pytest.param(n, marks=pytest.mark.slow) for n in LAYERS],
 )
-left_and_right = pytest.mark.parametrize("side", ["left", "right"])
+left_and_right = pytest.mark.parametrize(
+    "side", ["left", pytest.param("right", marks=pytest.mark.slow)]
+)
 
 
 def padded(side, value=np.nan, length=9):

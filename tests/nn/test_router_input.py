@@ -73,6 +73,7 @@ def tiles_of(model, variables, tokens):
     return [np.asarray(info.tiles) for info in infos]
 
 
+@pytest.mark.slow
 def test_a_token_has_the_same_tiles_wherever_it_stands(lm):
     model, variables, tokens = lm
     for tiles in tiles_of(model, variables, tokens):
@@ -115,6 +116,7 @@ def test_cached_generation_equals_uncached(lm):
         np.testing.assert_allclose(logits[:, 0], whole[:, i], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_gradient_reaches_the_embedding_through_the_gates(lm):
     model, variables, tokens = lm
 

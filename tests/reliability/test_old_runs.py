@@ -77,6 +77,7 @@ def test_old_run_goes_on_with_its_sampler_bit_for_bit(
     assert losses(half) != losses(run_dir)
 
 
+@pytest.mark.slow
 def test_old_run_loads_and_refuses_another_sampler_naming_both(
     old_run, tiny_config, one_device, tmp_path
 ):

@@ -156,7 +156,13 @@ def test_prepare_the_stack_without_access_explains_gate_and_licences(data_hub, c
         assert words in said
 
 
-@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "stack_250m" else [])
+        for name in DATASETS
+    ],
+)
 def test_prepare_takes_every_name_end_to_end(data_hub, shard, table_bytes, name):
     dataset = DATASETS[name]
     if dataset.is_code:

@@ -97,7 +97,15 @@ def test_sharded_run_goes_on_with_one_device_and_evaluates_in_this_process(
     )
 
 
-@pytest.mark.parametrize("mapping", ["jit", "pmap", "shard_map", SLICED])
+@pytest.mark.parametrize(
+    "mapping",
+    [
+        "jit",
+        pytest.param("pmap", marks=pytest.mark.slow),
+        pytest.param("shard_map", marks=pytest.mark.slow),
+        SLICED,
+    ],
+)
 def test_clusters_are_rebuilt_and_nothing_else_moves(tiny_config, mapping):
     devices = jax.devices()[: 1 if mapping == "jit" else 8]
     model = dataclasses.replace(
