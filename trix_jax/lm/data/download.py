@@ -282,5 +282,14 @@ def _partial(path: Path) -> Path:
 def _have(folder: Path, names) -> int:
     """Bytes that have arrived of some files."""
     paths = [folder / name for name in names]
-    found = (p for path in paths for p in (path, _partial(path)) if p.is_file())
-    return sum(path.stat().st_size for path in found)
+    return sum(_size(p) for path in paths for p in (path, _partial(path)))
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; none where it is not there, or no more: a thread of the download
+    may give it its name at this moment.
+    """
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
