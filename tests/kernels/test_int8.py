@@ -177,6 +177,7 @@ def test_a_float_model_serves_int8_by_its_config_alone(which):
     assert 0 < error < 0.03
 
 
+@pytest.mark.slow
 def test_gradients_pass_straight_through_the_rounding():
     rng = np.random.default_rng(4)
     layer = layers(INT8)[1]

@@ -123,6 +123,7 @@ def boxed_layer():
     )
 
 
+@pytest.mark.slow
 def test_boxes_go_through_init_apply_freeze_and_gradients():
     layer = boxed_layer()
     boxed = jit(layer.init)(jax.random.key(1), X)

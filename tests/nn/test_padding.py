@@ -100,6 +100,7 @@ def test_padding_of_nan_changes_no_output_loss_count_state_or_gradient(name, sid
         assert_near(getattr(info, field), getattr(plain_info, field))
 
 
+@pytest.mark.slow
 @most_layers
 def test_evaluation_and_frozen_variables_leave_padding_out(name):
     layer, variables = LAYERS[name], variables_of(name)
@@ -115,6 +116,7 @@ def test_evaluation_and_frozen_variables_leave_padding_out(name):
             np.testing.assert_array_equal(np.asarray(y)[~mask], 0)
 
 
+@pytest.mark.slow
 def test_a_mask_of_real_tokens_alone_changes_nothing_and_of_none_gives_zeros():
     call = training_call("hierarchical")
     expected = call(X)

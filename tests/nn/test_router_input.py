@@ -29,6 +29,7 @@ SMALL = TransformerConfig(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", LAYERS, ids=["flat", "hierarchical", "lookup"])
 def test_tiles_depend_on_the_router_input_alone_and_outputs_on_both(layer):
     variables = layer.init(jax.random.key(2), X)
