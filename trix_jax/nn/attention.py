@@ -12,12 +12,12 @@ from trix_jax.nn.positions import positions_of, rotate
 from trix_jax.nn.settings import check_divides
 from trix_jax.typing import AnyArray, Array, Bool, Dtype, Float, Integer, Shaped
 
+UNSEEN = -1e30  # added to a score; below every other, and finite
 HIDDEN = jnp.iinfo(jnp.int32).min  # the segment of a masked token in the cache
 
 
 class CausalSelfAttention(nn.Module):
-    """Computes `softmax(q k^T / sqrt(E) + causal mask) v` over H heads, by
-    `jax.nn.dot_product_attention`.
+    """Computes `softmax(q k^T / sqrt(E) + causal mask) v` over H heads.
 
     With `decode`, keys and values are appended to the collection `"cache"`, which holds
     up to `cache_length` tokens, and the call's tokens attend to everything before them:
@@ -88,9 +88,9 @@ class CausalSelfAttention(nn.Module):
             q, k = rotate(q, numbers), rotate(k, numbers)
         if decode:
             k, v, seen = self._append(k, v, flat, ids)
-            y = attend(q, k, v, mask=seen)
         else:
-            y = attend(q, k, v, mask=visible(flat, ids), is_causal=True)
+            seen = visible(length, flat, ids)
+        y = attend(q, k, v, seen)
         y = nn.DenseGeneral(
             d,
             axis=(-2, -1),
@@ -162,25 +162,44 @@ class CausalSelfAttention(nn.Module):
         return ids[:, :, None] == kept.value[:, None, :]
 
 
-def attend(q, k, v, **how):
-    """`jax.nn.dot_product_attention`, of float16 in float32: on CPUs it has no other."""
-    if q.dtype != jnp.float16:
-        return jax.nn.dot_product_attention(q, k, v, **how)
-    wide = (part.astype(jnp.float32) for part in (q, k, v))
-    return jax.nn.dot_product_attention(*wide, **how).astype(q.dtype)
+def attend(
+    q: Float[Array, "B rows H E"],
+    k: Float[Array, "B L H E"],
+    v: Float[Array, "B L H E"],
+    seen: Bool[Array, "#B one rows L"],
+) -> Float[Array, "B rows H E"]:
+    """Computes `softmax(q k^T / sqrt(E)) v` over the keys that are seen, in float32.
+
+    Heads go in front first, so that both products are plain batched ones: with 256
+    tokens on a CPU more than twice as fast, backward pass included, as
+    `jax.nn.dot_product_attention`. Its sum divides the output, which is smaller than
+    the weights. A row that sees nothing gets the mean of all values.
+    """
+    q, k, v = (jnp.swapaxes(part, 1, 2) for part in (q, k, v))
+    wide = {"preferred_element_type": jnp.float32}
+    scores = jnp.einsum("bhqe,bhke->bhqk", q * q.shape[-1] ** -0.5, k, **wide)
+    scores = scores + jnp.where(seen, 0.0, UNSEEN)
+    best = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+    weights = jnp.exp(scores - best)
+    total = weights.sum(axis=-1)[..., None]
+    y = jnp.einsum("bhqk,bhke->bhqe", weights.astype(v.dtype), v, **wide) / total
+    return jnp.swapaxes(y, 1, 2).astype(q.dtype)
 
 
 def visible(
-    mask: Bool[Array, "B L"] | None, segment_ids: Integer[Array, "B L"] | None
-) -> Bool[Array, "B one rows L"] | None:
-    """What a token may see beside the causal rule: real tokens (True in `mask`), and of
-    its own segment.
+    length: int,
+    mask: Bool[Array, "B L"] | None,
+    segment_ids: Integer[Array, "B L"] | None,
+) -> Bool[Array, "#B one L L"]:
+    """What a token sees: itself and what came before, of that the real tokens (True in
+    `mask`) of its own segment.
     """
-    seen = None if mask is None else mask[:, None, None, :]
-    if segment_ids is None:
-        return seen
-    same = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-    return same if seen is None else same & seen
+    seen = jnp.tri(length, dtype=bool)[None, None]
+    if mask is not None:
+        seen = seen & mask[:, None, None, :]
+    if segment_ids is not None:
+        seen = seen & (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    return seen
 
 
 def check_segments(
