@@ -394,7 +394,8 @@ def test_jvp_agrees_with_reverse_mode_in_every_mode(name):
     assert_tangents_are_those_of_reverse_mode(call, (params, x), eps)
 
 
-@most_modules
+@pytest.mark.slow
+@every_module
 def test_jacfwd_is_jacrev(name):
     call, (params, x) = of_params_and_input(MODULES[name], variables_of(name))
 
@@ -406,7 +407,10 @@ def test_jacfwd_is_jacrev(name):
     assert_same(forward, reverse)
 
 
-@most_modules
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "sparse" else pytest.param(n, marks=pytest.mark.slow) for n in MODULES],
+)
 def test_hessian_vector_product_is_the_difference_of_gradients(name):
     """Forward over reverse, against central differences in the input. Scores and norms
     are float32 in float64 too, to which the step fits.
