@@ -110,8 +110,8 @@ class RoutedTiles(nn.Module):
         training = not self.is_initializing() and (
             train or self.is_mutable_collection("routing")
         )
-        progress = misuse.check_progress(progress, s.ternary, training)
-        up, down = up(progress), down(progress)
+        done = misuse.check_progress(progress, s.ternary, training)
+        up, down = up(done), down(done)
         h = tokens.x.astype(s.dtype or x.dtype)
         signature = routing.signatures(
             self._signature_sums(up, axis), s.routing.signature
@@ -122,6 +122,7 @@ class RoutedTiles(nn.Module):
             train,
             tokens.token_ids,
             **({} if tokens.mask is None else {"mask": tokens.mask}),
+            **({"progress": progress} if s.routing.holds else {}),
         )
         act, mode = activation(s.activation), s.ternary.activations
         y = tile_ffn(h, route, up, down, (n, f), act, axis, mode, tokens.mask)
