@@ -214,7 +214,7 @@ def test_layers_without_a_place_for_it_cannot_be_held_by_hand():
 def test_training_without_progress_is_refused_and_evaluation_is_not():
     run = trained(flat)
     variables = {"params": run.params[0], "routing": run.states[0]}
-    with pytest.raises(ValueError, match="progress must be given .* hold_after=0.5"):
+    with pytest.raises(ValueError, match=r"progress must be given .* hold_after=0.5"):
         run.layer.apply(variables, X, train=True, mutable=["routing"])
     with pytest.raises(ValueError, match="progress must be a share"):
         run.layer.apply(variables, X, train=True, progress=7.0, mutable=["routing"])

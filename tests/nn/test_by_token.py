@@ -19,10 +19,11 @@ from trix_jax.nn.token_input import TokenInput, tokens_before
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 V, L = 11, 8
+MOVING = RoutingConfig()
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, V, (2, L)), jnp.int32)
 
 
-def lm(router_input="pair", n_layers=1, routing=RoutingConfig(), **more):
+def lm(router_input="pair", n_layers=1, routing=MOVING, **more):
     config = TransformerConfig(
         vocab_size=V,
         context=L,
@@ -267,9 +268,11 @@ def test_layers_from_hidden_from_on_route_by_hidden_state():
     model = lm("embedding", 2, hidden_from=1)
     variables = variables_of(model)
     other = TOKENS.at[:, 0].set((TOKENS[:, 0] + 1) % V)
-    here, there = (tiles_of(model, variables, tokens) for tokens in (TOKENS, other))
-    np.testing.assert_array_equal(here[0][:, 1:], there[0][:, 1:])
-    assert (here[1][:, 1:] != there[1][:, 1:]).any()
+    here, there = (applied(model)(variables, tokens)[1] for tokens in (TOKENS, other))
+    for name in ("tiles", "gates"):
+        by_token = (getattr(infos[0], name)[:, 1:] for infos in (here, there))
+        np.testing.assert_array_equal(*by_token)
+    assert (here[1].gates[:, 1:] != there[1].gates[:, 1:]).all()
 
 
 # Held scores ------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ the FFNs around them share.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,13 +117,14 @@ class RoutedTiles(nn.Module):
         signature = routing.signatures(
             self._signature_sums(up, axis), s.routing.signature
         )
+        more: dict[str, Any] = {"progress": progress} if s.routing.holds else {}
         route, info, aux = Router(s, name="router")(
             router_tokens(h, tokens.router_input),
             signature,
             train,
             tokens.token_ids,
             **({} if tokens.mask is None else {"mask": tokens.mask}),
-            **({"progress": progress} if s.routing.holds else {}),
+            **more,
         )
         act, mode = activation(s.activation), s.ternary.activations
         y = tile_ffn(h, route, up, down, (n, f), act, axis, mode, tokens.mask)
