@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from trix_jax import RoutingConfig, TransformerConfig, TransformerLM, freeze, routing
 from trix_jax.hashing import hash_tiles, pair_ids
-from trix_jax.nn.token_input import TokenInput, tokens_before
+from trix_jax.nn.token_input import TokenInput, nothing_before, tokens_before
 
 # Compiling is what takes the time here; no test in this file asks for equal bits across
 # programs.
@@ -62,36 +62,43 @@ def tiles_of(model, variables, tokens=TOKENS, **how):
 # The token before -------------------------------------------------------------------------------------------------------
 
 
-NONE = jnp.asarray([-1, -1])
+def before_of(tokens, start=None, **how):
+    tokens = jnp.asarray(tokens)
+    return tokens_before(tokens, start or nothing_before(tokens), **how)
 
 
 def test_tokens_before_of_whole_sequences_and_across_calls():
-    tokens = jnp.asarray([[3, 1, 4], [1, 5, 9]])
-    before, last = tokens_before(tokens, NONE)
+    before, last = before_of([[3, 1, 4], [1, 5, 9]])
     np.testing.assert_array_equal(before, [[-1, 3, 1], [-1, 1, 5]])
-    np.testing.assert_array_equal(last, [4, 9])
-    before, _ = tokens_before(tokens, last)
-    np.testing.assert_array_equal(before[:, 0], [4, 9])
+    np.testing.assert_array_equal(last.token, [4, 9])
+    before, _ = before_of([[2, 6], [5, 3]], last)
+    np.testing.assert_array_equal(before, [[4, 2], [9, 5]])
+    empty, same = before_of(np.zeros((2, 0), int), last)
+    assert empty.shape == (2, 0)
+    assert same is last
 
 
 def test_tokens_before_passes_over_padding_left_right_and_inside():
-    tokens = jnp.asarray([[0, 0, 3, 1], [7, 0, 5, 0]])
-    mask = jnp.asarray([[0, 0, 1, 1], [1, 0, 1, 0]], bool)
-    before, last = tokens_before(tokens, NONE, mask)
+    mask = jnp.asarray([[0, 0, 3, 1], [7, 0, 5, 0]]) > 0
+    before, last = before_of([[0, 0, 3, 1], [7, 0, 5, 0]], mask=mask)
     np.testing.assert_array_equal(before[0, 2:], [-1, 3])
     np.testing.assert_array_equal(before[1, [0, 2]], [-1, 7])
-    np.testing.assert_array_equal(last, [1, 5])
-    _, last = tokens_before(tokens, jnp.asarray([2, 2]), jnp.zeros((2, 4), bool))
-    np.testing.assert_array_equal(last, [2, 2])
+    np.testing.assert_array_equal(last.token, [1, 5])
+    _, same = before_of([[6, 6], [6, 6]], last, mask=jnp.zeros((2, 2), bool))
+    np.testing.assert_array_equal(same.token, last.token)
 
 
-def test_tokens_before_start_anew_with_every_segment():
-    tokens = jnp.asarray([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+def test_tokens_before_start_anew_with_every_segment_also_across_calls():
+    tokens = [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]]
     segments = jnp.asarray([[0, 0, 1, 1, 2], [4, 4, 4, 4, 0]])
     mask = jnp.asarray([[1, 1, 1, 1, 1], [1, 0, 1, 1, 1]], bool)
-    before, _ = tokens_before(tokens, NONE, mask, segments)
+    before, last = before_of(tokens, mask=mask, segment_ids=segments)
     np.testing.assert_array_equal(before[0], [-1, 3, -1, 4, -1])
     np.testing.assert_array_equal(before[1, [0, 2, 3, 4]], [-1, 9, 6, -1])
+    for segment_ids, expected in ((None, [5, 3]), ([[2], [4]], [5, -1])):
+        ids = None if segment_ids is None else jnp.asarray(segment_ids)
+        before, _ = before_of([[7], [7]], last, segment_ids=ids)
+        np.testing.assert_array_equal(before[:, 0], expected)
 
 
 # Pairs ------------------------------------------------------------------------------------------------------------------
@@ -118,7 +125,7 @@ def test_pairs_meet_the_rows_of_the_token_and_of_the_one_before(weight):
     model = lm(pair_weight=weight)
     variables = variables_of(lm())
     table = variables["params"]["embed"]["embedding"]
-    before, _ = tokens_before(TOKENS, NONE)
+    before, _ = before_of(TOKENS)
     expected = routed_by_hand(model, variables, table, TOKENS, before)
     np.testing.assert_array_equal(tiles_of(model, variables)[0], expected)
     by_token = routed_by_hand(model, variables, table, TOKENS, 0 * before - 1)
@@ -242,7 +249,7 @@ def test_hash_of_ids_and_of_pairs_is_that_of_python():
 def test_hash_control_hashes_the_pair_where_the_router_input_is_one():
     by_hash = RoutingConfig(source="hash")
     variables = variables_of(lm(routing=by_hash))
-    before, _ = tokens_before(TOKENS, NONE)
+    before, _ = before_of(TOKENS)
     for kind, ids in (("pair", pair_ids(before, TOKENS)), ("embedding", TOKENS)):
         got = tiles_of(lm(kind, routing=by_hash), variables)[0]
         expected = hashed(np.asarray(ids).reshape(-1), 2)
@@ -329,7 +336,7 @@ def test_held_scores_come_from_the_rows_of_the_moment_while_the_table_learns(
     assert not np.allclose(tables[3], tables[1])
     state, info = run.states[2], run.seen[3]
     router = state["block_00"]["ffn"]["tiles"]["router"]
-    before, _ = tokens_before(TOKENS, NONE)
+    before, _ = before_of(TOKENS)
     x = routing.rms_unit(tables[1][TOKENS])
     if router_input == "pair":
         second = routing.rms_unit(tables[1][jnp.maximum(before, 0)])

@@ -7,7 +7,8 @@
 Rows are those of the embedding table or, once the scores are held, of the copy that was
 made of it at that moment. Collection `"routing"`, only with `hold="scores"` or
 `"routes"`: `rows` [V, D] (the table as last seen in training) and `held`. Collection
-`"cache"`, in decoding by pairs: `before` [B], the last real token so far.
+`"cache"`, in decoding by pairs: `before` and `segment` [B], the last real token so far
+and its segment.
 """
 
 from collections.abc import Callable
@@ -21,15 +22,7 @@ from trix_jax import routing
 from trix_jax.hashing import NONE_BEFORE
 from trix_jax.nn import misuse
 from trix_jax.routing import RoutingConfig
-from trix_jax.typing import (
-    AnyArray,
-    Array,
-    Bool,
-    Float,
-    Integer,
-    Scalar,
-    Shaped,
-)
+from trix_jax.typing import Array, Bool, Float, Integer, Scalar
 
 
 class ByToken(NamedTuple):
@@ -65,7 +58,7 @@ class TokenInput(nn.Module):
         decode: bool = False,
         progress: Scalar | None = None,
         mask: Bool[Array, "B L"] | None = None,
-        segment_ids: Shaped[AnyArray, "..."] | None = None,
+        segment_ids: Integer[Array, "B L"] | None = None,
     ) -> ByToken:
         held = self._held(embed, train, progress)
         rows = held(rows, tokens)
@@ -106,44 +99,62 @@ class TokenInput(nn.Module):
 
     def _before(self, tokens, decode, mask, segment_ids):
         """The token before each, -1 where there is none; in decoding across calls."""
-        if segment_ids is not None and segment_ids.shape != tokens.shape:
-            raise ValueError(
-                f"segment_ids must be {list(tokens.shape)}, a number a token. "
-                f"Got {list(segment_ids.shape)}."
-            )
-        first = jnp.full(tokens.shape[:1], NONE_BEFORE, tokens.dtype)
+        start = nothing_before(tokens)
         if not decode:
-            return tokens_before(tokens, first, mask, segment_ids)[0]
-        last = self.variable("cache", "before", lambda: first)
-        before, last.value = tokens_before(tokens, last.value, mask, segment_ids)
+            return tokens_before(tokens, start, mask, segment_ids)[0]
+        token = self.variable("cache", "before", lambda: start.token)
+        segment = self.variable("cache", "segment", lambda: start.segment)
+        last = Last(token.value, segment.value)
+        before, last = tokens_before(tokens, last, mask, segment_ids)
+        token.value, segment.value = last
         return before
+
+
+class Last(NamedTuple):
+    """The last real token of each sequence so far, `NONE_BEFORE` for none, and the
+    number of its segment.
+    """
+
+    token: Integer[Array, " B"]
+    segment: Integer[Array, " B"]
+
+
+def nothing_before(tokens: Integer[Array, "B L"]) -> Last:
+    """What stands before sequences that begin."""
+    batch = tokens.shape[:1]
+    return Last(jnp.full(batch, NONE_BEFORE, jnp.int32), jnp.zeros(batch, jnp.int32))
 
 
 def tokens_before(
     tokens: Integer[Array, "B L"],
-    first: Integer[Array, " B"],
+    start: Last,
     mask: Bool[Array, "B L"] | None = None,
-    segment_ids: Shaped[AnyArray, "B L"] | None = None,
-) -> tuple[Integer[Array, "B L"], Integer[Array, " B"]]:
-    """The last real token before each, and the last one of all.
+    segment_ids: Integer[Array, "B L"] | None = None,
+) -> tuple[Integer[Array, "B L"], Last]:
+    """The last real token before each, `NONE_BEFORE` where there is none in its
+    segment; and the last one of all, to start the next call with.
 
     Args:
-        first: what stands before the sequences, `NONE_BEFORE` for nothing.
+        start: what stands before the sequences.
         mask: True for real tokens; the others are passed over.
-        segment_ids: the token before one of another segment is none.
+        segment_ids: a number a token; None goes on with the last one.
     """
+    if tokens.shape[1] == 0:
+        return tokens, start
     real = jnp.ones(tokens.shape, bool) if mask is None else mask
-    at = jnp.where(real, jnp.arange(tokens.shape[1])[None], -1)
-    latest = jax.lax.cummax(at, axis=1)
-    earlier = jnp.pad(latest[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    latest = jax.lax.cummax(
+        jnp.where(real, jnp.arange(tokens.shape[1])[None], -1), axis=1
+    )
 
-    def take(values, place):
-        return jnp.take_along_axis(values, jnp.maximum(place, 0), axis=1)
+    def up_to_here(values, first):
+        values = jnp.take_along_axis(values, jnp.maximum(latest, 0), axis=1)
+        values = jnp.where(latest < 0, first[:, None], values.astype(jnp.int32))
+        return jnp.concatenate([first[:, None], values], axis=1)
 
-    before = jnp.where(earlier < 0, first[:, None], take(tokens, earlier))
+    seen, segment = up_to_here(tokens, start.token), start.segment
+    before = seen[:, :-1]
     if segment_ids is not None:
-        ids = jnp.asarray(segment_ids)
-        starts = (earlier >= 0) & (take(ids, earlier) != ids)
-        before = jnp.where(starts, NONE_BEFORE, before)
-    last = latest[:, -1:]
-    return before, jnp.where(last < 0, first[:, None], take(tokens, last))[:, 0]
+        segments = up_to_here(segment_ids, start.segment)
+        before = jnp.where(segments[:, :-1] == segment_ids, before, NONE_BEFORE)
+        segment = segments[:, -1]
+    return before, Last(seen[:, -1], segment)
