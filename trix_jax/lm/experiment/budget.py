@@ -25,6 +25,7 @@ from trix_jax.files import json_sha256, read_json, write_json
 from trix_jax.lm import aot as train_steps
 from trix_jax.lm.accounting import costs
 from trix_jax.lm.config import RunConfig, resolve
+from trix_jax.lm.data import BPE_SIZE, own_tokenizer
 from trix_jax.nn.transformer import TransformerConfig
 
 SLACK = 3.0
@@ -143,7 +144,12 @@ def _code() -> str:
 def _vocabulary(config: RunConfig) -> int:
     if config.model.vocab_size:
         return config.model.vocab_size
-    return {"byte": 257, "char": 100}.get(config.data.tokenizer, config.data.vocab_size)
+    data = config.data
+    if data.tokenizer in (known := {"byte": 257, "char": 100}):
+        return known[data.tokenizer]
+    if data.tokenizer == "bpe":
+        return data.vocab_size or BPE_SIZE
+    return own_tokenizer(data.tokenizer, data.end_of_text).vocab_size
 
 
 def _table(rows: list[dict[str, Any]], seeds: int) -> str:
