@@ -171,10 +171,8 @@ def _documents(
 def _tell(
     sides: Sides, tokenizer: Tokenizer, written: dict[str, SplitWriter], report: Report
 ) -> None:
-    report(
-        f"took {len(sides.files)} token file(s): {tokenizer.kind} vocabulary of "
-        f"{tokenizer.vocab_size:,}"
-    )
+    size = tokenizer.vocab_size
+    report(f"took {len(sides.files)} token file(s), with a vocabulary of {size:,}")
     where = "in files of its own" if sides.val else "the end of the training tokens"
     for name, split in written.items():
         about = f", {where}" if name == "val" else ""
