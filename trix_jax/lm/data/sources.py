@@ -18,7 +18,6 @@ reported.
 """
 
 import hashlib
-import os
 import platform
 import sysconfig
 import urllib.request
@@ -26,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
-from trix_jax.files import write_whole
+from trix_jax.files import cache_folder, write_whole
 from trix_jax.lm.data.code import code_files, stack_documents
 from trix_jax.lm.data.datasets import DATASETS, Dataset
 from trix_jax.lm.data.download import fetch
@@ -56,6 +55,7 @@ STDLIB_LEFT_OUT = frozenset(
 )
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE = "tinyshakespeare.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
@@ -100,7 +100,7 @@ def iter_documents(
                 )
             documents = _python_stdlib()
         case "shakespeare":
-            documents = iter([_shakespeare(path)])
+            documents = iter([_shakespeare(path, report)])
         case "text" | "jsonl" | "parquet" | "code":
             if path is None:
                 raise ValueError(
@@ -303,7 +303,7 @@ def _python_stdlib() -> Iterator[str]:
         yield text
 
 
-def _shakespeare(path: str | Path | None) -> str:
+def _shakespeare(path: str | Path | None, report: Callable[[str], None]) -> str:
     if path is not None:
         try:
             data = Path(path).read_bytes()
@@ -313,14 +313,8 @@ def _shakespeare(path: str | Path | None) -> str:
             ) from error
         _check_shakespeare(data, str(path))
         return data.decode()
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cached = root / "trix_jax" / "tinyshakespeare.txt"
-    if (
-        cached.is_file()
-        and hashlib.sha256(data := cached.read_bytes()).hexdigest()
-        == SHAKESPEARE_SHA256
-    ):
-        return data.decode()
+    if (kept := _kept_shakespeare()) is not None:
+        return kept.decode()
     try:
         with urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as response:
             data = response.read()
@@ -330,9 +324,22 @@ def _shakespeare(path: str | Path | None) -> str:
             "give a local copy as path (--data.path FILE)."
         ) from error
     _check_shakespeare(data, SHAKESPEARE_URL)
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(cached, data)
+    try:
+        cached = cache_folder() / SHAKESPEARE
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(cached, data)
+    except OSError as error:
+        report(f"TinyShakespeare is not kept for the next time: {error}")
     return data.decode()
+
+
+def _kept_shakespeare() -> bytes | None:
+    """The text of an earlier download, if one can be read."""
+    try:
+        data = (cache_folder() / SHAKESPEARE).read_bytes()
+    except OSError:
+        return None
+    return data if hashlib.sha256(data).hexdigest() == SHAKESPEARE_SHA256 else None
 
 
 def _check_shakespeare(data: bytes, origin: str) -> None:
