@@ -138,7 +138,7 @@ def comparison() -> str:
     rows.append([f"floor: counted {order}-grams", f"{losses[order]:.3f}", *[""] * 4])
     head = "FFN; loss (nats a token); compute (active width); served (MB)"
     head += "; in training (MB); time (s a step, CPU)"
-    return table(head.split("; "), rows) + CAPTION
+    return table(head.split("; "), rows)
 
 
 def differences() -> str:
@@ -150,7 +150,8 @@ def differences() -> str:
         f"with the compute of width {compute:.0f}.\n"
         f"**It loses to the dense FFN of equal parameters**, by {less(arms, params, '')} "
         "nats.\nA fixed hash of the token chooses tiles as well as the signatures do: "
-        f"they are {less(arms, HASH, '')} nats behind it.\n"
+        f"they are {less(arms, HASH, '')} nats behind it.\nSampler of all runs: "
+        f"`{SAMPLER}`.\n"
     )
 
 

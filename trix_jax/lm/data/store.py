@@ -145,9 +145,7 @@ class SplitWriter:
     def append(
         self, tokens: Integer[np.ndarray, " T"], num_bytes: int | None = 0
     ) -> None:
-        """Appends tokens that stand for `num_bytes` of UTF-8 text, None for a number that
-        nobody knows.
-        """
+        """Appends tokens of `num_bytes` of UTF-8 text; None: nobody knows."""
         if self.bytes is not None:
             self.bytes = None if num_bytes is None else self.bytes + num_bytes
         self.tokens += len(tokens)
