@@ -97,6 +97,9 @@ def test_llm_c_s_header_is_no_token(magic, version, kind, tmp_path):
     [
         ("a.bin", b"odd", r"must hold uint16, two bytes a token.* Got 3 bytes"),
         ("a.bin", b"", "holds no tokens"),
+        ("a.bin", IDS.astype("<u4").tobytes(), "as in a file of wider integers"),
+        ("a.bin", IDS.astype("<i8").tobytes(), "as in a file of wider integers"),
+        ("a.bin.gz", b"packed", "must be a .bin or .npy file of tokens, not packed"),
         ("a.bin", b"PK\x03\x04" + bytes(60), "it is a PyTorch or zip file"),
         (
             "a.bin",
@@ -233,6 +236,8 @@ def test_flags_of_text_are_refused_and_a_store_knows_what_it_is(nanogpt, tmp_pat
     store = prepare(DataConfig(path=path, tokenizer="bpe"), tmp_path / "store", quiet)
     made = made_with(store, str(tmp_path / "store"))
     assert (made.source, made.tokenizer, made.vocab_size) == ("tokens", "none", 61)
+    with pytest.raises(ValueError, match="source='tokens' needs a path"):
+        prepare(DataConfig(source="tokens"), tmp_path / "other", quiet)
     with pytest.raises(ValueError, match="tokenizer=none is of token files"):
         prepare(DataConfig(tokenizer="none"), tmp_path / "other", quiet)
 

@@ -106,6 +106,8 @@ def check_source(config: DataConfig) -> None:
         )
     is_file = config.tokenizer not in (*NAMED, NONE)
     if config.source == "tokens":
+        if config.path is None:
+            raise ValueError("source='tokens' needs a path: a file or a folder.")
         for name in OF_TEXT:
             if (value := getattr(config, name)) is not None:
                 raise ValueError(

@@ -58,9 +58,11 @@ class LibraryTokenizer(Saved):
     """
 
     def __init__(self, tree: dict[str, Any], mark: str | None):
-        """Args:
-        tree: The content of a `tokenizer.json`.
-        mark: The token that ends a document.
+        """A tokenizer from its file.
+
+        Args:
+            tree: The content of a `tokenizer.json`.
+            mark: The token that ends a document.
 
         Raises:
             NoMark: `mark` is no token, or one that text is made of.

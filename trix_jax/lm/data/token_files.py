@@ -26,6 +26,7 @@ HEADER_BYTES = 256 * 4
 LLM_C = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic number: version, type
 FOREIGN = {b"PK\x03\x04": "a PyTorch or zip file", b"GGUF": "a GGUF model"}
 VAL = {"val", "valid", "validation"}
+SAMPLE = 4096  # ids that tell a file of wider integers
 CHUNK = 2**22  # ids that are looked at at a time
 
 
@@ -49,6 +50,7 @@ def find(path: Path, report: Callable[[str], None]) -> Sides:
     if not path.exists():
         raise ValueError(f"path={str(path)!r} does not exist (source='tokens').")
     if path.is_file():
+        _check_suffix(path)
         beside = [path.with_name(f"{name}{path.suffix}") for name in sorted(VAL)]
         is_train = path.stem == "train"
         return Sides([path], [p for p in beside if is_train and p.is_file()])
@@ -64,6 +66,13 @@ def find(path: Path, report: Callable[[str], None]) -> Sides:
             f"Got {', '.join(p.name for p in files) or 'none'}."
         )
     return Sides(train, val)
+
+
+def _check_suffix(file: Path) -> None:
+    if file.suffix.lower() not in SUFFIXES:
+        raise ValueError(
+            f"{file} must be a .bin or .npy file of tokens, not packed. Got {file.name}."
+        )
 
 
 def words(file: Path) -> set[str]:
@@ -137,7 +146,14 @@ def _open_bin(file: Path) -> Integer[np.ndarray, " T"]:
             f"{file} must hold uint16, two bytes a token, as nanoGPT writes it. Got "
             f"{size} bytes; give other types as .npy."
         )
-    return np.memmap(file, "<u2", "r") if size else np.zeros(0, np.uint16)
+    found = np.memmap(file, "<u2", "r") if size else np.zeros(0, np.uint16)
+    head = found[:SAMPLE]
+    if len(head) > 32 and head.any() and not head[1::2].any():
+        raise ValueError(
+            f"{file} must hold uint16, as nanoGPT writes it. Every second of its first "
+            f"{len(head)} is 0, as in a file of wider integers: give these as .npy."
+        )
+    return found
 
 
 def _open_llm_c(

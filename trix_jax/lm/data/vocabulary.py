@@ -64,8 +64,10 @@ class Losses:
     """What text loses on its way through a tokenizer, seen while a store is written."""
 
     def __init__(self, tokenizer: Tokenizer, name: str):
-        """Args:
-        name: The config's, of the tokenizer; those that need no file lose nothing.
+        """A look at what `tokenizer` makes of text.
+
+        Args:
+            name: The config's, of the tokenizer; those that need no file lose nothing.
         """
         self._tokenizer = tokenizer
         self._left = 0 if name in NAMED else TRIED
