@@ -213,8 +213,9 @@ def _end_token(model: TransformerConfig, end_token: int | None) -> int | None:
         )
     if model.document_mask and end_token is None:
         raise ValueError(
-            "model.document_mask needs a tokenizer with an end mark: byte, bpe, or char over "
-            "several documents. This one has none; give --model.no-document-mask."
+            "model.document_mask needs a tokenizer with an end mark: byte, bpe, a file of your "
+            "own, or char over several documents. This one has none; give "
+            "--data.end-of-text, or --model.no-document-mask."
         )
     return end_token if model.document_mask else None
 
