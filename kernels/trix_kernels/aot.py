@@ -18,7 +18,8 @@ activations, which XLA does around the kernel. Programs that share a core overla
 other's decode and tensor work; one alone has to wait for the decode of the first plane
 of a step (Hopper) or of half a step: the first step of a sum where a kernel's steps
 overlap, else every step (Blackwell). Launches, latencies, clocks below boost and queues
-in the memory system are not in the model.
+in the memory system are not in the model. The products of whole weights have a model of
+their own, in `grouped_matmul.cases`.
 """
 
 import dataclasses
@@ -245,18 +246,20 @@ def main(target: str) -> dict[str, Any]:
     from jax.sharding import NamedSharding, PartitionSpec
 
     from trix_kernels import sass
+    from trix_kernels.grouped_matmul import cases
 
     gpu = GPUS[target]
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=target_config(gpu), topology="1x1x1"
     )
     mesh = topologies.make_mesh(topology, (1,), ("device",))
+    sharding = NamedSharding(mesh, PartitionSpec())
     folder, kernels = Path(os.environ["MOSAIC_GPU_DUMP_TO"]), []
     for case in CASES:
         if case.activations == "int8" and gpu.capability != "9.0":
             continue  # XLA's path there
         before = set(folder.glob("*.ptxas"))
-        compile_case(case, gpu, NamedSharding(mesh, PartitionSpec()))
+        compile_case(case, gpu, sharding)
         (new,) = set(folder.glob("*.ptxas")) - before
         compiled = sass.read(folder, new.stem)
         kernels.append(
@@ -273,7 +276,10 @@ def main(target: str) -> dict[str, Any]:
                 **{k: round(v, 3) for k, v in model(case, gpu, compiled).items()},
             }
         )
-    return {"target": target, "gpu": gpu.name, "kernels": kernels}
+    found = {"target": target, "gpu": gpu.name, "kernels": kernels}
+    if gpu.capability == "9.0":  # XLA's path elsewhere
+        found["grouped"] = cases.report(gpu, sharding, folder)
+    return found
 
 
 if __name__ == "__main__":

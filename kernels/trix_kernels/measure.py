@@ -1,4 +1,4 @@
-"""Runs every kernel on the attached GPU: first against its oracle, then timed.
+"""Runs every kernel on packed weights on the attached GPU: first against its oracle, then timed.
 
     python -m trix_kernels.measure gpu.json
 

@@ -15,8 +15,17 @@ _MATRIX = ("HGMMA", "IGMMA", "STTM")  # STTM hands a decoded plane to tensor mem
 _LOADS = ("LDS", "LDSM")
 
 
+class Resources(NamedTuple):
+    """What a kernel takes of a core; see `Compiled`."""
+
+    registers: int
+    spill_bytes: int
+    smem_bytes: int
+    serialized: bool
+
+
 class Compiled(NamedTuple):
-    """A kernel as the compiler left it.
+    """A kernel on packed words as the compiler left it.
 
     Attributes:
         registers: of a thread.
@@ -52,26 +61,33 @@ class Compiled(NamedTuple):
 
 
 def read(folder: Path, stem: str) -> Compiled:
-    """Reads the dumps of one kernel.
+    """Reads the dumps of one kernel on packed words.
+
+    Raises:
+        ValueError: one of them does not say what it should.
+    """
+    decode, loaded = _decode(_instructions((folder / f"{stem}.sass_ctrl").read_text()))
+    return Compiled(*resources(folder, stem), decode, loaded)
+
+
+def resources(folder: Path, stem: str) -> Resources:
+    """Reads the dumps of any kernel.
 
     Raises:
         ValueError: one of them does not say what it should.
     """
     ptxas = (folder / f"{stem}.ptxas").read_text()
-    resources = (folder / f"{stem}.resources.txt").read_text()
-    decode, loaded = _decode(_instructions((folder / f"{stem}.sass_ctrl").read_text()))
+    scratch = (folder / f"{stem}.resources.txt").read_text()
     spills = re.findall(r"(\d+) bytes spill", ptxas)
     if len(spills) != 2:
         raise ValueError(
             f"{stem}.ptxas must tell spill stores and loads. Got {ptxas!r}."
         )
-    return Compiled(
+    return Resources(
         registers=_number(r"Used (\d+) registers", ptxas),
         spill_bytes=sum(map(int, spills)),
-        smem_bytes=_number(r"smem_scratch_bytes=(\d+)", resources),
+        smem_bytes=_number(r"smem_scratch_bytes=(\d+)", scratch),
         serialized="instructions are serialized" in ptxas,
-        decode=decode,
-        words_loaded=loaded,
     )
 
 

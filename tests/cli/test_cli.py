@@ -212,6 +212,17 @@ def test_doctor_passes_and_says_what_runs_where(capsys):
     }
 
 
+def test_doctor_says_why_blackwell_keeps_xla_for_grouped_products(monkeypatch, capsys):
+    monkeypatch.setattr("trix_kernels.device.unsupported_reason", lambda: None)
+    monkeypatch.setattr("trix_kernels.device.arch", lambda: "sm_100a")
+    monkeypatch.setattr("trix_jax.cli.doctor._smoke", dict)  # tried in the slow test
+    assert main(["doctor", "--json"]) == 0
+    out = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (told,) = out["devices"].values()
+    assert told.startswith("Mosaic GPU kernels (sm_100a), XLA for grouped products")
+    assert "multiply by wgmma" in told
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("more", "is_fine"), [("", True), ("x", False)])
 def test_deterministic_sets_a_flag_that_xla_knows(user_env, more, is_fine):

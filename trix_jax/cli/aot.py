@@ -38,6 +38,10 @@ def main(argv: list[str]) -> int:
     result: dict[str, Any] = aot.report(args.target)
     report(f"{result['gpu']}, kernels compiled, times modelled:")
     report(kernel_table(result["kernels"]))
+    grouped = result.get("grouped", [])
+    if grouped:
+        report("Products of whole weights, as in training:")
+        report(grouped_table(grouped))
     if args.configs:
         from trix_jax.lm import aot as train_steps
 
@@ -45,7 +49,7 @@ def main(argv: list[str]) -> int:
         report(config_table(result["configs"]))
     if args.json:
         print_json(result)
-    return 1 if any(kernel["spill_bytes"] for kernel in result["kernels"]) else 0
+    return 1 if any(k["spill_bytes"] for k in [*result["kernels"], *grouped]) else 0
 
 
 def kernel_table(kernels: list[dict[str, Any]]) -> str:
@@ -62,6 +66,20 @@ def kernel_table(kernels: list[dict[str, Any]]) -> str:
             f"{k['bytes_moved'] / k['bytes_minimum']:.3f} | "
             f"{k['bytes_moved'] / k['bytes_of_bfloat16']:.2f} | {k['modelled_us']:.2f} | "
             f"{k['roofline_us']:.2f} | {k['modelled_us'] / k['roofline_us']:.2f} |"
+        )
+    return "\n".join(rows)
+
+
+def grouped_table(products: list[dict[str, Any]]) -> str:
+    """Markdown: resources and times of every product of whole weights."""
+    rows = [
+        "| product | registers | spills | shared memory, bytes | MB | bytes, us | tensor, us |",
+        "|---|" + "---:|" * 6,
+    ]
+    for p in products:
+        rows.append(
+            f"| {p['name']} | {p['registers']} | {p['spill_bytes']} | {p['smem_bytes']:,} | "
+            f"{p['bytes_moved'] / 1e6:.0f} | {p['bytes_us']:.1f} | {p['tensor_us']:.1f} |"
         )
     return "\n".join(rows)
 

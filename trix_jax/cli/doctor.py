@@ -63,13 +63,16 @@ def _version(name: str) -> str | None:
 
 
 def _devices() -> dict[str, str]:
-    """Each device, and which implementation of the packed matmul runs on it."""
+    """Each device, and which implementation of the matmuls runs on it."""
     import jax
 
     from trix_kernels import device
+    from trix_kernels.grouped_matmul import device_reason
 
-    reason = device.unsupported_reason()
+    reason, grouped = device.unsupported_reason(), device_reason()
     runs = f"XLA. {reason}" if reason else f"Mosaic GPU kernels ({device.arch()})"
+    if grouped and not reason:
+        runs += f", XLA for grouped products of whole weights. {grouped}"
     return {f"{d.platform} {d.device_kind}": runs for d in jax.devices()}
 
 

@@ -135,8 +135,8 @@ def device_reason() -> str | None:
         return reason
     if device.arch() != "sm_90a":
         return (
-            "The grouped matmul of whole weights is for Hopper (sm_90a), by wgmma, which "
-            f"later GPUs lack. This is {device.arch()}."
+            "The kernels of grouped products are for Hopper (sm_90a): they multiply by "
+            f"wgmma, which later GPUs lack. This is {device.arch()}."
         )
     return None
 

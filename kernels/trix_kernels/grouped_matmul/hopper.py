@@ -110,14 +110,12 @@ def grouped_outer(
         warpgroup = lax.axis_index("wg")
 
         def mask(count, *refs):
-            pieces = [
-                ref.at[:, column : column + STEP]
-                for ref in refs
-                for column in range(0, ref.shape[1], STEP)
-            ]
-            for number, piece in enumerate(pieces):
-                is_mine = warpgroup == number % WARPGROUPS
-                pl.when(is_mine)(functools.partial(_keep_rows, piece, count))
+            for ref in refs:  # in pieces as wide as a swizzle, every other one its own
+
+                @pl.loop(warpgroup, ref.shape[1] // STEP, step=WARPGROUPS)
+                def _(piece, ref=ref):
+                    _keep_rows(ref.at[:, pl.ds(piece * STEP, STEP)], count)
+
             plgpu.commit_smem()
             plgpu.barrier_arrive(masked)
             plgpu.barrier_wait(masked)  # for the other warpgroup's pieces

@@ -1,0 +1,126 @@
+"""The six products of a training FFN at the shapes that are timed, compiled for a GPU
+that need not be there, and a model of their time.
+
+    modelled_us = max(bytes / bandwidth, waves * clocks of one output)
+
+Bytes are those of `x`, `w` and `y`, each once; what programs read again is taken to come
+from the L2 cache. Loads are balanced. Launches, latencies and clocks below boost are not
+in the model.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from trix_kernels import sass
+from trix_kernels.gpu_specs import Gpu
+
+Product = Literal["forward", "transposed", "outer"]
+
+
+class Case(NamedTuple):
+    """One product of `tokens * per_token` rows with `[tiles, inputs, outputs]` weights."""
+
+    use: str
+    product: Product
+    tiles: int
+    inputs: int
+    outputs: int
+    tokens: int = 16384
+    per_token: int = 4
+
+    @property
+    def name(self) -> str:
+        return f"{self.use}, {self.tiles} tiles, {self.inputs}x{self.outputs}"
+
+    @property
+    def rows(self) -> int:
+        return self.tokens * self.per_token
+
+    def blocks(self, rows_of_block: int) -> int:
+        """The most blocks that any routing needs."""
+        return (self.rows + self.tiles * (rows_of_block - 1)) // rows_of_block
+
+
+D, F = 1024, 256
+CASES = tuple(
+    case
+    for tiles in (16, 64)
+    for case in (
+        Case("up", "forward", tiles, D, F),
+        Case("down", "forward", tiles, F, D),
+        Case("gradient of the hidden layer", "transposed", tiles, F, D),
+        Case("gradient of the input", "transposed", tiles, D, F),
+        Case("gradient of up", "outer", tiles, D, F),
+        Case("gradient of down", "outer", tiles, F, D),
+    )
+)
+
+
+def report(gpu: Gpu, sharding: Any, folder: Path) -> list[dict[str, Any]]:
+    """Compiles every case in this process, whose environment is `aot.environment`'s.
+
+    Args:
+        gpu: of compute capability 9.0.
+        sharding: on it.
+        folder: of the compiler's dumps.
+    """
+    found = []
+    for case in CASES:
+        before = set(folder.glob("*.ptxas"))
+        compile_case(case, sharding)
+        (new,) = set(folder.glob("*.ptxas")) - before
+        resources = sass.resources(folder, new.stem)._asdict()
+        found.append({"name": case.name, **resources, **model(case, gpu)})
+    return found
+
+
+def compile_case(case: Case, sharding: Any) -> None:
+    """Compiles one case ahead of time."""
+    from trix_kernels.grouped_matmul import hopper
+
+    def abstract(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    index = functools.partial(abstract, dtype=jnp.int32)
+    blocks = case.blocks(hopper.ROWS)
+    x = abstract(blocks, hopper.ROWS, case.inputs)
+    dy = abstract(blocks, hopper.ROWS, case.outputs)
+    w = abstract(case.tiles, case.inputs, case.outputs)
+    if case.product == "outer":
+        kernel, args = hopper.grouped_outer, (x, dy, index(case.tiles))
+        args = *args, index(case.tiles)
+    else:
+        is_transposed = case.product == "transposed"
+        kernel = functools.partial(hopper.grouped_matmul, transposed=is_transposed)
+        args = dy if is_transposed else x, w, index(blocks), index(1)
+    jax.jit(kernel).lower(*args).compile()
+
+
+def model(case: Case, gpu: Gpu) -> dict[str, float]:
+    """Bytes, and time by the formula above in microseconds."""
+    from trix_kernels.grouped_matmul import hopper
+
+    rows, weights = case.rows, case.tiles * case.inputs * case.outputs
+    width_of_dw = 4 if case.product == "outer" else 2
+    moved = 2 * rows * (case.inputs + case.outputs) + width_of_dw * weights
+    target = {
+        "forward": (rows, case.outputs, case.inputs),
+        "transposed": (rows, case.inputs, case.outputs),
+        "outer": (case.tiles * case.inputs, case.outputs, rows // case.tiles),
+    }
+    down, across, contraction = target[case.product]
+    width = hopper.columns_of(across)
+    waves = -(-(down // hopper.ROWS * across // width) // gpu.cores)
+    clocks = waves * hopper.ROWS * width * contraction / gpu.macs
+    bytes_us = 1e6 * moved / gpu.bandwidth
+    tensor_us = clocks / gpu.clock_ghz / 1e3
+    return {
+        "bytes_moved": moved,
+        "bytes_us": round(bytes_us, 3),
+        "tensor_us": round(tensor_us, 3),
+        "modelled_us": round(max(bytes_us, tensor_us), 3),
+    }
