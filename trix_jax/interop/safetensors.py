@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
@@ -65,7 +66,7 @@ def to_tensors(
     """Variables as named arrays in the interchange format, and the unpacked row length
     of every packed kernel.
     """
-    flat: dict[tuple[str, ...], Any] = flatten_dict(dict(variables))
+    flat: dict[tuple[str, ...], Any] = flatten_dict(nn.unbox(dict(variables)))
     shapes = kernel_shapes(model)
     tensors, columns = {}, {}
     for path, leaf in flat.items():
