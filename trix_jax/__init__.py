@@ -21,6 +21,7 @@ from trix_jax.nn import SparseTriXFFN as SparseTriXFFN
 from trix_jax.nn import TransformerConfig as TransformerConfig
 from trix_jax.nn import TransformerLM as TransformerLM
 from trix_jax.nn import TriXLinear as TriXLinear
+from trix_jax.nn import tabulate_routes as tabulate_routes
 from trix_jax.routing import RoutingConfig as RoutingConfig
 from trix_jax.ternary import TernaryConfig as TernaryConfig
 
