@@ -3,7 +3,7 @@ with more slots, for several runs at a time.
 
     python -m experiments.quality.run SETTING --data PATH --runs DIR
 
-SETTING is a name in `design.SETTINGS`, PATH a text, folder or token store. Every run is a
+SETTING is a name in `design` or `claim`, PATH a text, folder or token store. Every run is a
 process; its result is added to results/SETTING.json at once, and a run that is in there
 is done, whatever DIR holds. SIGTERM saves the runs under way; the same command goes on
 with them. What comes next is a function of the results alone (`schedule`).
@@ -16,7 +16,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.quality.design import SETTINGS, Setting
+from experiments.quality import claim, design
+from experiments.quality.design import Setting
 from experiments.quality.schedule import runs_to_come
 from trix_jax.cli.experiment import parse_run
 from trix_jax.lm.data import is_store, prepare
@@ -30,6 +31,7 @@ from trix_jax.lm.signals import DONE, FAILED, INTERRUPTED, Interrupted
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
+SETTINGS = design.SETTINGS | claim.SETTINGS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,14 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     setting = SETTINGS[args.setting]
     path = args.results / f"{setting.name}.json"
     if args.list:
-        come = runs_to_come(setting, results.read(path))
+        alike, _ = results_of_one_sampler(results.read(path))
+        come = runs_to_come(setting, alike)
         print(next((spec.name for spec in come), "nothing is left to do"))
         return DONE
     store = token_store(setting, args.data, args.runs, args.flags)
 
     def schedule(done: Sequence[results.Result]) -> list[Spec]:
-        come = runs_to_come(setting, done)
-        return [placed(spec, store, args.flags) for spec in come]
+        alike, flags = results_of_one_sampler(done)
+        come = runs_to_come(setting, alike)
+        return [placed(spec, store, f"{flags} {args.flags}") for spec in come]
 
     path.parent.mkdir(parents=True, exist_ok=True)
     slots = make_slots(args.slots)
@@ -59,6 +63,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(stop, flush=True)
         return INTERRUPTED
     return FAILED if any(row["state"] == "failed" for row in rows) else DONE
+
+
+def results_of_one_sampler(
+    done: Sequence[results.Result],
+) -> tuple[Sequence[results.Result], str]:
+    """The results that a sweep goes on from, those of the sampler that most have, and the
+    flags that make the next runs alike: losses of two samplers are not compared.
+    """
+    groups = results.by_sampler(done)
+    if not groups:
+        return done, ""
+    sampler = max(groups, key=lambda name: len(groups[name]))
+    return groups[sampler], f"--train.sampler {sampler}"
 
 
 def placed(spec: Spec, store: Path, more: str) -> Spec:
