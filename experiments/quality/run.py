@@ -3,7 +3,7 @@ with more slots, for several runs at a time.
 
     python -m experiments.quality.run SETTING --data PATH --runs DIR
 
-SETTING is a name in `design.SETTINGS`, PATH a text, folder or token store. Every run is a
+SETTING is a name in `design` or `claim`, PATH a text, folder or token store. Every run is a
 process; its result is added to results/SETTING.json at once, and a run that is in there
 is done, whatever DIR holds. SIGTERM saves the runs under way; the same command goes on
 with them. What comes next is a function of the results alone (`schedule`).
@@ -16,7 +16,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.quality.design import SETTINGS, Setting
+from experiments.quality import claim, design
+from experiments.quality.design import Setting
 from experiments.quality.schedule import runs_to_come
 from trix_jax.cli.experiment import parse_run
 from trix_jax.lm.data import is_store, prepare
@@ -30,6 +31,7 @@ from trix_jax.lm.signals import DONE, FAILED, INTERRUPTED, Interrupted
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
+SETTINGS = design.SETTINGS | claim.SETTINGS
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -43,7 +43,8 @@ VOCABULARY = 2048
 
 def config_of(flags: str) -> RunConfig:
     argv = [str(ROOT / PRESET), *shlex.split(f"{flags} {FLAGS}")]
-    return resolve(parse_preset(Args, argv, "train").config, VOCABULARY)
+    config = parse_preset(Args, argv, "train").config
+    return resolve(config, VOCABULARY, end_token=0)
 
 
 class Stepper:

@@ -172,9 +172,3 @@ def test_attention_sees_its_own_segment_alone():
     ids = np.repeat([[0, 1]], 5, axis=1)
     call = jit(lambda x, ids=None: layer.apply(variables, x, segment_ids=ids))
     assert_near(call(both, ids).reshape(2, 5, D), call(X))
-
-
-def test_a_mask_with_the_cache_is_not_here(no_type_hook):
-    layer = CausalSelfAttention(D, 2, cache_length=9)
-    with pytest.raises(NotImplementedError, match="decode=True"):
-        layer.init(jax.random.key(0), X, decode=True, mask=np.ones((2, 5), bool))

@@ -89,7 +89,8 @@ def active_width(config: TransformerConfig) -> float:
 
 
 def _param_shapes(config):
-    model = TransformerLM(config)
+    # Who attends to whom has no parameters, and needs an end mark.
+    model = TransformerLM(dataclasses.replace(config, document_mask=False))
     tokens = jax.ShapeDtypeStruct((1, config.context), jnp.int32)
     return jax.eval_shape(lambda t: model.init(jax.random.key(0), t), tokens)["params"]
 

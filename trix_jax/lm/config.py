@@ -175,17 +175,23 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def resolve(
-    config: RunConfig, vocab_size: int, before: RunConfig | None = None
+    config: RunConfig,
+    vocab_size: int,
+    before: RunConfig | None = None,
+    end_token: int | None = None,
 ) -> RunConfig:
-    """Fills in the vocabulary, which depends on the data, and the sampler, which depends
-    on whether a run goes on.
+    """Fills in the vocabulary and the end mark, which depend on the data, and the
+    sampler, which depends on whether a run goes on.
 
     Args:
         before: the config of the run that goes on; None for a new one.
+        end_token: the tokenizer's end mark; None if it has none.
 
     Raises:
-        ValueError: `model.vocab_size` is given and is not the tokenizer's; a dense width
-            is still to be matched; Muon is to train a model that has nothing for it.
+        ValueError: `model.vocab_size` or `model.end_token` is given and is not the
+            tokenizer's; documents are to be kept apart and nothing marks them; a dense
+            width is still to be matched; Muon is to train a model that has nothing for
+            it.
     """
     model = config.model
     if config.train.optimizer == "muon" and model.ffn == "lookup":
@@ -201,11 +207,26 @@ def resolve(
         raise ValueError(
             f"model.vocab_size={model.vocab_size} must be the tokenizer's {vocab_size}, or left out."
         )
-    model = dataclasses.replace(model, vocab_size=vocab_size)
+    end = _end_token(model, end_token)
+    model = dataclasses.replace(model, vocab_size=vocab_size, end_token=end)
     own = before.train.sampler if before else None
     sampler = config.train.sampler or own or "epochs"
     train = dataclasses.replace(config.train, sampler=sampler)
     return dataclasses.replace(config, model=model, train=train)
+
+
+def _end_token(model: TransformerConfig, end_token: int | None) -> int | None:
+    """The mark that opens documents, where the model keeps them apart."""
+    if model.end_token not in (None, end_token):
+        raise ValueError(
+            f"model.end_token={model.end_token} must be the tokenizer's {end_token}, or left out."
+        )
+    if model.document_mask and end_token is None:
+        raise ValueError(
+            "model.document_mask needs a tokenizer with an end mark: byte, bpe, or char over "
+            "several documents. This one has none; give --model.no-document-mask."
+        )
+    return end_token if model.document_mask else None
 
 
 def to_tree(config: RunConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -16,6 +17,21 @@ from trix_jax.nn.sparse_lookup_ffn import SparseLookupFFN
 from trix_jax.nn.tiles import Aux
 from trix_jax.routing import RoutingConfig, RoutingInfo
 from trix_jax.typing import AnyArray, Array, Dtype, Float, Scalar, Shaped
+
+Norm = Literal["layer", "rms"]
+
+
+def make_norm(kind: Norm, name: str, **how) -> nn.Module:
+    """A layer norm without bias, or an RMS norm (Zhang and Sennrich, 2019,
+    https://arxiv.org/abs/1910.07467).
+    """
+    if kind not in get_args(Norm):
+        raise ValueError(
+            f"norm must be one of {', '.join(get_args(Norm))}. Got {kind!r}."
+        )
+    if kind == "rms":
+        return nn.RMSNorm(name=name, **how)
+    return nn.LayerNorm(use_bias=False, name=name, **how)
 
 
 class DenseFFN(nn.Module):
@@ -77,8 +93,7 @@ class Block(LayerArguments):
 
     Subclasses build the FFN. They repeat its positional arguments, whose order after
     `d_model` and `n_heads` is public; the others are keywords of `LayerArguments` and
-    `TileArguments`, of which a block ignores those its FFN does not have. Norms are
-    layer norms without bias.
+    `TileArguments`, of which a block ignores those its FFN does not have.
 
     Attributes:
         d_model: D, the width of input and output.
@@ -86,6 +101,8 @@ class Block(LayerArguments):
         dropout: rate behind the attention and the FFN, in training.
         cache_length: longest sequence that `decode` can hold.
         attention_init, attention_out_init: of the attention's projections.
+        norm: "layer" norms without bias, or "rms" norms.
+        rotary, qk_norm: see `CausalSelfAttention`.
     """
 
     d_model: int
@@ -95,6 +112,9 @@ class Block(LayerArguments):
     cache_length: int | None = None
     attention_init: Callable = nn.initializers.normal(0.02)
     attention_out_init: Callable | None = None
+    norm: Norm = "layer"
+    rotary: bool = False
+    qk_norm: bool = False
 
     @nn.compact
     def __call__(
@@ -115,7 +135,7 @@ class Block(LayerArguments):
         x = check_sequence(x, self.d_model, self.param_dtype)
         x = x.astype(self.dtype or x.dtype)
         mask = check_mask(mask, x.shape[:-1])
-        norm = {"use_bias": False, "dtype": x.dtype, "param_dtype": self.param_dtype}
+        how = {"dtype": x.dtype, "param_dtype": self.param_dtype}
         attention = CausalSelfAttention(
             self.d_model,
             self.n_heads,
@@ -125,12 +145,14 @@ class Block(LayerArguments):
             self.attention_out_init,
             self.dtype,
             self.param_dtype,
+            self.rotary,
+            self.qk_norm,
             name="attention",
         )
-        h = nn.LayerNorm(name="attention_norm", **norm)(hide(x, mask))
+        h = make_norm(self.norm, "attention_norm", **how)(hide(x, mask))
         x = x + attention(h, train, decode, mask=mask, segment_ids=segment_ids)
         y, info, aux = self._ffn()(
-            nn.LayerNorm(name="ffn_norm", **norm)(hide(x, mask)),
+            make_norm(self.norm, "ffn_norm", **how)(hide(x, mask)),
             train,
             progress=progress,
             token_ids=token_ids,

@@ -8,15 +8,19 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from trix_jax.nn.activations import activation
+from trix_jax.nn.attention import check_segments
 from trix_jax.nn.block import (
     Block,
     DenseBlock,
     HierarchicalTriXBlock,
+    Norm,
     SparseLookupBlock,
     SparseTriXBlock,
+    make_norm,
 )
 from trix_jax.nn.inputs import check_mask
 from trix_jax.nn.kernel import Whole
+from trix_jax.nn.positions import documents, positions_of
 from trix_jax.nn.settings import TileSettings, check_divides
 from trix_jax.nn.sparse_lookup_ffn import compress_width
 from trix_jax.nn.tiles import Aux
@@ -26,7 +30,6 @@ from trix_jax.typing import (
     AnyArray,
     Array,
     AxisName,
-    Bool,
     Float,
     Integer,
     Scalar,
@@ -37,6 +40,8 @@ FFNKind = Literal["hierarchical", "sparse", "lookup", "dense"]
 RouterInput = Literal["hidden", "embedding"]
 MatchedWidth = Literal["match-params", "match-active", "match-bits"]
 ComputeDtype = Literal["float32", "bfloat16"]
+Positions = Literal["learned", "rotary"]
+Init = Literal["gpt2", "fan_in"]
 
 INIT_STD = 0.02  # GPT-2's
 INIT = nn.initializers.normal(INIT_STD)
@@ -70,6 +75,18 @@ class TransformerConfig:
         dropout: rate behind embeddings, attention and FFN.
         tied: the head is the embedding transposed.
         dtype: of the computation; parameters are float32.
+        norm: "layer" norms without bias, as GPT-2 has them, or "rms" norms.
+        positions: "learned" embeddings of them, added to the tokens', or "rotary" ones
+            in the attention.
+        qk_norm: RMS norms of queries and keys.
+        init: "gpt2" draws every matrix at a standard deviation of 0.02, those into the
+            residual over `sqrt(2 * n_layers)`; "fan_in" draws the attention's at `1 /
+            sqrt(D)`, its output over `sqrt(2 * n_layers)`, and the FFN as its module
+            does by itself. Embeddings have 0.02 either way.
+        document_mask: no token attends to another document, and positions begin anew in
+            each: a document's logits are those that it gets alone.
+        end_token: the id that opens a document; None is filled in from the tokenizer by
+            the training lane, where `document_mask` needs it.
     """
 
     vocab_size: int | None = None
@@ -92,13 +109,23 @@ class TransformerConfig:
     dropout: float = 0.0
     tied: bool = True
     dtype: ComputeDtype = "float32"
+    norm: Norm = "layer"
+    positions: Positions = "learned"
+    qk_norm: bool = False
+    init: Init = "gpt2"
+    document_mask: bool = False
+    end_token: int | None = None
     ternary: TernaryConfig = dataclasses.field(default_factory=TernaryConfig)
     routing: RoutingConfig = dataclasses.field(default_factory=RoutingConfig)
 
     def __post_init__(self):
         self._check_sizes()
         self._check_choices()
-        check_divides("d_model", self.d_model, "n_heads", self.n_heads)
+        head = check_divides("d_model", self.d_model, "n_heads", self.n_heads)
+        if self.positions == "rotary" and head % 2:
+            raise ValueError(
+                f"d_model / n_heads must be even with positions='rotary'. Got {head}."
+            )
         self._check_tiles()
 
     def _check_sizes(self) -> None:
@@ -113,6 +140,9 @@ class TransformerConfig:
             ("ffn", self.ffn, FFNKind),
             ("router_input", self.router_input, RouterInput),
             ("dtype", self.dtype, ComputeDtype),
+            ("norm", self.norm, Norm),
+            ("positions", self.positions, Positions),
+            ("init", self.init, Init),
         ):
             if value not in get_args(kind):
                 raise ValueError(
@@ -164,7 +194,7 @@ class TransformerConfig:
 
 class TransformerLM(nn.Module):
     """Computes next-token logits: embeddings, pre-norm blocks, norm, head. The shape
-    and initialization are nanoGPT's.
+    and initialization are nanoGPT's, or as `TransformerConfig` has them.
 
     Attributes:
         config: see `TransformerConfig`.
@@ -204,30 +234,33 @@ class TransformerLM(nn.Module):
             mask: `[batch, length]`, True for real tokens, of which positions are
                 counted; padding may stand left or right.
             segment_ids: `[batch, length]` integers; a token sees those of its own
-                number. Positions are counted over all.
+                number, and positions begin anew where the number changes. None: the
+                documents, with `TransformerConfig.document_mask`, or one.
 
         Returns:
             logits in float32, a `RoutingInfo` a layer (None for a dense FFN), and the
             auxiliary losses, layers averaged.
 
         Raises:
-            ValueError: a sequence longer than the context, a mask of another shape.
-            NotImplementedError: `mask` or `segment_ids` with `decode`.
+            ValueError: a sequence longer than the context, a mask or segments of
+                another shape.
         """
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         v = _vocabulary(c, tokens.shape[1])
         embed = nn.Embed(v, c.d_model, embedding_init=INIT, dtype=dtype, name="embed")
         mask = check_mask(mask, tokens.shape)
         tokens = jnp.asarray(tokens)
-        rows = embed(tokens)
-        x = rows + self._positions(tokens.shape[1], decode, mask)
+        segment_ids = self._segments(tokens, segment_ids, mask, decode)
+        x = rows = embed(tokens)
+        if c.positions == "learned":
+            x = rows + self._positions(tokens.shape, mask, segment_ids, decode)
         x = nn.Dropout(c.dropout)(x, deterministic=not train)
         how: dict[str, Any] = {"progress": progress, "token_ids": tokens}
         how |= {"mask": mask, "segment_ids": segment_ids}
         if c.router_input == "embedding":
             how["router_input"] = rows
         x, infos, losses = self._blocks(x, train, decode, how)
-        x = nn.LayerNorm(use_bias=False, dtype=dtype, name="norm")(x)
+        x = make_norm(c.norm, "norm", dtype=dtype)(x)
         head = embed.attend
         if not c.tied:
             head = nn.Dense(
@@ -235,24 +268,31 @@ class TransformerLM(nn.Module):
             )
         return head(x).astype(jnp.float32), infos, _mean_losses(losses)
 
-    def _positions(
-        self, length: int, decode: bool, mask: Bool[Array, "B L"] | None
-    ) -> Float[Array, "B L D"]:
-        """Embedded positions: 0 to L - 1, or in decoding those after what is cached, or
-        under a mask those among the real tokens.
+    def _segments(self, tokens, segment_ids, mask, decode):
+        """The segments that are given, else the documents where the config keeps them
+        apart.
         """
-        c, positions = self.config, jnp.arange(length)[None]
-        if mask is not None:
-            positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-        if decode:
-            start = self.variable("cache", "position", lambda: jnp.zeros((), jnp.int32))
-            positions = positions + start.value
-            start.value = start.value + length
-        dtype = jnp.dtype(c.dtype)
+        segment_ids = check_segments(segment_ids, tokens.shape)
+        if segment_ids is not None or not self.config.document_mask:
+            return segment_ids
+        end = self.config.end_token
+        if end is None:
+            raise ValueError(
+                "end_token must be set with document_mask=True: the id that opens a document. Got None."
+            )
+        return documents(self, tokens, end, mask, decode)
+
+    def _positions(self, shape, mask, segment_ids, decode) -> Float[Array, "B L D"]:
+        """Embedded positions; see `positions_of`."""
+        c = self.config
         embed = nn.Embed(
-            c.context, c.d_model, embedding_init=INIT, dtype=dtype, name="positions"
+            c.context,
+            c.d_model,
+            embedding_init=INIT,
+            dtype=jnp.dtype(c.dtype),
+            name="positions",
         )
-        return embed(positions)
+        return embed(positions_of(self, shape, mask, segment_ids, decode))
 
     def _blocks(self, x, train, decode, how):
         """The blocks' output, and the routing infos and losses of each."""
@@ -316,14 +356,21 @@ def make_block(
 
 def _block_arguments(config: TransformerConfig) -> dict[str, Any]:
     """What the blocks of all FFNs are told."""
-    into_residual = nn.initializers.normal(INIT_STD / (2 * config.n_layers) ** 0.5)
-    dense = config.ffn == "dense"
-    return {
-        "dropout": config.dropout,
-        "cache_length": config.context,
-        "attention_init": INIT,
-        "attention_out_init": into_residual,
-        "up_init": INIT if dense else Whole(INIT),
-        "down_init": into_residual if dense else Whole(into_residual),
-        "dtype": jnp.dtype(config.dtype),
+    c, depth = config, (2 * config.n_layers) ** -0.5
+    std = c.d_model**-0.5 if c.init == "fan_in" else INIT_STD
+    how: dict[str, Any] = {
+        "dropout": c.dropout,
+        "cache_length": c.context,
+        "attention_init": nn.initializers.normal(std),
+        "attention_out_init": nn.initializers.normal(std * depth),
+        "norm": c.norm,
+        "rotary": c.positions == "rotary",
+        "qk_norm": c.qk_norm,
+        "dtype": jnp.dtype(c.dtype),
     }
+    if c.init == "gpt2":
+        into_residual = nn.initializers.normal(INIT_STD * depth)
+        is_dense = c.ffn == "dense"
+        how["up_init"] = INIT if is_dense else Whole(INIT)
+        how["down_init"] = into_residual if is_dense else Whole(into_residual)
+    return how

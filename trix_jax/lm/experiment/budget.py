@@ -53,7 +53,8 @@ def estimate(
     python = train_steps.compiler()
     rows = []
     configs = {
-        key: resolve(config, _vocabulary(config)) for key, config in models.items()
+        key: resolve(config, _vocabulary(config), end_token=0)
+        for key, config in models.items()
     }
     peaks: dict[tuple, int | None] = {}
     for devices in (1, MANY):

@@ -168,7 +168,8 @@ def _open(
     hosts.check_same("the token store", store.fingerprint)
     before = read_config(workdir) if step is not None else None
     config = as_made(config, store)
-    config = resolve(config, store.tokenizer.vocab_size, before)
+    vocabulary, end = store.tokenizer.vocab_size, store.tokenizer.eot
+    config = resolve(config, vocabulary, before, end)
     for name, split in (("training", store.train), ("validation", store.val)):
         check_context(name, split, config.model.context)
     size, parts = config.train.batch_size, config.train.accumulate

@@ -1,0 +1,188 @@
+"""The language model's body: documents apart, positions, norms, initialization, and
+decoding under a mask.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trix_jax import TransformerConfig, TransformerLM
+from trix_jax.nn import CausalSelfAttention
+from trix_jax.nn.positions import rotate
+
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+END, D = 0, 16
+SIZES = {"vocab_size": 11, "context": 12, "d_model": D, "n_layers": 2, "n_heads": 2}
+BODIES = {
+    "dense": {"ffn": "dense", "ffn_width": 8},
+    "rotary": {"ffn": "dense", "ffn_width": 8, "positions": "rotary", "norm": "rms"}
+    | {"qk_norm": True, "init": "fan_in"},
+    "sparse": {"ffn": "sparse", "tiles_per_token": 2, "positions": "rotary"},
+}
+DOCUMENTS = [[END, 3, 1, 4], [END, 1], [END, 5, 9, 2, 6, 5]]
+LINE = np.concatenate(DOCUMENTS)[None]
+most_bodies = pytest.mark.parametrize(
+    "body",
+    [n if n == "rotary" else pytest.param(n, marks=pytest.mark.slow) for n in BODIES],
+)
+
+
+@functools.cache
+def model_and_variables(body, document_mask=True):
+    how = {"document_mask": document_mask, "end_token": END}
+    model = TransformerLM(TransformerConfig(**SIZES, **BODIES[body], **how))
+    return model, jit(model.init)(jax.random.key(0), LINE)
+
+
+def logits(body, tokens, document_mask=True, **how):
+    model, variables = model_and_variables(body, document_mask)
+    return jit(model.apply)(variables, np.asarray(tokens), **how)[0]
+
+
+def assert_near(a, b, tolerance=2e-5):
+    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+@most_bodies
+def test_a_packed_document_has_the_logits_it_gets_alone(body):
+    packed = logits(body, LINE)[0]
+    alone = [logits(body, [document])[0] for document in DOCUMENTS]
+    assert_near(packed, np.concatenate(alone))
+    crossed = logits(body, LINE, document_mask=False)[0]
+    assert np.abs(crossed - packed)[4:].max() > 1e-2  # the mask is what does it
+
+
+def decoded(body, tokens, pieces, mask=None):
+    """Logits of a line read piece by piece through the cache."""
+    model, variables = model_and_variables(body)
+    read = jit(
+        functools.partial(model.apply, decode=True, mutable=["cache"]),
+    )
+    cache, parts, start = {}, [], 0
+    for length in pieces:
+        now = slice(start, start := start + length)
+        part = None if mask is None else mask[:, now]
+        out, cache = read({**variables, **cache}, tokens[:, now], mask=part)
+        parts.append(out[0])
+    return np.concatenate(parts, axis=1)
+
+
+@most_bodies
+def test_documents_decoded_piece_by_piece_have_the_logits_of_one_call(body):
+    whole = logits(body, LINE)
+    assert_near(decoded(body, LINE, [3, 1, 1, 1, 1, 5]), whole)
+
+
+@most_bodies
+def test_a_padded_prompt_decodes_as_the_prompts_without_padding(body):
+    prompts = [[END, 3, 1, 4, 1], [END, 5, 9]]
+    text = np.asarray([[7, 2], [8, 6]])
+    padding = np.asarray([[END] * (5 - len(prompt)) + prompt for prompt in prompts])
+    mask = np.asarray([[True] * 5, [False] * 2 + [True] * 3])
+    tokens = np.concatenate([padding, text], axis=1)
+    mask = np.concatenate([mask, np.ones((2, 2), bool)], axis=1)
+    together = decoded(body, tokens, [5, 1, 1], mask)
+    for i, prompt in enumerate(prompts):
+        alone = logits(body, [[*prompt, *text[i]]])[0]
+        assert_near(together[i, mask[i]], alone)
+
+
+def test_attention_keeps_a_mask_and_segments_for_later_calls():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, D)), jnp.float32)
+    mask = np.asarray([[False, True, True, True, True, True], [True] * 6])
+    ids = np.asarray([[9, 4, 4, 7, 7, 7], [2, 2, 2, 2, 2, 2]])
+    layer = CausalSelfAttention(D, 2, cache_length=6, rotary=True, qk_norm=True)
+    variables = jit(layer.init)(jax.random.key(0), x)
+    whole = jit(layer.apply)(variables, x, mask=mask, segment_ids=ids)
+    read = jit(functools.partial(layer.apply, decode=True, mutable=["cache"]))
+    first, cache = read(variables, x[:, :4], mask=mask[:, :4], segment_ids=ids[:, :4])
+    later, cache = read({**variables, **cache}, x[:, 4:])
+    assert_near(jnp.concatenate([first, later], axis=1), whole)
+    with pytest.raises(ValueError, match=r"the cache holds 6 tokens\. Got 1 after 6"):
+        layer.apply({**variables, **cache}, x[:, :1], decode=True, mutable=["cache"])
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_rotation_is_a_complex_phase_and_products_see_distances_alone(length):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 1, length, 1, 6)).astype(np.float32)
+    at = np.arange(length)[None]
+    z = x[..., :3] + 1j * x[..., 3:]
+    phase = at[..., None, None] * 10_000.0 ** (-np.arange(3) / 3)
+    turned = z * np.exp(1j * phase)
+    expected = np.concatenate([turned.real, turned.imag], axis=-1)
+    assert_near(rotate(jnp.asarray(x), jnp.asarray(at)), expected)
+
+    def products(shift):
+        a, b = (rotate(jnp.asarray(v), jnp.asarray(at + shift)) for v in (x, y))
+        return np.einsum("bqhe,bkhe->bqk", a, b)
+
+    assert_near(products(7), products(0), 1e-4)
+
+
+def test_queries_and_keys_have_unit_rms_with_qk_norm():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, D)), jnp.float32)
+    layer = CausalSelfAttention(D, 2, qk_norm=True)
+    variables = layer.init(jax.random.key(0), x)
+    params = jax.tree.map(np.asarray, variables["params"])
+    q, k, v = np.moveaxis(np.tensordot(x, params["qkv"]["kernel"], 1), -3, 0)
+    q, k = (t / np.sqrt(np.mean(t**2, axis=-1, keepdims=True) + 1e-6) for t in (q, k))
+    scores = np.einsum("bqhe,bkhe->bhqk", q, k) / np.sqrt(D // 2)
+    scores = np.where(np.tril(np.ones((4, 4), bool)), scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    y = np.einsum("bhqk,bkhe->bqhe", weights, v)
+    expected = np.tensordot(y, params["out"]["kernel"], 2)
+    assert_near(layer.apply(variables, x), expected)
+    assert params["query_norm"]["scale"].shape == (D // 2,)
+
+
+def spread(config):
+    """Standard deviations of the matrices at initialization."""
+    sizes = {"vocab_size": 64, "context": 4, "d_model": 64, "n_layers": 2, "n_heads": 2}
+    model = TransformerLM(TransformerConfig(**sizes, **config))
+    params = jit(model.init)(jax.random.key(0), np.zeros((1, 4), int))["params"]
+    block = params["block_01"]
+    return {
+        "embed": float(params["embed"]["embedding"].std()),
+        "qkv": float(block["attention"]["qkv"]["kernel"].std()),
+        "out": float(block["attention"]["out"]["kernel"].std()),
+        "up": float(block["ffn"]["up"]["kernel"].std()),
+        "down": float(block["ffn"]["down"]["kernel"].std()),
+    }
+
+
+@pytest.mark.parametrize(
+    ("init", "expected"),
+    [
+        ("gpt2", {"qkv": 0.02, "out": 0.01, "up": 0.02, "down": 0.01}),
+        ("fan_in", {"qkv": 1 / 8, "out": 1 / 16, "up": 1 / 8, "down": 1 / 16}),
+    ],
+)
+def test_initialization_has_the_spread_it_says(init, expected):
+    found = spread({"ffn": "dense", "ffn_width": 256, "init": init})
+    assert found == pytest.approx({"embed": 0.02, **expected}, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"norm": "batch"}, "norm must be one of layer, rms"),
+        ({"positions": "none"}, "positions must be one of learned, rotary"),
+        ({"init": "zero"}, "init must be one of gpt2, fan_in"),
+        ({"positions": "rotary", "d_model": 6, "n_heads": 2}, "must be even"),
+    ],
+)
+def test_a_body_that_cannot_be_is_refused_by_name(no_type_hook, values, message):
+    with pytest.raises(ValueError, match=message):
+        TransformerConfig(**values)
+
+
+def test_documents_without_a_mark_are_refused():
+    model = TransformerLM(TransformerConfig(**SIZES, document_mask=True))
+    with pytest.raises(ValueError, match="end_token must be set"):
+        model.init(jax.random.key(0), LINE)
