@@ -233,6 +233,7 @@ def test_model_is_the_source_s_unless_typed(source, tuned, tmp_path):
         config = parse_preset(Args, flags, "train", start).config
         assert dataclasses.asdict(config.model) == wanted | {
             "vocab_size": None,
+            "end_token": None,
             "dropout": 0.1,
         }
         assert config.arm == "sparse"

@@ -86,8 +86,7 @@ def evaluate(
 
 def longest_context(config: TransformerConfig) -> int | None:
     """The longest sequence that a model has positions for; None: any length."""
-    is_learned = getattr(config, "positions", "learned") == "learned"
-    return config.context if is_learned else None
+    return config.context if config.positions == "learned" else None
 
 
 def at_context(config: TransformerConfig, context: int) -> TransformerConfig:

@@ -216,5 +216,5 @@ def defaults(workdir: Path, given: str | None) -> RunConfig | None:
         found = find(given).settings
     else:
         return None
-    model = dataclasses.replace(found.model, vocab_size=None)
+    model = dataclasses.replace(found.model, vocab_size=None, end_token=None)
     return dataclasses.replace(found, model=model)
