@@ -129,6 +129,7 @@ def _begin(
     step = _resume_step(config, workdir, start, report)
     is_new = step is None
     source = initial.find(start.init_from) if start.init_from and is_new else None
+    hosts.check_same("what it starts from", source.sha256 if source else "00")
     run = _open(config, workdir, step, start, report)
     weights = initial.weights(source, run.config, run.store, report) if source else None
     if hosts.is_first():
