@@ -49,16 +49,17 @@ def multiply(x, tiles, weights):
 
 @lru_cache
 def spread(tiles):
-    """Outputs and pulled-back gradients over a mesh of (8 / tiles, tiles)."""
+    """Outputs, pulled-back gradients and a tangent over a mesh of (8 / tiles, tiles)."""
 
-    @mapped(mesh_of(tiles), (ALL, ALL, ALL, P("tile")), (ALL, ALL, P("tile")))
+    @mapped(mesh_of(tiles), (ALL, ALL, ALL, P("tile")), (ALL, ALL, P("tile"), ALL))
     def run(x, routes, g, w):
         def outputs(x, w):
             return expert_parallel.route_tiles(multiply, x, routes, w, N, "tile")
 
         y, pull = jax.vjp(outputs, x, w)
         dx, dw = pull(g)
-        return y, dx, jax.lax.psum(dw, "data")
+        tangent = jax.jvp(outputs, (x, w), (2 * x, 3 * w))[1]
+        return y, dx, jax.lax.psum(dw, "data"), tangent
 
     return run
 
@@ -74,7 +75,7 @@ def test_route_tiles_any_routing_computes_every_assignment_exactly(tiles, name):
     w = jnp.asarray(chance.integers(1, 8, N), jnp.float32)
     y, pull = jax.vjp(lambda x, w: multiply(x, routes, w), x, w)
     found = spread(tiles)(x, routes, g, w)
-    for a, b in zip(found, (y, *pull(g)), strict=True):
+    for a, b in zip(found, (y, *pull(g), 5 * y), strict=True):
         np.testing.assert_array_equal(a, b)
 
 

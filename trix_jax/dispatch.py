@@ -15,11 +15,10 @@ References:
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trix_jax.ops import vary_alike
+from trix_jax.ops import linear_map, vary_alike
 from trix_jax.typing import Array, Bool, Float, Integer
 
 SYMBOLIC_ROWS = 32  # rows in a block where the number of tokens is not known
@@ -154,36 +153,34 @@ def _slots(sorted_tile, num_tiles, rows):
 
 def to_blocks(x: Float[Array, "T D"], plan: Plan) -> Float[Array, "M R D"]:
     """Copies every token to the row of each of its assignments; padding rows are zero."""
-    return _to_blocks(*vary_alike((x, plan)))
+    x, plan = vary_alike((x, plan))
+    return linear_map(_copy, _sum_copies, plan, x)
 
 
 def from_blocks(y: Float[Array, "M R D"], plan: Plan) -> Float[Array, "T K D"]:
     """Reads every assignment's row back into token order: the exact inverse
     permutation.
     """
-    return _from_blocks(*vary_alike((y, plan)))
+    y, plan = vary_alike((y, plan))
+    return linear_map(_read, _put_back, plan, y)
 
 
-@jax.custom_vjp
-def _to_blocks(x, plan):
+def _copy(plan, x):
     return _rows(x, plan.source // plan.slot.shape[-1])
 
 
-@jax.custom_vjp
-def _from_blocks(y, plan):
+def _sum_copies(plan, dy):
+    return _read(plan, dy).sum(axis=1)
+
+
+def _read(plan, y):
     return y.reshape(-1, y.shape[-1])[plan.slot]
+
+
+def _put_back(plan, dy):
+    return _rows(dy.reshape(-1, dy.shape[-1]), plan.source)
 
 
 def _rows(x_AD, source):
     """Rows of `x` by index, zero where the index is past the end."""
     return x_AD.at[source].get(mode="fill", fill_value=0)
-
-
-_to_blocks.defvjp(
-    lambda x, plan: (_to_blocks(x, plan), plan),
-    lambda plan, dy: (_from_blocks(dy, plan).sum(axis=1), None),
-)
-_from_blocks.defvjp(
-    lambda y, plan: (_from_blocks(y, plan), plan),
-    lambda plan, dy: (_rows(dy.reshape(-1, dy.shape[-1]), plan.source), None),
-)

@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from trix_jax.ops import vary_alike, vary_like
+from trix_jax.ops import linear_map, vary_alike, vary_like, with_backward
 from trix_jax.typing import Array, Bool, Float, Integer
 
 SLACK = 1.25  # rows of a round over those of an even load
@@ -85,7 +85,10 @@ def route_tiles(
     queue = line_up(tiles.reshape(-1), num_tiles, axis_name)
     one_round = partial(_round, compute, axis_name, tiles.shape[-1])
     x, weights, tiles = vary_alike((x, weights, tiles))
-    return _sum_rounds(one_round, x, weights, queue).reshape(*tiles.shape, -1)
+    sum_rounds = with_backward(
+        partial(_sum_rounds, one_round), partial(_sum_rounds_back, one_round)
+    )
+    return sum_rounds((x, weights), queue).reshape(*tiles.shape, -1)
 
 
 def line_up(flat_A: Integer[Array, " A"], num_tiles: int, axis_name: str) -> Queue:
@@ -119,28 +122,28 @@ def _round(compute, axis_name, k, number, x, weights, queue: Queue):
         return moved.reshape(rows_RD.shape)
 
     x_A = jnp.repeat(x, k, axis=0)
-    received = exchange(_move(x_A, source, slot))
+    received = exchange(_move(source, slot, x_A))
     # An empty row is 0 and goes to tile 0; its output is never read.
     tiles = exchange(queue.tile.at[source].get(mode="fill", fill_value=0))
     y = compute(received, tiles[:, None], weights)[:, 0]
-    return _move(exchange(y), slot, source)
+    return _move(slot, source, exchange(y))
 
 
-@jax.custom_vjp
-def _move(x_AD, there, back):
+def _move(there, back, x_AD):
     """Rows `there` of `x`, 0 where the index is past the end; `back` is the inverse."""
-    del back
-    return x_AD.at[there].get(mode="fill", fill_value=0)
+    return linear_map(_rows_there, _rows_back, (there, back), x_AD)
 
 
-_move.defvjp(
-    lambda x, there, back: (_move(x, there, back), (there, back)),
-    lambda ends, dy: (_move(dy, ends[1], ends[0]), None, None),
-)
+def _rows_there(ends, x_AD):
+    return x_AD.at[ends[0]].get(mode="fill", fill_value=0)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sum_rounds(one_round, x, weights, queue: Queue):
+def _rows_back(ends, dy):
+    return _rows_there(ends[::-1], dy)
+
+
+def _sum_rounds(one_round, inputs, queue: Queue):
+    x, weights = inputs
     start = vary_like(jnp.zeros((queue.place.size, x.shape[-1]), x.dtype), x)
 
     def add(i, y):
@@ -149,22 +152,15 @@ def _sum_rounds(one_round, x, weights, queue: Queue):
     return jax.lax.fori_loop(0, queue.rounds, add, start)
 
 
-def _forward(one_round, x, weights, queue):
-    return _sum_rounds(one_round, x, weights, queue), (x, weights, queue)
-
-
-def _backward(one_round, kept, dy):
-    x, weights, queue = kept
+def _sum_rounds_back(one_round, kept, dy):
+    inputs, queue = kept
 
     def add(i, total):
-        _, pull = jax.vjp(lambda *of: one_round(i, *of, queue), x, weights)
+        _, pull = jax.vjp(lambda *of: one_round(i, *of, queue), *inputs)
         return jax.tree.map(jnp.add, total, pull(dy))
 
-    start = jax.tree.map(jnp.zeros_like, (x, weights))
-    return (*jax.lax.fori_loop(0, queue.rounds, add, start), None)
-
-
-_sum_rounds.defvjp(_forward, _backward)
+    start = jax.tree.map(jnp.zeros_like, inputs)
+    return jax.lax.fori_loop(0, queue.rounds, add, start)
 
 
 def specs(tree: Any, axis_name: str) -> Any:

@@ -35,8 +35,9 @@ def freeze(
     Args:
         model: the module that `variables` belong to.
         variables: with `"params"`, and `"routing"` where there is one. Boxes
-            (`nn.with_partitioning`) stay around what stays; a `FrozenDict` comes back
-            as one.
+            (`nn.with_partitioning`) stay around what stays. Around what is packed they
+            keep the names of the axes before the matrices, such as the tiles', and have
+            None for the last two. A `FrozenDict` comes back as one.
         *args: one example call's arguments, as for `init`; only their shapes matter, so
             that a `jax.ShapeDtypeStruct` does.
         **kwargs: the same.
@@ -61,11 +62,24 @@ def freeze(
         inside = {
             k[len(path) :]: v for k, v in packed.items() if k[: len(path)] == path
         }
-        new = module.pack(nn.unbox(own), unflatten_dict(inside))
-        packed |= {(*path, name): value for name, value in new.items()}
+        new = module.pack(nn.unbox(own), nn.unbox(unflatten_dict(inside)))
+        box = own.get("kernel")
+        packed |= {(*path, name): _boxed(value, box) for name, value in new.items()}
     frozen = {"params": unflatten_dict(params), PACKED: unflatten_dict(packed)}
     new = {**variables, **frozen}
     return FrozenDict(new) if isinstance(variables, FrozenDict) else new
+
+
+def _boxed(packed, kernel):
+    """Packed words or scales in a box like their kernel's. The axes before the matrices,
+    such as that of the tiles, are the kernel's and keep their names. The last two are
+    not: words are dealt out as a matmul wants them, so a part is no part of the matrix.
+    """
+    if not isinstance(kernel, nn.Partitioned):
+        return packed
+    lead = packed.ndim - 2
+    names = (*kernel.names, *[None] * lead)[:lead]
+    return kernel.replace(value=packed, names=(*names, None, None))
 
 
 def _packing_modules(model, variables, args, kwargs) -> dict[Path, Any]:

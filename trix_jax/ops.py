@@ -15,6 +15,8 @@ import trix_kernels
 from trix_jax.ternary import Activations, Ternary, straight_through
 from trix_jax.typing import Array, Float, Integer, Variables
 from trix_kernels import Packed as Packed
+from trix_kernels.derivatives import linear_map as linear_map
+from trix_kernels.derivatives import with_backward as with_backward
 from trix_kernels.quantize import quantize
 from trix_kernels.tile_ffn import xla as ffn_xla
 from trix_kernels.tile_matmul import xla

@@ -42,14 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     setting = SETTINGS[args.setting]
     path = args.results / f"{setting.name}.json"
     if args.list:
-        come = runs_to_come(setting, results.read(path))
+        alike, _ = results_of_one_sampler(results.read(path))
+        come = runs_to_come(setting, alike)
         print(next((spec.name for spec in come), "nothing is left to do"))
         return DONE
     store = token_store(setting, args.data, args.runs, args.flags)
 
     def schedule(done: Sequence[results.Result]) -> list[Spec]:
-        come = runs_to_come(setting, done)
-        return [placed(spec, store, args.flags) for spec in come]
+        alike, flags = results_of_one_sampler(done)
+        come = runs_to_come(setting, alike)
+        return [placed(spec, store, f"{flags} {args.flags}") for spec in come]
 
     path.parent.mkdir(parents=True, exist_ok=True)
     slots = make_slots(args.slots)
@@ -61,6 +63,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(stop, flush=True)
         return INTERRUPTED
     return FAILED if any(row["state"] == "failed" for row in rows) else DONE
+
+
+def results_of_one_sampler(
+    done: Sequence[results.Result],
+) -> tuple[Sequence[results.Result], str]:
+    """The results that a sweep goes on from, those of the sampler that most have, and the
+    flags that make the next runs alike: losses of two samplers are not compared.
+    """
+    groups = results.by_sampler(done)
+    if not groups:
+        return done, ""
+    sampler = max(groups, key=lambda name: len(groups[name]))
+    return groups[sampler], f"--train.sampler {sampler}"
 
 
 def placed(spec: Spec, store: Path, more: str) -> Spec:

@@ -113,13 +113,14 @@ def test_export_with_a_symbolic_batch_gives_the_numbers_of_a_call(name, is_froze
 # Boxes, initializers, frozen variables ---------------------------------------------------------------------------------
 
 
-def boxed_layer():
+def boxed_layer(**how):
     init = nn.initializers.lecun_normal()
     names = ("tile", "embed", "mlp")
     return SparseTriXFFN(
         D,
         up_init=nn.with_partitioning(init, names),
         down_init=nn.with_logical_partitioning(init, names),
+        **how,
     )
 
 
@@ -134,13 +135,59 @@ def test_boxes_go_through_init_apply_freeze_and_gradients():
     call = jit(lambda v: layer.apply(v, X)[0])
     np.testing.assert_array_equal(call(boxed), call(plain))
     frozen, expected = freeze(layer, boxed, X), freeze(layer, plain, X)
-    jax.tree.map(np.testing.assert_array_equal, frozen, expected)
+    jax.tree.map(np.testing.assert_array_equal, nn.unbox(frozen), expected)
+    np.testing.assert_array_equal(call(frozen), call(expected))
 
     def loss(variables):
         return jnp.sum(layer.apply(variables, X)[0] ** 2)
 
     gradient = jit(jax.grad(lambda p: loss({**boxed, "params": p})))(boxed["params"])
     assert gradient["tiles"]["up"]["kernel"].names == up.names
+
+
+def test_packed_leaves_keep_the_names_of_the_axes_before_the_matrices():
+    """What names say of frozen variables holds: sharded by them, outputs stay."""
+    layer = boxed_layer()
+    boxed = jit(layer.init)(jax.random.key(1), X)
+    frozen = freeze(layer, boxed, X)
+    for tiles in (frozen["packed"]["tiles"]["up"], frozen["packed"]["tiles"]["down"]):
+        for name in ("bits", "scale"):
+            assert tiles[name].names == ("tile", None, None)
+            assert tiles[name].value.shape[0] == 4
+    kind = frozen["packed"]["tiles"]["down"]["bits"]
+    assert isinstance(kind, nn.LogicallyPartitioned)
+    specs = nn.get_partition_spec(frozen)["packed"]["tiles"]
+    assert specs["up"]["bits"] == specs["up"]["scale"] == P("tile", None, None)
+    assert specs["signature_sums"] == P()
+    mesh = jax.make_mesh((4,), ("tile",), axis_types=(AxisType.Auto,))
+    placed = jax.device_put(nn.unbox(frozen), nn.get_sharding(frozen, mesh))
+    bits = placed["packed"]["tiles"]["up"]["bits"]
+    assert {shard.data.shape[0] for shard in bits.addressable_shards} == {1}
+    call = jit(lambda v: layer.apply(v, X)[0])
+    assert_near(call(placed), call(frozen))
+
+
+@pytest.mark.slow
+def test_packed_leaves_of_a_stack_of_layers_keep_its_name_under_scan():
+    class Step(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return x + boxed_layer(name="ffn")(x)[0], None
+
+    axes = {"params": 0, "routing": 0, "packed": 0}
+    stack = nn.scan(
+        Step,
+        variable_axes=axes,
+        split_rngs={"params": True},
+        length=2,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )()
+    boxed = jit(stack.init)(jax.random.key(1), X, None)
+    frozen = freeze(stack, boxed, X, None)
+    bits = frozen["packed"]["ffn"]["tiles"]["up"]["bits"]
+    assert bits.names == ("layers", "tile", None, None)
+    call = jit(lambda v: stack.apply(v, X, None)[0])
+    assert_near(call(frozen), call(nn.unbox(boxed)))
 
 
 def test_box_around_what_is_not_packed_stays():

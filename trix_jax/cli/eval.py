@@ -30,6 +30,7 @@ def main(argv: list[str]) -> None:
     """Evaluates a run or an export."""
     from trix_jax.lm.serve.load import load_run, open_run_data, resolve_step
     from trix_jax.lm.train.evaluate import evaluate
+    from trix_jax.lm.train.metrics import in_words
     from trix_jax.ops import implementation
 
     args = parse(Args, argv, "eval")
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> None:
         report(f"windows of {context} tokens, {past} the {trained} it was trained with")
     report(
         f"validation loss {result.val_loss:.4f} nats a token, perplexity "
-        f"{result.val_ppl:.3f}, {result.val_bits_per_byte:.4f} bits per byte, "
+        f"{result.val_ppl:.3f}, {in_words(result.val_bits_per_byte)}, "
         f"{result.tokens:,} tokens"
     )
     if result.val_loss_unquantized is not None:

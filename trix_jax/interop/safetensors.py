@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
@@ -65,7 +66,7 @@ def to_tensors(
     """Variables as named arrays in the interchange format, and the unpacked row length
     of every packed kernel.
     """
-    flat: dict[tuple[str, ...], Any] = flatten_dict(dict(variables))
+    flat: dict[tuple[str, ...], Any] = flatten_dict(nn.unbox(dict(variables)))
     shapes = kernel_shapes(model)
     tensors, columns = {}, {}
     for path, leaf in flat.items():
@@ -132,13 +133,14 @@ def _abstract(model):
 
 
 def _is_idle(path, flat, model) -> bool:
-    """Whether a leaf of the routing state does nothing in a frozen model: margins, and
-    signatures that nobody holds.
+    """Whether a leaf of the routing state does nothing in a frozen model: margins,
+    signatures and rows that nobody holds.
     """
-    held = model.config.routing.source == "random" or bool(
-        np.any(flat[(*path[:-1], "frozen")])
+    held = model.config.routing.source == "random" or any(
+        np.any(flat.get((*path[:-1], name), False)) for name in ("frozen", "held")
     )
-    return path[-1] in MARGINS or (path[-1] == "signature" and not held)
+    kept = path[-1] in ("signature", "rows")
+    return path[-1] in MARGINS or (kept and not held)
 
 
 def _complete(model, flat):
@@ -154,7 +156,7 @@ def _complete(model, flat):
     )
     need: dict = flatten_dict(abstract)
     for path in sorted(need.keys() - flat.keys()):
-        if path[0] == "routing" and path[-1] in MARGINS | {"signature"}:
+        if path[0] == "routing" and _is_idle(path, flat, model):
             flat[path] = jnp.zeros(need[path].shape, need[path].dtype)
     for path in sorted(need.keys() | flat.keys()):
         have = (

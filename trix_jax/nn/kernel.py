@@ -90,9 +90,8 @@ class TernaryKernel(nn.Module):
     @nn.compact
     def __call__(self, progress: Scalar = 1.0) -> ops.Weights:
         if self.has_variable(PACKED, "bits"):
-            return ops.Packed(
-                self.get_variable(PACKED, "bits"), self.get_variable(PACKED, "scale")
-            )
+            names = ops.Packed._fields
+            return ops.Packed(*(nn.unbox(self.get_variable(PACKED, n)) for n in names))
         fixed = self.config.rule == "fixed"
         self._check_there_are_weights()
         init = self.kernel_init or Whole(uniform_init if fixed else tile_init())

@@ -1,12 +1,15 @@
 """`tile_ffn`: both matmuls of a tile, the hidden layer never in device memory."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from trix_kernels import device
+from trix_kernels.derivatives import without_derivative
 from trix_kernels.quantize import Activations
 from trix_kernels.tile_ffn import reference, xla
 from trix_kernels.tile_ffn.config import FUSED_BLOCKS, SHARED_BYTES, shared_bytes
@@ -66,14 +69,19 @@ def block_ffn(
         return jnp.asarray(y, x.dtype)
     if implementation == "xla":
         return xla.tile_ffn(x, up, down, block_tile, shape, act, used, activations)
-    arch = device.arch()
-    if reason or arch is None:
+    if reason or device.arch() is None:
         raise NotImplementedError(reason)
+    if used is None:
+        used = jnp.full((1,), x.shape[0], jnp.int32)
+    kernel = without_derivative(partial(_mosaic, shape=shape, act=act), "mosaic_gpu")
+    return kernel(x, up, down, block_tile, used)
+
+
+def _mosaic(x, up, down, block_tile, used, shape, act):
     # Only here: importing Mosaic GPU takes longer than importing jax.
     from trix_kernels.tile_ffn import mosaic_gpu
 
-    if used is None:
-        used = jnp.full((1,), x.shape[0], jnp.int32)
+    arch: Any = device.arch()
     blocks, tile, used = split(x, block_tile, used, _fitting_rows(up, down)[-1])
     y = mosaic_gpu.tile_ffn(
         blocks,

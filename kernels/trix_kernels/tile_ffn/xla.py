@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Integer
 
+from trix_kernels.derivatives import with_backward
 from trix_kernels.quantize import Activations
 from trix_kernels.tile_ffn import blockwise
 from trix_kernels.tile_ffn.blockwise import Rows
@@ -44,41 +45,48 @@ def tile_ffn(
     if used is None:
         used = jnp.full((1,), x.shape[0], jnp.int32)
     rows, weights = vary_alike((Rows(x, block_tile, used), (up, down)))
-    return _tile_ffn(rows, weights, shape, act)
+    numbers, words = blockwise.split(weights)
+    how = shape, act
+    run = with_backward(partial(_forward, *how), partial(_backward, *how))
+    return run((rows.x, numbers), (rows.tile, rows.used, words))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _tile_ffn(rows, weights, shape, act):
-    batched = partial(_batched, shape=shape, act=act)
-    if rows.x.shape[0] == 1:
-        return batched(rows, weights)
-    loop = custom_vmap(partial(blockwise.forward, shape=shape, act=act))
-    loop.def_vmap(_vmapped(batched))
-    return jax.lax.platform_dependent(rows, weights, cpu=loop, default=batched)
+def _forward(shape, act, inputs, fixed):
+    def loop(inputs, fixed):
+        return blockwise.forward(*_joined(inputs, fixed), shape, act)
+
+    def batched(inputs, fixed):
+        return _batched(*_joined(inputs, fixed), shape, act)
+
+    if inputs[0].shape[0] == 1:
+        return batched(inputs, fixed)
+    cpu = _loop_unless_vmapped(loop, batched)
+    return jax.lax.platform_dependent(inputs, fixed, cpu=cpu, default=batched)
 
 
-def _tile_ffn_forward(rows, weights, shape, act):
-    return _tile_ffn(rows, weights, shape, act), (rows, weights)
+def _backward(shape, act, primals, dy):
+    inputs, fixed = primals
+
+    def loop(given, fixed):
+        inputs, dy = given
+        return blockwise.backward(*_joined(inputs, fixed), dy, shape, act)
+
+    def batched(given, fixed):
+        def value(inputs):
+            return _batched(*_joined(inputs, fixed), shape, act)
+
+        inputs, dy = given
+        return jax.vjp(value, inputs)[1](dy)[0]
+
+    cpu = _loop_unless_vmapped(loop, batched)
+    given = inputs, dy
+    return jax.lax.platform_dependent(given, fixed, cpu=cpu, default=batched)
 
 
-def _tile_ffn_backward(shape, act, saved, dy):
-    def batched(rows, weights, dy):
-        numbers, words = blockwise.split(weights)
-
-        def value(x, numbers):
-            whole = blockwise.join(numbers, words)
-            return _batched(rows._replace(x=x), whole, shape, act)
-
-        return jax.vjp(value, rows.x, numbers)[1](dy)
-
-    loop = custom_vmap(partial(blockwise.backward, shape=shape, act=act))
-    loop.def_vmap(_vmapped(batched))
-    dx, dw = jax.lax.platform_dependent(*saved, dy, cpu=loop, default=batched)
-    integers: Any = None
-    return Rows(dx, integers, integers), dw
-
-
-_tile_ffn.defvjp(_tile_ffn_forward, _tile_ffn_backward)
+def _joined(inputs, fixed):
+    """Rows and weights from what takes gradients and what takes none."""
+    (x, numbers), (tile, used, words) = inputs, fixed
+    return Rows(x, tile, used), blockwise.join(numbers, words)
 
 
 def _batched(rows, weights, shape, act):
@@ -89,12 +97,34 @@ def _batched(rows, weights, shape, act):
     return blockwise.ffn(rows.x, pair, act)
 
 
-def _vmapped(batched):
-    """Under `vmap` the loops of the batch would wait for each other: all at once."""
+def _loop_unless_vmapped(loop, batched):
+    """`loop(inputs, fixed)`, but `batched` under `vmap`, where the loops of the batch
+    would wait for each other. Its derivative to `inputs` is of the same kind. (That of
+    `custom_vmap` itself has wrong shapes where only tangents are batched.)
+    """
+    by_loop = custom_vmap(loop)
 
-    def rule(axis_size, in_batched, *args):
+    @by_loop.def_vmap
+    def _(axis_size, in_batched, *args):
         in_axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, in_batched)
         y = jax.vmap(batched, in_axes, axis_size=axis_size)(*args)
         return y, jax.tree.map(lambda _: True, y)
 
-    return rule
+    @jax.custom_jvp
+    def run(inputs, fixed):
+        return by_loop(inputs, fixed)
+
+    @run.defjvp
+    def _(primals, tangents):
+        both = _loop_unless_vmapped(_tangent_too(loop), _tangent_too(batched))
+        return both((primals[0], tangents[0]), primals[1])
+
+    return run
+
+
+def _tangent_too(function):
+    def both(given, fixed):
+        inputs, tangent = given
+        return jax.jvp(lambda inputs: function(inputs, fixed), (inputs,), (tangent,))
+
+    return both

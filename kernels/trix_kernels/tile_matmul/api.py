@@ -1,5 +1,6 @@
 """`tile_matmul`: every row meets only its own tile's weights, which stay in two bits."""
 
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -8,6 +9,7 @@ from jaxtyping import Array, Float, Integer, Num
 
 from trix_kernels import device
 from trix_kernels.blocks import block_rows, make_blocks
+from trix_kernels.derivatives import without_derivative
 from trix_kernels.quantize import Activations, quantize
 from trix_kernels.tile_matmul import reference, xla
 from trix_kernels.weights import (
@@ -97,9 +99,15 @@ def block_matmul(
         return jnp.asarray(y, x.dtype)
     if implementation == "xla":
         return xla.tile_matmul(x, weights, block_tile, features, activations)
-    arch = device.arch()
-    if reason or arch is None:
+    if reason or device.arch() is None:
         raise NotImplementedError(reason)
+    if used is None:
+        used = jnp.full((1,), x.shape[0], jnp.int32)
+    kernel = partial(_mosaic, features=features, activations=activations)
+    return without_derivative(kernel, "mosaic_gpu")(x, weights, block_tile, used)
+
+
+def _mosaic(x, weights, block_tile, used, features, activations):
     # Only here: importing Mosaic GPU takes longer than importing jax.
     from trix_kernels.tile_matmul import blackwell, hopper
 
@@ -108,12 +116,11 @@ def block_matmul(
     if activations == "int8":
         values, token_scale = quantize(x)
         values, scale = interleave(values), scale / 32
-    if used is None:
-        used = jnp.full((1,), x.shape[0], jnp.int32)
     rows = most_rows(weights.scale.shape[-2], activations)
     blocks, tile, used = split(values, block_tile, used, rows)
     if token_scale is not None:
         token_scale = token_scale.reshape(blocks.shape[:2])
+    arch = device.arch()
     kernel = hopper if arch == "sm_90a" else blackwell
     programs = kernel.programs_of(blocks.shape[0], features)
     splits = splits_of(programs, kernel.CORES, x.shape[-1], scale.shape[1])

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, Num
 
+from trix_kernels.derivatives import with_backward
 from trix_kernels.quantize import Activations, quantize
 from trix_kernels.varying import vary_alike
 from trix_kernels.weights import Packed, unpack
@@ -48,30 +49,29 @@ def matmul(
     return total.astype(dtype or x.dtype)
 
 
-@jax.custom_vjp
-def _narrow_product(x, q):
-    return jnp.matmul(x, q, preferred_element_type=jnp.float32)
+def _narrow_sums(arrays, _):
+    return jnp.matmul(*arrays, preferred_element_type=jnp.float32)
 
 
-def _narrow_backward(arrays, dy):
+def _narrow_backward(primals, dy):
     """Both products in the dtype of `x`, as in the forward pass. JAX's own rule would
     widen `x` and `q` to the float32 of `dy`.
     """
-    x, q = arrays
+    (x, q), _ = primals
     dy = dy.astype(x.dtype)
-    dx = _narrow_product(dy, jnp.swapaxes(q, -1, -2))
-    dq = _narrow_product(jnp.swapaxes(x, -1, -2), dy)
+    dx = _narrow_product((dy, jnp.swapaxes(q, -1, -2)), ())
+    dq = _narrow_product((jnp.swapaxes(x, -1, -2), dy), ())
     return dx.astype(x.dtype), dq.astype(q.dtype)
 
 
-_narrow_product.defvjp(lambda x, q: (_narrow_product(x, q), (x, q)), _narrow_backward)
+_narrow_product = with_backward(_narrow_sums, _narrow_backward)
 
 
 def _product(x, q, sums):
     """Computes `x @ q` in the dtype `sums`."""
     is_narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
     if is_narrow and x.shape[:-2] == q.shape[:-2]:
-        return _narrow_product(*vary_alike((x, q)))
+        return _narrow_product(vary_alike((x, q)), ())
     return jnp.matmul(x, q, preferred_element_type=sums)
 
 

@@ -14,6 +14,7 @@ from trix_jax.lm.serve.load import load_run
 from trix_jax.lm.train import extend, metrics
 from trix_jax.lm.train.loop import train
 from trix_jax.nn.transformer import TransformerConfig
+from trix_jax.routing import RoutingConfig
 from trix_jax.ternary import TernaryConfig
 
 
@@ -203,8 +204,11 @@ def test_extension_with_other_settings_or_data_changes_nothing(
 HARD = TernaryConfig()
 
 
-def config_with(ffn="sparse", ternary=HARD, **train_changes):
-    model = TransformerConfig(ffn=ffn, tiles_per_token=1, ternary=ternary)
+def config_with(ffn="sparse", ternary=HARD, hold_after=None, **train_changes):
+    routing = RoutingConfig(hold_after=hold_after)
+    model = TransformerConfig(
+        ffn=ffn, tiles_per_token=1, ternary=ternary, routing=routing
+    )
     return of(RunConfig(model=model), 100, warmup_steps=10, **train_changes)
 
 
@@ -233,6 +237,8 @@ def config_with(ffn="sparse", ternary=HARD, **train_changes):
             80,
         ),
         (config_with(schedule="wsd", ternary=TernaryConfig(mode="soft")), 80),
+        (config_with(schedule="wsd", hold_after=0.1), 10),
+        (config_with(schedule="wsd", hold_after=1.0), 80),
         (
             config_with(schedule="constant", ternary=TernaryConfig(mode="progressive")),
             0,

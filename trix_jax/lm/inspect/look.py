@@ -86,6 +86,7 @@ def _model(c) -> dict[str, Any]:
         "ffn_parameters": cost.ffn,
         "ffn_bits": cost.ffn_bits,
         "ffn_active": cost.ffn_active,
+        "routing_bits": cost.routing_bits,
     }
 
 
@@ -141,6 +142,7 @@ def _routing(state) -> dict[str, Any]:
         "bias": np.round(np.asarray(state["bias"], np.float32), 4).tolist(),
         "clusters": members,
         "frozen": bool(state["frozen"]),
+        "held": bool(state.get("held", False)),
     }
 
 

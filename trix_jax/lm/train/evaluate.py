@@ -33,14 +33,15 @@ class Evaluation(NamedTuple):
         val_loss_unquantized: of the weights that training computes with, where they are
             others: before late quantization, in soft mode and in progressive mode
             before its end; None where they are the same.
-        val_bits_per_byte: of the text's UTF-8 bytes, so that tokenizers compare.
+        val_bits_per_byte: of the text's UTF-8 bytes, so that tokenizers compare; None of
+            tokens whose text is not known.
         tile_usage: share of assignments a tile, a list a layer.
         routes: tiles of the first `ROUTES_KEPT` tokens, `uint16[layers, tokens, K]`.
     """
 
     val_loss: float
     val_ppl: float
-    val_bits_per_byte: float
+    val_bits_per_byte: float | None
     tokens: int
     tile_usage: list[list[float]]
     entropy: list[float]
@@ -135,11 +136,10 @@ def _evaluate(
             kept += routes[-1].shape[1]
     counts = jnp.asarray(total, jnp.float32)
     mean = loss / tokens
-    nats_per_byte = mean * store.val_tokens / store.val_bytes
     return Evaluation(
         val_loss=mean,
         val_ppl=math.exp(min(mean, 700.0)),
-        val_bits_per_byte=nats_per_byte / math.log(2),
+        val_bits_per_byte=_bits_per_byte(mean, store),
         tokens=int(tokens),
         tile_usage=(counts / jnp.maximum(counts.sum(-1, keepdims=True), 1)).tolist(),
         entropy=routing.usage_entropy(counts).tolist(),
@@ -147,3 +147,9 @@ def _evaluate(
         dead_tiles=routing.dead_tiles(counts).tolist() if counts.size else [],
         routes=np.concatenate(routes, axis=1),
     )
+
+
+def _bits_per_byte(mean: float, store: Store) -> float | None:
+    if not store.val_bytes:
+        return None
+    return mean * store.val_tokens / store.val_bytes / math.log(2)

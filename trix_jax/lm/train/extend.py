@@ -56,7 +56,7 @@ def _limits(config: RunConfig) -> list[Limit]:
     if train.weight_decay and 0 < train.decay_until < 1:
         why = f"train.decay_until={train.decay_until} ends weight decay by the run's length"
         limits.append(Limit(math.floor(train.decay_until * steps), why))
-    after = getattr(config.model.routing, "hold_after", None)
+    after = config.model.routing.hold_after
     if config.model.ffn != "dense" and after is not None and after < 1:
         why = f"model.routing.hold_after={after} holds addresses by the run's length"
         limits.append(Limit(math.floor(after * steps), why))
