@@ -18,7 +18,7 @@ EXECUTED = sorted(page for page, cells in PAGES.items() if cells)
 
 SHELL = "import subprocess\nsubprocess.run(['bash', '-c', {!r}], check=True)\n"
 # What a reader who has never seen TriX can do from the site alone; a test each.
-PATHS = ("own-model", "own-model-nnx", "training", "inspect", "out")
+PATHS = ("own-model", "own-model-nnx", "training", "fine-tuning", "inspect", "out")
 
 
 def as_script(pages):
@@ -51,6 +51,7 @@ def run(pages, env, tmp_path):
         command, cwd=tmp_path, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+    return done
 
 
 @pytest.mark.slow
@@ -64,6 +65,16 @@ def test_reader_puts_a_layer_into_their_model_from_the_site_alone(run_pages):
 def test_reader_trains_from_the_site_alone(run_pages, tmp_path):
     run_pages("training")
     assert (tmp_path / "run" / "summary.json").is_file()
+
+
+@pytest.mark.slow
+def test_reader_fine_tunes_from_the_site_alone(run_pages, tmp_path):
+    said = run_pages("fine-tuning").stdout
+    before, after = map(
+        float, re.findall(r"^validation loss ([\d.]+) nats", said, re.M)
+    )
+    assert after < before - 0.1
+    assert (tmp_path / "tuned" / "init.json").is_file()
 
 
 @pytest.mark.slow
