@@ -31,7 +31,11 @@ from trix_jax.lm.signals import DONE, FAILED, INTERRUPTED, Interrupted
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
-SETTINGS = design.SETTINGS | claim.SETTINGS
+
+
+def settings() -> dict[str, Setting]:
+    """Every setting by its name."""
+    return design.SETTINGS | claim.SETTINGS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     when a run failed, 75 when interrupted.
     """
     args = _parsed(argv)
-    setting = SETTINGS[args.setting]
+    setting = settings()[args.setting]
     path = args.results / f"{setting.name}.json"
     if args.list:
         alike, _ = results_of_one_sampler(results.read(path))
@@ -103,7 +107,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("setting", choices=sorted(SETTINGS))
+    parser.add_argument("setting", choices=sorted(settings()))
     parser.add_argument("--data", required=True, help="text, folder, or token store")
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder")

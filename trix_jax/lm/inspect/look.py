@@ -16,8 +16,8 @@ from trix_jax.lm.accounting import costs
 from trix_jax.lm.checkpoint import checkpoint
 from trix_jax.lm.data import Store
 from trix_jax.lm.inspect.routes import has_signatures, layer_states, route
-from trix_jax.lm.serve import export
 from trix_jax.lm.serve.load import load_run, resolve_step
+from trix_jax.lm.train.exported import is_export
 from trix_jax.ops import PACKED
 from trix_jax.ternary import TernaryConfig, hard_ternary
 from trix_jax.typing import Variables
@@ -218,7 +218,7 @@ def _splines(config, variables, kernels, name):
 
 def _earlier(directory: Path, model, step) -> Variables | None:
     """Parameters at the step kept before the one that is shown."""
-    if export.is_export(directory):
+    if is_export(directory):
         return None
     checkpoints = directory / "checkpoints"
     number = checkpoint.resolve(checkpoints, step)
