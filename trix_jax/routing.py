@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from trix_jax import balance
+from trix_jax import balance, dispatch
 from trix_jax.clusters import EPSILON, balanced_kmeans
 from trix_jax.clusters import rms_unit as rms_unit
 from trix_jax.matching import match as match
@@ -176,9 +176,7 @@ def count_tiles(
     mask: Bool[Array, " T"] | None = None,
 ) -> Float[Array, " N"]:
     """Assignments each tile received, those of masked tokens (False) left out."""
-    if mask is not None:
-        tiles = jnp.where(mask[:, None], tiles, num_tiles)  # dropped
-    return jnp.bincount(tiles.reshape(-1), length=num_tiles).astype(jnp.float32)
+    return dispatch.count_tiles(tiles, num_tiles, mask).astype(jnp.float32)
 
 
 def balance_loss(
