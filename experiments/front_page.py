@@ -6,7 +6,8 @@ reads `experiments/quality/results/*.json` and writes between the lines
 `<!-- front page: NAME -->` and `<!-- end -->` of README.md and docs/results.md.
 
 A loss is the mean over seeds at the best learning rate, with the half width of its 95 %
-t-interval. Memory is that of the FFN weights: as served, counted by the runs
+t-interval; all of them of runs whose windows lie at random offsets (`train.sampler:
+offsets`), since losses of two samplers are not compared. Memory is that of the FFN weights: as served, counted by the runs
 themselves; in training, float32 weights and Muon's one float32 moment, 8 bytes each.
 Seconds are those of a training step as `experiments.speed.steps` measured it.
 """
@@ -27,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "quality" / "results"
 STEPS = ROOT / "experiments" / "speed" / "measured" / "steps.json"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+SAMPLER = "offsets"  # of the runs that the pages show
 TRAINING_BYTES = 8
 TRIX, HASH, HIDDEN = (
     "sparse-16-top4-embedding",
@@ -51,6 +53,7 @@ class Setting(NamedTuple):
     widths: tuple[int, ...] = ()
 
 
+CAPTION = f"\nSampler of all runs: `{SAMPLER}`.\n"
 FRONT = "english-256-muon"
 SETTINGS = {
     FRONT: Setting(
@@ -78,7 +81,8 @@ SETTINGS = {
 
 def read(setting: str) -> dict[str, Tuned]:
     """The arms of a setting, each at the rate that is best for the seed that sweeps."""
-    runs = results.read(RESULTS / f"{setting}.json")
+    every = results.read(RESULTS / f"{setting}.json")
+    runs = results.by_sampler(every).get(SAMPLER, [])
     arms = (tuned(runs, name) for name in sorted({run.arm for run in runs}))
     return {arm.arm: arm for arm in arms if arm is not None}
 
@@ -146,7 +150,8 @@ def differences() -> str:
         f"with the compute of width {compute:.0f}.\n"
         f"**It loses to the dense FFN of equal parameters**, by {less(arms, params, '')} "
         "nats.\nA fixed hash of the token chooses tiles as well as the signatures do: "
-        f"they are {less(arms, HASH, '')} nats behind it.\n"
+        f"they are {less(arms, HASH, '')} nats behind it.\nSampler of all runs: "
+        f"`{SAMPLER}`.\n"
     )
 
 
@@ -169,7 +174,7 @@ def losses() -> str:
         rows.append([setting.about, *(loss_of(arms, other) for other in others)])
     head = "setting; TriX, recommended; dense, equal compute; dense, equal memory"
     head += "; dense, equal parameters; TriX by a hash; TriX by hidden state"
-    return table(head.split("; "), rows)
+    return table(head.split("; "), rows) + CAPTION
 
 
 def paired() -> str:
@@ -183,7 +188,7 @@ def paired() -> str:
         rows.append([setting.about, *cells, equivalent(name, arms)])
     head = "setting; dense, equal compute; dense, equal memory; dense, equal parameters"
     head += "; TriX by a hash; TriX by hidden state; dense width of equal loss"
-    return table(head.split("; "), rows)
+    return table(head.split("; "), rows) + CAPTION
 
 
 LAYERS = {
@@ -209,7 +214,9 @@ def layers() -> str:
         sizes = (run.active_width, run.ffn_bits / 8e3) if has_ffn else (0, 0)
         cells = [str(len(arms[name].runs)), *(f"{size:,.0f}" for size in sizes)]
         rows.append([what, loss_of(arms, name), *cells])
-    return table("FFN; loss; seeds; active width; served (kB)".split("; "), rows)
+    return (
+        table("FFN; loss; seeds; active width; served (kB)".split("; "), rows) + CAPTION
+    )
 
 
 PARTS = {p.__name__: p for p in (comparison, differences, losses, paired, layers)}

@@ -23,13 +23,17 @@ FLOORS = {
         "trix_jax.balance",
         "trix_jax.clusters",
         "trix_jax.labels",
+        "trix_jax.hashing",
     ),
     "core: the seam to the kernels": ("trix_jax.ops",),
     "core: tokens to blocks and devices": (
         "trix_jax.dispatch",
         "trix_jax.expert_parallel",
     ),
-    "core: tokens to signatures": ("trix_jax.matching",),
+    "core: tokens to signatures; the state that layers keep": (
+        "trix_jax.matching",
+        "trix_jax.routing_state",
+    ),
     "core: tiles for tokens; trained to packed": (
         "trix_jax.routing",
         "trix_jax.frozen",

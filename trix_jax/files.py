@@ -1,5 +1,5 @@
-"""Files written whole or not at all, waited for, hashed. Knows nothing of what is in
-them.
+"""Files written whole or not at all, waited for, hashed, and where a cache of them lies.
+Knows nothing of what is in them.
 """
 
 import contextlib
@@ -11,6 +11,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+CACHE = "trix_jax"
+# No permission, a read-only disk, a file where a folder should be.
+PLACE_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 
 def write_whole(path: Path, data: bytes | str) -> None:
@@ -69,6 +73,38 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/trix_jax`, or `.cache/trix_jax` in the home folder. It may not be
+    there yet.
+
+    Raises:
+        OSError: there is no home folder, as for a user number without an account.
+    """
+    if root := os.environ.get("XDG_CACHE_HOME"):
+        return Path(root) / CACHE
+    try:
+        return Path.home() / ".cache" / CACHE
+    except (RuntimeError, KeyError) as error:
+        raise OSError(
+            "there is no home folder to keep files in: set XDG_CACHE_HOME to a folder."
+        ) from error
+
+
+@contextlib.contextmanager
+def needing_cache(folder: Path) -> Iterator[None]:
+    """Inside, an error of the disk that is about the place says what to set."""
+    try:
+        yield
+    except OSError as error:
+        first = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        if first.errno not in PLACE_ERRORS:
+            raise
+        raise OSError(
+            f"{folder} cannot be written ({first.strerror}): set XDG_CACHE_HOME to a "
+            "folder that can."
+        ) from error
 
 
 def file_sha256(path: Path) -> str:

@@ -18,26 +18,32 @@ References:
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
-from trix_jax import balance, dispatch
-from trix_jax.clusters import EPSILON, balanced_kmeans
+from trix_jax import dispatch
+from trix_jax.clusters import EPSILON
 from trix_jax.clusters import rms_unit as rms_unit
+from trix_jax.hashing import pair_ids as pair_ids
 from trix_jax.matching import match as match
 from trix_jax.matching import match_inside as match_inside
 from trix_jax.matching import select_among as select_among
 from trix_jax.matching import select_tiles as select_tiles
-from trix_jax.typing import Array, AxisName, Bool, Float, Integer, Variables
+from trix_jax.routing_state import MARGINS as MARGINS
+from trix_jax.routing_state import freeze_routing as freeze_routing
+from trix_jax.routing_state import hold_signatures as hold_signatures
+from trix_jax.routing_state import rebuild_clusters as rebuild_clusters
+from trix_jax.routing_state import reduce as reduce
+from trix_jax.routing_state import update as update
+from trix_jax.typing import Array, Bool, Float, Integer, Scalar
 
 Signature = Literal["sum", "sign"]
 Gate = Literal["none", "sigmoid", "softmax", "renormalized"]
 Source = Literal["weights", "random", "learned", "hash"]
+Hold = Literal["signatures", "scores", "routes"]
 
-MARGINS = {"margins", "cluster_margins"}  # what adds up over batches and devices
 DEAD_SHARE = 0.1  # a tile below this share of the uniform load 1/N is dead
 
 
@@ -58,6 +64,12 @@ class RoutingConfig:
         score_scale: multiplies the scores.
         balance_weight: of the probability balance loss in `total_aux`.
         diversity_weight: of the signature diversity loss in `total_aux`.
+        hold_after: share of training after which what `hold` names is held: it stays
+            what it was at that moment and takes no gradient, while the weights go on
+            training. None never holds, 1 leaves it to `hold_signatures`.
+        hold: "signatures"; "scores", the router's input as well (in a `TransformerLM`,
+            a copy of the embedding's rows); "routes", the biases as well, so that
+            routes by token are fixed. Balance goes on under the first two.
     """
 
     source: Source = "weights"
@@ -66,12 +78,15 @@ class RoutingConfig:
     score_scale: float = 1.0
     balance_weight: float = 0.01
     diversity_weight: float = 0.001
+    hold_after: float | None = None
+    hold: Hold = "signatures"
 
     def __post_init__(self):
         for name, kind in (
             ("source", Source),
             ("signature", Signature),
             ("gate", Gate),
+            ("hold", Hold),
         ):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(
@@ -84,6 +99,23 @@ class RoutingConfig:
                 )
         if self.score_scale <= 0:
             raise ValueError(f"score_scale must be positive. Got {self.score_scale}.")
+        if self.hold_after is None:
+            if self.hold != "signatures":
+                raise ValueError(
+                    f"hold={self.hold!r} needs hold_after, a share of training. Got None."
+                )
+        elif not 0 <= self.hold_after <= 1:
+            raise ValueError(f"hold_after must be in 0..1. Got {self.hold_after}.")
+
+    @property
+    def holds(self) -> bool:
+        """Whether the routing state has a place for what is held."""
+        return self.hold_after is not None
+
+    @property
+    def holds_by_itself(self) -> bool:
+        """Whether training must tell its progress for something to be held."""
+        return self.hold_after is not None and self.hold_after < 1
 
 
 class RoutingInfo(NamedTuple):
@@ -119,6 +151,25 @@ def signatures(
     """
     sums = sums.astype(jnp.float32)
     return rms_unit(sums) if kind == "sum" else _sign_through(sums)
+
+
+def hold(
+    value: Float[Array, "*B"],
+    kept: Float[Array, "*B"],
+    was_held: Bool[Array, ""],
+    is_held: Bool[Array, ""],
+) -> Float[Array, "*B"]:
+    """`value` until it is held; from then on, without gradient, what it was at the
+    moment of holding: itself, or `kept` if it was held before.
+    """
+    still = jnp.where(was_held, kept, jax.lax.stop_gradient(value))
+    return jnp.where(is_held, still, value)
+
+
+def is_due(config: RoutingConfig, progress: Scalar) -> Bool[Array, ""]:
+    """Whether training has come to where `config` holds."""
+    after = config.hold_after
+    return jnp.asarray(after is not None and after < 1) & (progress >= (after or 0))
 
 
 def cluster_signatures(
@@ -257,120 +308,6 @@ def stability(
     tokens that kept their tile.
     """
     return jnp.mean((after[..., :, None] == before[..., None, :]).any(axis=-1))
-
-
-# State -----------------------------------------------------------------------------------------------------------------
-
-
-def update(
-    routing: Variables, *, rate: float = 0.5, axis_name: AxisName | None = None
-) -> Variables:
-    """Moves every layer's routing state by one optimizer step: selection biases go
-    towards even loads.
-
-    See `trix_jax.balance`. A tile's load is compared with the mean of all tiles, or of
-    its cluster if that is less; a cluster's with the mean of all clusters. Margins
-    restart at 0. A layer whose `frozen` is set keeps its biases.
-
-    Args:
-        routing: the `"routing"` collection as returned by `apply(...,
-            mutable=["routing"])`, nested as the model is.
-        rate: share of the way, 0 to 1.
-        axis_name: the mapped axes over which margins are summed first; None where they
-            are already global.
-    """
-    if axis_name is not None:
-        routing = reduce(routing, axis_name)
-    return _each_layer(routing, lambda state: _update_layer(state, rate))
-
-
-def reduce(routing: Variables, axis_name: AxisName) -> Variables:
-    """Sums the margins of every layer over a mapped axis; the rest of the state is the
-    same on all devices.
-    """
-    return _each_layer(
-        routing,
-        lambda state: {
-            **state,
-            **jax.lax.psum({m: state[m] for m in MARGINS & state.keys()}, axis_name),
-        },
-    )
-
-
-def freeze_routing(routing: Variables, frozen: bool = True) -> Variables:
-    """Holds (or releases) the routes: signatures and biases stay as they are while the
-    weights go on training.
-    """
-    return _each_layer(
-        routing,
-        lambda state: {**state, "frozen": jnp.full_like(state["frozen"], frozen)},
-    )
-
-
-def rebuild_clusters(routing: Variables, iterations: int = 10) -> Variables:
-    """Groups the tiles of every hierarchical layer anew by balanced k-means on their
-    last signatures.
-
-    Belongs outside the hot path, every few hundred steps. Starts from the present
-    clusters, so that a cluster keeps its index and its bias. Deterministic.
-    """
-
-    def rebuild(state):
-        if "members" not in state:
-            return state
-        lead = state["members"].shape[:-2]
-        cluster = jax.jit(balanced_kmeans, static_argnames="iterations")
-        for _ in lead:
-            cluster = jax.vmap(cluster, in_axes=(0, 0, None))
-        members = cluster(state["signature"], state["members"], iterations)
-        hold = state["frozen"][..., None, None]
-        return {**state, "members": jnp.where(hold, state["members"], members)}
-
-    return _each_layer(routing, rebuild)
-
-
-def _update_layer(state, rate):
-    margins, new = state["margins"], {}
-    if "members" in state:
-        new["bias"] = balance.step_bias(
-            state["bias"], margins, rate, _cluster_load(margins, state["members"])
-        )
-        new["cluster_bias"] = balance.step_bias(
-            state["cluster_bias"], state["cluster_margins"], rate
-        )
-    else:
-        new["bias"] = balance.step_bias(state["bias"], margins, rate)
-    hold = state["frozen"][..., None]
-    new = {name: jnp.where(hold, state[name], value) for name, value in new.items()}
-    empty = {m: jnp.zeros_like(state[m]) for m in MARGINS & state.keys()}
-    return {**state, **new, **empty}
-
-
-def _cluster_load(margins, members):
-    """What a tile should get: the mean load, or that of its cluster where the whole
-    cluster has less.
-    """
-    load = balance.loads(margins)
-    flat = members.reshape(load.shape)
-    by_cluster = jnp.take_along_axis(load, flat, axis=-1).reshape(members.shape)
-    mean = jnp.broadcast_to(by_cluster.mean(axis=-1, keepdims=True), members.shape)
-    mean = jnp.take_along_axis(
-        mean.reshape(load.shape), jnp.argsort(flat, axis=-1), axis=-1
-    )
-    return jnp.minimum(mean, load.mean(axis=-1, keepdims=True))
-
-
-def _each_layer(tree, function):
-    if isinstance(tree, Mapping):
-        if "margins" in tree:
-            new = function(dict(tree))
-        else:
-            new = {k: _each_layer(v, function) for k, v in tree.items()}
-        kind: Any = type(tree)  # a FrozenDict stays one
-        return kind(new)
-    raise ValueError(
-        f"routing must be a routing collection, nested dictionaries down to a layer's state. Got {type(tree)}."
-    )
 
 
 def _cosines(signature):

@@ -1,30 +1,41 @@
 """The settings of the claim: English Wikipedia, every token seen at most once, Muon.
 
-First the body around the FFN, chosen by the dense FFN at its best rate (`BODY`).
+First the body around the FFN, chosen by the dense FFN at its best rate (`BODY`). Then
+at each width D a dense curve, and tiles of D / 4, four a token, whose addresses are
+read from the weights and held (`WIDTHS`): against those who choose tiles otherwise, and
+over the number of tiles.
 """
 
-from experiments.quality.arms import Arm
+from experiments.quality.arms import Arm, dense
 from experiments.quality.design import Setting, Step
 
 PRESET = "experiments/quality/wikipedia.yaml"
-D64 = "--model.d-model 64 --model.n-heads 2"
-DENSE_256 = "--arm dense --model.ffn-width 256"
+HEADS = 32  # width of one
+CHOSEN = ""  # what `BODY` chose, as flags
+
+# The body ----------------------------------------------------------------------------
 
 
 def body(name: str, *flags: str) -> Arm:
     """The dense FFN, four times as wide as the model, in another body."""
-    return Arm(f"body-{name}", " ".join((DENSE_256, *flags)), 4e-3)
+    return Arm(f"body-{name}", " ".join((dense(256).flags, *flags)), 4e-3)
 
 
 ROTARY, RMS = "--model.positions rotary", "--model.norm rms"
 QK, FAN_IN = "--model.qk-norm", "--model.init fan_in"
 MODERN = f"{ROTARY} {RMS} {QK}"
+CONTEXT_256 = "--model.context 256 --train.batch-size 8"  # as many tokens a step
+
+
+def width_flags(d_model: int) -> str:
+    return f"--model.d-model {d_model} --model.n-heads {d_model // HEADS}"
+
 
 # The names say what differs from GPT-2's body.
 BODY = Setting(
     "wikipedia-64-body",
     PRESET,
-    flags=D64,
+    flags=width_flags(64),
     groups={
         "first": (
             body("gpt2"),
@@ -33,14 +44,146 @@ BODY = Setting(
             body("modern-fan-in", MODERN, FAN_IN),
         ),
         "parts": (body("rotary", ROTARY), body("qk", QK), body("rms", RMS)),
-        "documents": (body("modern-documents", MODERN, "--model.document-mask"),),
+        "documents": (
+            body("modern-256", MODERN, CONTEXT_256),
+            body("modern-256-apart", MODERN, CONTEXT_256, "--model.document-mask"),
+        ),
+        "finalists": (body("gpt2"), body("modern", MODERN)),
     },
     order=(
+        Step("first", 0),
+        Step("documents", 0),
+        Step("finalists", 1),
+        Step("finalists", 3),
+        Step("documents", 3),
         Step("first", 1),
         Step("parts", 1),
-        Step("documents", 1),
-        Step("first", 3),
     ),
 )
 
-SETTINGS = {setting.name: setting for setting in (BODY,)}
+# Tiles -------------------------------------------------------------------------------
+
+LADDER = (16, 32, 48, 64, 128)
+HOLD, SCORES = "--model.routing.hold-after", "--model.routing.hold scores"
+HASH = "--model.routing.source hash"
+PAIR = "--model.router-input pair"
+
+
+def tiles(number: int, name: str, *flags: str, like: str | None = None) -> Arm:
+    """Tiles of a quarter of the model's width, four a token, routed by token.
+
+    Args:
+        number: of tiles; a multiple of 4.
+        name: says who chooses them, and when that is held.
+        flags: what makes it so.
+        like: the name of an arm, of as many tiles, whose rate it takes.
+    """
+    size = f"--arm tiles --model.num-tiles {number} --model.expansion {number // 4}"
+    source = None if like is None else f"tiles-{number}-{like}"
+    return Arm(f"tiles-{number}-{name}", " ".join((size, *flags)), 2e-3, source)
+
+
+def held(number: int) -> Arm:
+    """Signatures read after a tenth of the training, and held."""
+    return tiles(number, "held", f"{HOLD} 0.1")
+
+
+def by_others(number: int) -> tuple[Arm, ...]:
+    """Who else chooses tiles by token."""
+    return (
+        tiles(number, "hash", HASH),
+        tiles(number, "moving"),
+        tiles(number, "random", "--model.routing.source random"),
+        tiles(
+            number, "random-held", f"--model.routing.source random {HOLD} 0 {SCORES}"
+        ),
+        tiles(number, "learned", "--model.routing.source learned"),
+        tiles(
+            number,
+            "learned-held",
+            f"--model.routing.source learned {HOLD} 0.1 {SCORES}",
+        ),
+        tiles(number, "hash-pairs", HASH, PAIR),
+    )
+
+
+def when_and_what(number: int) -> tuple[Arm, ...]:
+    """Other moments to hold, other things to hold, other things to look at; at the rate
+    of `held`.
+    """
+    moments = [
+        tiles(number, f"held-at-{share:g}", f"{HOLD} {share:g}", like="held")
+        for share in (0.02, 0.05, 0.2, 0.5)
+    ]
+    return (
+        tiles(number, "held-scores", f"{HOLD} 0.1 {SCORES}", like="held"),
+        tiles(
+            number,
+            "held-routes",
+            f"{HOLD} 0.1 --model.routing.hold routes",
+            like="held",
+        ),
+        *moments,
+        tiles(number, "held-pair", f"{HOLD} 0.1 {PAIR}", like="held"),
+        tiles(
+            number, "held-hidden-late", f"{HOLD} 0.1 --model.hidden-from 2", like="held"
+        ),
+        tiles(
+            number,
+            "held-hidden",
+            f"{HOLD} 0.1 --model.router-input hidden",
+            like="held",
+        ),
+    )
+
+
+def more_worth(number: int) -> tuple[Arm, ...]:
+    """What else may make held tiles worth more."""
+    late = "--model.ternary.full-precision-fraction 0.3"
+    fine = f"--model.num-tiles {4 * number} --model.tiles-per-token 16"
+    return (
+        tiles(number, "held-late", f"{HOLD} 0.1 {late}"),
+        tiles(number, "held-fine", f"{HOLD} 0.1 {fine}"),
+        tiles(
+            number, "held-renormalized", f"{HOLD} 0.1 --model.routing.gate renormalized"
+        ),
+        tiles(number, "held-ungated", f"{HOLD} 0.1 --model.routing.gate none"),
+    )
+
+
+def claim(d_model: int) -> Setting:
+    """The claim at one width of the model."""
+    curve = tuple(dense(d_model * times, 4e-3) for times in (8, 4, 2, 16, 1))
+    return Setting(
+        f"wikipedia-{d_model}",
+        PRESET,
+        flags=f"{width_flags(d_model)} {CHOSEN}".strip(),
+        groups={
+            "dense-curve": curve,
+            "held": (held(64),),
+            "hash": (held(64), tiles(64, "hash", HASH)),
+            "ladder": tuple(held(number) for number in (64, 16, 32, 48, 128)),
+            "routes": (held(64), *by_others(64)),
+            "holding": when_and_what(64),
+            "holding-16": (held(16), tiles(16, "hash", HASH), tiles(16, "moving")),
+            "worth": more_worth(64),
+        },
+        order=(
+            Step("hash", 1),
+            Step("dense-curve", 1),
+            Step("ladder", 1),
+            Step("hash", 4),
+            Step("holding", 1),
+            Step("dense-curve", 4),
+            Step("ladder", 4),
+            Step("worth", 1),
+            Step("routes", 1),
+            Step("holding-16", 1),
+            Step("hash", 6),
+            Step("routes", 6),
+        ),
+    )
+
+
+WIDTHS = (64, 128, 256)
+SETTINGS = {s.name: s for s in (BODY, *map(claim, WIDTHS))}

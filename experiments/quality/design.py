@@ -34,7 +34,7 @@ from experiments.quality.arms import (
     sparse_4,
 )
 
-SEEDS = (42, 43, 44, 45, 46)  # the first one sweeps
+SEEDS = (42, 43, 44, 45, 46, 47)  # the first one sweeps
 
 
 class Step(NamedTuple):

@@ -34,6 +34,7 @@ import optax
 from jaxtyping import Float, Integer
 
 from trix_jax.files import read_json, write_whole
+from trix_jax.lm.config import SAMPLER_BEFORE
 from trix_jax.lm.data import Split, Store, eval_batches
 from trix_jax.lm.experiment.stats import paired
 from trix_jax.lm.experiment.tables import table
@@ -93,8 +94,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{found['arm']} seed {found['seed']}: gap {found['gap']:.4f}")
 
 
-def key(entry: Entry) -> tuple[str, float, int]:
-    return entry["arm"], entry["learning_rate"], entry["seed"]
+def key(entry: Entry) -> tuple[str, str, float, int]:
+    return sampler_of(entry), entry["arm"], entry["learning_rate"], entry["seed"]
+
+
+def sampler_of(entry: Entry) -> str:
+    return entry.get("sampler", SAMPLER_BEFORE)
 
 
 def measure(run: Path, store: Store, hard: np.ndarray) -> Entry:
@@ -111,6 +116,7 @@ def measure(run: Path, store: Store, hard: np.ndarray) -> Entry:
         "arm": run.name.rpartition("-lr")[0] or run.name,
         "seed": config.seed,
         "learning_rate": config.train.learning_rate,
+        "sampler": config.train.sampler,
         "tokens": len(val.tokens),
         "val_loss": float(val.losses.mean()),
         "train_loss": float(train.losses.mean()),
@@ -250,15 +256,22 @@ def shuffled_within(values: Ids, groups: Ids, rng: np.random.Generator) -> Ids:
 
 
 def section(folder: Path) -> list[str]:
-    """The report's section, from `doing.json`; nothing where nothing was measured."""
+    """The report's section, from `doing.json`, one a sampler; nothing where nothing was
+    measured.
+    """
     entries = _entries(folder / "doing.json")
-    if not entries:
-        return []
+    samplers = dict.fromkeys(map(sampler_of, entries))
+    groups = [[e for e in entries if sampler_of(e) == name] for name in samplers]
+    return [part for group in groups for part in _section(group)]
+
+
+def _section(entries: list[Entry]) -> list[str]:
+    """What was measured of runs with one sampler."""
     return [
         "## What routing does\n",
         "Measured by `python -m experiments.quality.measure` on the validation split; in brackets "
         "what chance gives with the tiles shuffled. A token's tile is the best of those it chose. "
-        "Means over layers.\n",
+        f"Means over layers. Sampler: `{sampler_of(entries[0])}`.\n",
         specialization([entry for entry in entries if entry["layers"]]),
         "Information: what the tile tells about the previous token once the token itself is known, "
         "as a share of all that is left to know about the tile, chance subtracted. Purity: share of "

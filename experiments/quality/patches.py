@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from trix_jax import routing
+from trix_jax import hashing, routing
 from trix_jax.lm import accounting
 from trix_jax.lm.train import optimizer
 from trix_jax.nn import activations, block, kernel, router, sparse_lookup_ffn, tiles
@@ -73,7 +73,7 @@ class HashedWithGates(ByTokenRouter):
     def _select(self, scores, used, h, signature, state):
         del used, h, signature, state
         s = self.settings
-        chosen = router._hash_tiles(self.ids, s.num_tiles, s.tiles_per_token)
+        chosen = hashing.hash_tiles(self.ids, s.num_tiles, s.tiles_per_token)
         return chosen, routing.gates(scores, chosen, s.routing.gate)
 
 
@@ -84,7 +84,7 @@ class HalfHashed(ByTokenRouter):
         del used, h, signature
         s = self.settings
         half = s.tiles_per_token // 2
-        hashed = router._hash_tiles(self.ids, s.num_tiles, half)
+        hashed = hashing.hash_tiles(self.ids, s.num_tiles, half)
         biased = jax.lax.stop_gradient(scores) + state["bias"].value[None]
         is_taken = (hashed[..., None] == jnp.arange(s.num_tiles)[None, None]).any(1)
         biased = jnp.where(is_taken, -jnp.inf, biased)

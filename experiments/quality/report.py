@@ -20,6 +20,7 @@ from experiments.quality.widths import (
     targets_table,
 )
 from trix_jax.files import read_json, write_whole
+from trix_jax.lm.config import SAMPLER_BEFORE
 from trix_jax.lm.experiment import plots, results
 from trix_jax.lm.experiment.results import Result
 from trix_jax.lm.experiment.tables import difference_table, sweep_table
@@ -92,8 +93,8 @@ def write(folder: Path = HERE) -> Path:
     ]
     for setting in SETTINGS.values():
         runs = results.read(folder / "results" / f"{setting.name}.json")
-        if runs:
-            parts += section(setting, runs, folder / "results")
+        for alike in results.by_sampler(runs).values():
+            parts += section(setting, alike, folder / "results")
     parts += measure.section(folder / "results")
     parts += protocol(folder / "results" / "original-protocol.json")
     write_whole(folder / "REPORT.md", "\n".join(parts))
@@ -101,7 +102,8 @@ def write(folder: Path = HERE) -> Path:
 
 
 def section(setting: Setting, runs: Sequence[Result], folder: Path) -> list[str]:
-    """What one setting says."""
+    """What one setting says, of runs with one sampler."""
+    stem = named(setting, runs)
     dense = {
         arm.one.width: arm
         for arm in of_groups(setting, runs, "dense-curve", "dense-wide")
@@ -109,16 +111,23 @@ def section(setting: Setting, runs: Sequence[Result], folder: Path) -> list[str]
     }
     arms = of_groups(setting, runs, "arms")
     parts = [
-        f"## {setting.name}\n",
-        f"{len(runs)} runs of `{f'{setting.preset} {setting.flags}'.strip()}`.\n",
+        f"## {stem}\n",
+        f"{len(runs)} runs of `{f'{setting.preset} {setting.flags}'.strip()}`, sampler "
+        f"`{runs[0].sampler}`.\n",
     ]
     if len(dense) > 1 and arms:
-        parts += on_the_curve(setting, arms, dense, folder)
+        parts += on_the_curve(stem, arms, dense, folder)
         parts += targets(runs, arms, dense)
     for comparison in COMPARISONS:
         parts += compared(setting, runs, comparison)
     parts += original_table(setting, runs)
     return [*parts, *sweeps(setting, runs, folder), *nanogpt(runs)]
+
+
+def named(setting: Setting, runs: Sequence[Result]) -> str:
+    """A setting's name, with that of a sampler that the setting did not begin with."""
+    sampler = runs[0].sampler
+    return setting.name if sampler == SAMPLER_BEFORE else f"{setting.name}-{sampler}"
 
 
 def of_groups(setting: Setting, runs: Sequence[Result], *groups: str) -> list[Tuned]:
@@ -129,16 +138,16 @@ def of_groups(setting: Setting, runs: Sequence[Result], *groups: str) -> list[Tu
 
 
 def on_the_curve(
-    setting: Setting, arms: Sequence[Tuned], dense: Curve, folder: Path
+    stem: str, arms: Sequence[Tuned], dense: Curve, folder: Path
 ) -> list[str]:
     steps = curve.doublings(dense_losses(dense), [mean_loss(arm) for arm in arms])
-    losses_over_width(arms, dense, folder / f"{setting.name}-width.png")
+    losses_over_width(arms, dense, folder / f"{stem}-width.png")
     return [
         "### The instrument: the dense curve\n",
         dense_table(dense, steps),
         resolution(steps, dense),
         "### Arms on the curve\n",
-        f"![Loss over width](results/{setting.name}-width.png)\n",
+        f"![Loss over width](results/{stem}-width.png)\n",
         arms_table(arms, dense),
         NOTE,
     ]
@@ -207,7 +216,7 @@ def sweeps(setting: Setting, runs: Sequence[Result], folder: Path) -> list[str]:
         [name for name in names if name.startswith("dense-")],
         *([arm.name for arm in group if arm.name in have] for group in groups),
     ]
-    path = folder / f"{setting.name}-rates.png"
+    path = folder / f"{named(setting, runs)}-rates.png"
     plots.rates(path, runs, [panel for panel in panels if panel], SEEDS[0])
     return [
         f"### The sweeps, seed {SEEDS[0]}\n",

@@ -31,7 +31,11 @@ from trix_jax.lm.signals import DONE, FAILED, INTERRUPTED, Interrupted
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
-SETTINGS = design.SETTINGS | claim.SETTINGS
+
+
+def settings() -> dict[str, Setting]:
+    """Every setting by its name."""
+    return design.SETTINGS | claim.SETTINGS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,17 +43,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     when a run failed, 75 when interrupted.
     """
     args = _parsed(argv)
-    setting = SETTINGS[args.setting]
+    setting = settings()[args.setting]
     path = args.results / f"{setting.name}.json"
     if args.list:
-        come = runs_to_come(setting, results.read(path))
+        alike, _ = results_of_one_sampler(results.read(path))
+        come = runs_to_come(setting, alike)
         print(next((spec.name for spec in come), "nothing is left to do"))
         return DONE
     store = token_store(setting, args.data, args.runs, args.flags)
 
     def schedule(done: Sequence[results.Result]) -> list[Spec]:
-        come = runs_to_come(setting, done)
-        return [placed(spec, store, args.flags) for spec in come]
+        alike, flags = results_of_one_sampler(done)
+        come = runs_to_come(setting, alike)
+        return [placed(spec, store, f"{flags} {args.flags}") for spec in come]
 
     path.parent.mkdir(parents=True, exist_ok=True)
     slots = make_slots(args.slots)
@@ -61,6 +67,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(stop, flush=True)
         return INTERRUPTED
     return FAILED if any(row["state"] == "failed" for row in rows) else DONE
+
+
+def results_of_one_sampler(
+    done: Sequence[results.Result],
+) -> tuple[Sequence[results.Result], str]:
+    """The results that a sweep goes on from, those of the sampler that most have, and the
+    flags that make the next runs alike: losses of two samplers are not compared.
+    """
+    groups = results.by_sampler(done)
+    if not groups:
+        return done, ""
+    sampler = max(groups, key=lambda name: len(groups[name]))
+    return groups[sampler], f"--train.sampler {sampler}"
 
 
 def placed(spec: Spec, store: Path, more: str) -> Spec:
@@ -88,7 +107,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("setting", choices=sorted(SETTINGS))
+    parser.add_argument("setting", choices=sorted(settings()))
     parser.add_argument("--data", required=True, help="text, folder, or token store")
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder")

@@ -58,6 +58,33 @@ sys.exit(run.main())
 """
 
 
+def test_results_of_two_samplers_are_sections_of_their_own(tmp_path):
+    setting = SETTINGS["stdlib-bytes"]
+    old = results.read(run.RESULTS / "stdlib-bytes.json")
+    new = [one._replace(sampler="epochs", val_loss=one.val_loss + 1) for one in old[:5]]
+    assert run.results_of_one_sampler(old + new) == (old, "--train.sampler offsets")
+    assert run.results_of_one_sampler([]) == ([], "")
+    (tmp_path / "results").mkdir()
+    results.write(tmp_path / "results" / "stdlib-bytes.json", old)
+    alone = report.write(tmp_path).read_text("utf-8")
+    results.write(tmp_path / "results" / "stdlib-bytes.json", old + new)
+    both = report.write(tmp_path).read_text("utf-8")
+    assert alone.count("\n## ") == 1
+    assert both.startswith(alone.rstrip("\n"))
+    assert f"## {setting.name}-epochs" in both
+    assert "sampler `offsets`" in alone
+    assert "sampler `epochs`" in both.removeprefix(alone.rstrip("\n"))
+    assert (tmp_path / "results" / "stdlib-bytes-epochs-rates.png").is_file()
+    entries = json.loads((run.RESULTS / "doing.json").read_text("utf-8"))
+    entries += [entry | {"sampler": "epochs"} for entry in entries]
+    (tmp_path / "results" / "doing.json").write_text(json.dumps(entries))
+    first, second = [
+        part for part in measure.section(tmp_path / "results") if "Sampler: " in part
+    ]
+    assert "Sampler: `offsets`" in first
+    assert "Sampler: `epochs`" in second
+
+
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"

@@ -1,19 +1,27 @@
 """Where and how people start runs: under nohup, into a pipe that closes, without git,
-twice in one directory.
+twice in one directory, with no home or one that cannot be written.
 """
 
 import errno
+import hashlib
+import io
 import json
 import os
+import pwd
 import signal
 import subprocess
 import sys
+import urllib.request
 
 import pytest
 
 from trix_jax import files
 from trix_jax.cli.main import main
 from trix_jax.lm.checkpoint import checkpoint
+from trix_jax.lm.config import RunConfig
+from trix_jax.lm.data import download, iter_documents
+from trix_jax.lm.data.datasets import DATASETS
+from trix_jax.lm.experiment import budget
 from trix_jax.lm.signals import Signals
 from trix_jax.lm.train import metrics
 from trix_jax.lm.train.loop import train
@@ -144,3 +152,72 @@ def test_what_a_dead_process_left_beside_a_file_goes_with_the_next_write(tmp_pat
     files.write_whole(tmp_path / "a.txt", "whole")
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"a.txt", f".a.txt.{os.getppid()}.tmp"}
+
+
+@pytest.fixture(params=["no account", "read-only", "a file"])
+def no_cache(request, monkeypatch, tmp_path):
+    """A place where no cache can be, and what is said of it."""
+    if request.param == "no account":
+
+        def unknown(uid):
+            raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.delenv("HOME", raising=False)
+        monkeypatch.setattr(pwd, "getpwuid", unknown)
+        yield "there is no home folder"
+        return
+    home = tmp_path / "home"
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(home))
+    if request.param == "a file":
+        home.write_text("not a folder")
+        yield "Not a directory"
+        return
+    home.mkdir(mode=0o555)
+    try:
+        (home / "probe").mkdir()
+        pytest.skip("permissions bind nobody here, as they bind no root")
+    except PermissionError:
+        yield "Permission denied"
+    finally:
+        home.chmod(0o755)
+
+
+def test_cache_lies_where_the_environment_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert files.cache_folder() == tmp_path / ".cache" / "trix_jax"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    assert files.cache_folder() == tmp_path / "other" / "trix_jax"
+
+
+def test_download_that_cannot_be_kept_is_read_and_said(no_cache, monkeypatch, tmp_path):
+    served, said = b"a stand-in with its own hash", []
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: io.BytesIO(served))
+    sha256 = hashlib.sha256(served).hexdigest()
+    monkeypatch.setattr("trix_jax.lm.data.sources.SHAKESPEARE_SHA256", sha256)
+    found = list(iter_documents("shakespeare", None, report=said.append))
+    assert found == [served.decode()]
+    (line,) = said
+    assert line.startswith("TinyShakespeare is not kept for the next time: ")
+    assert no_cache in line
+
+
+def test_data_set_that_has_no_place_says_what_to_set(no_cache):
+    """Before anything is asked of the hub."""
+    with pytest.raises(OSError, match=rf"{no_cache}.*: set XDG_CACHE_HOME to a folder"):
+        download.fetch(DATASETS["fineweb_5m"], lambda _: None)
+
+
+def test_compilation_that_cannot_be_kept_is_said_and_counted(no_cache, monkeypatch):
+    said, done = [], {"peak_bytes": 7}
+    steps = budget.train_steps
+    monkeypatch.setattr(steps, "compiler", lambda: "python")
+    monkeypatch.setattr(steps, "compile_case", lambda *_: done)
+    models = {("s", "a"): RunConfig()}
+    _, (row,) = budget.estimate(models, 1, 1.0, "command", said.append)
+    assert row["peak_bytes"] == 7
+    told = [line for line in said if line.startswith("the compilation is not kept")]
+    assert len(told) == 1
+    assert no_cache in told[0]

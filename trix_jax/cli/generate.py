@@ -1,12 +1,14 @@
 """`trix-jax generate --checkpoint DIR --prompt TEXT`."""
 
 import dataclasses
-import itertools
+from collections.abc import Iterable, Iterator
 from typing import Annotated
 
+import numpy as np
 import tyro
 
 from trix_jax.cli.common import print_json
+from trix_jax.lm.data import Tokenizer
 from trix_jax.lm.presets import parse
 from trix_jax.lm.serve.generate import SamplingConfig, generate
 from trix_jax.lm.serve.load import load_run
@@ -18,8 +20,10 @@ class Args:
 
     checkpoint: str
     """The run directory, or an export."""
-    prompt: str
+    prompt: str | None = None
     """The text to go on from."""
+    prompt_ids: tuple[int, ...] = ()
+    """Ids to go on from, in place of a text."""
     sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=SamplingConfig
     )
@@ -34,27 +38,59 @@ class Args:
 def main(argv: list[str]) -> None:
     """Prints the prompt and what follows it, as it comes."""
     args = parse(Args, argv, "generate")
-    if (at := _no_text(args.prompt)) is not None:
+    _check(args)
+    model, variables, tokenizer = load_run(args.checkpoint, args.step)
+    given = args.prompt_ids if args.prompt is None else tokenizer.encode(args.prompt)
+    prompt = np.asarray(given, np.int64)
+    ids, shown = [*map(int, prompt)], ""
+    tokens = generate(model, variables, prompt, args.tokens, args.sampling)
+    for text in texts(tokenizer, args.prompt, ids, tokens):
+        if not args.json:
+            print(text[len(shown) :], end="", flush=True)
+        shown = text
+    if args.json:
+        own = {"prompt": args.prompt, "tokens": args.tokens}
+        is_text = tokenizer.kind != "none"
+        print_json({"text": shown if is_text else None, **own, "ids": ids})
+    else:
+        print()
+
+
+def texts(
+    tokenizer: Tokenizer, prompt: str | None, ids: list[int], tokens: Iterable[int]
+) -> Iterator[str]:
+    """Yields the prompt, and it again with what follows, each time more of it; adds the
+    tokens to `ids`.
+
+    Many tokenizers do not give a text back as it was (a space before the first word,
+    small letters), so that the prompt stays as it was typed. A character whose last
+    bytes are still to come is not shown.
+    """
+    head = tokenizer.decode(ids)
+    prompt = shown = head if prompt is None else prompt
+    yield shown
+    whole = shown
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        whole = prompt + text[len(head) :]
+        if not whole.endswith("\ufffd") and whole.startswith(shown):
+            shown = whole
+            yield shown
+    if whole != shown:
+        yield whole
+
+
+def _check(args: Args) -> None:
+    if (args.prompt is None) == (not args.prompt_ids):
+        raise ValueError(
+            "give a text to go on from, --prompt TEXT, or ids, --prompt-ids 1 2 3. "
+            f"Got {'both' if args.prompt_ids else 'neither'}."
+        )
+    if args.prompt is not None and (at := _no_text(args.prompt)) is not None:
         raise ValueError(
             f"prompt must be text in UTF-8. Got {args.prompt[at]!r} at {at}."
         )
-    model, variables, tokenizer = load_run(args.checkpoint, args.step)
-    prompt = tokenizer.encode(args.prompt)
-    ids = [*map(int, prompt)]
-    shown = ""
-    tokens = generate(model, variables, prompt, args.tokens, args.sampling)
-    for token in itertools.chain([None], tokens):
-        ids += [] if token is None else [token]
-        text = tokenizer.decode(ids)
-        # The last character of a byte sequence may not be whole yet.
-        if not args.json and not text.endswith("\ufffd"):
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-    text = tokenizer.decode(ids)
-    if args.json:
-        print_json({"text": text, "prompt": args.prompt, "tokens": args.tokens})
-    else:
-        print(text[len(shown) :])
 
 
 def _no_text(prompt: str) -> int | None:

@@ -133,13 +133,14 @@ def _abstract(model):
 
 
 def _is_idle(path, flat, model) -> bool:
-    """Whether a leaf of the routing state does nothing in a frozen model: margins, and
-    signatures that nobody holds.
+    """Whether a leaf of the routing state does nothing in a frozen model: margins,
+    signatures and rows that nobody holds.
     """
-    held = model.config.routing.source == "random" or bool(
-        np.any(flat[(*path[:-1], "frozen")])
+    held = model.config.routing.source == "random" or any(
+        np.any(flat.get((*path[:-1], name), False)) for name in ("frozen", "held")
     )
-    return path[-1] in MARGINS or (path[-1] == "signature" and not held)
+    kept = path[-1] in ("signature", "rows")
+    return path[-1] in MARGINS or (kept and not held)
 
 
 def _complete(model, flat):
@@ -155,7 +156,7 @@ def _complete(model, flat):
     )
     need: dict = flatten_dict(abstract)
     for path in sorted(need.keys() - flat.keys()):
-        if path[0] == "routing" and path[-1] in MARGINS | {"signature"}:
+        if path[0] == "routing" and _is_idle(path, flat, model):
             flat[path] = jnp.zeros(need[path].shape, need[path].dtype)
     for path in sorted(need.keys() | flat.keys()):
         have = (

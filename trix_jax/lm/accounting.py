@@ -27,6 +27,10 @@ class Costs(NamedTuple):
             everything else at 16.
         ffn_active_training: `ffn_active` of a forward pass in training, where the
             balance loss needs the scores of all tiles: with clusters `C + N`.
+        routing_bits: bits that routing stores beside the FFN weights as served, at 16 a
+            number: signatures, biases, clusters and, where scores are held, the copy of
+            the embedding's rows. A hash stores nothing, a learned router's rows are
+            FFN weights.
     """
 
     total: int
@@ -34,6 +38,7 @@ class Costs(NamedTuple):
     ffn_active: int
     ffn_bits: int
     ffn_active_training: int
+    routing_bits: int = 0
 
 
 def costs(config: TransformerConfig) -> Costs:
@@ -46,6 +51,7 @@ def costs(config: TransformerConfig) -> Costs:
         ffn_active=config.n_layers * _active(config),
         ffn_bits=sum(_bits(layer, config) for layer in ffn),
         ffn_active_training=config.n_layers * _active(config, training=True),
+        routing_bits=FLOAT_BITS * _routing_numbers(config),
     )
 
 
@@ -113,6 +119,20 @@ def _active(c: TransformerConfig, training: bool = False) -> int:
     if c.routing.source == "hash":
         scores = 0
     return c.d_model * scores + 2 * c.d_model * c.tile_width * c.tiles_per_token
+
+
+def _routing_numbers(c: TransformerConfig) -> int:
+    """What the routers of all layers keep, and the rows that they share."""
+    if c.ffn == "dense" or c.routing.source == "hash":
+        return 0
+    n, clusters = c.num_tiles, c.ffn in ("hierarchical", "lookup")
+    # A lookup's signatures are read off its directions, which are FFN weights.
+    is_read = c.ffn == "lookup" and c.routing.source == "weights"
+    is_stored = c.routing.holds or not (is_read or c.routing.source == "learned")
+    layer = n + (n + n // c.tiles_per_cluster if clusters else 0)
+    layer += n * c.d_model if is_stored else 0
+    rows = (c.vocab_size or 0) * c.d_model if c.routing.hold != "signatures" else 0
+    return c.n_layers * layer + rows
 
 
 def _bits(layer, c: TransformerConfig) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from trix_jax.routing import RoutingConfig
 from trix_jax.ternary import TernaryConfig
 from trix_jax.typing import Scalar
 
@@ -36,6 +37,27 @@ def check_progress(
                 "Write progress=step / steps."
             )
         return 1.0
+    return _check_share(progress)
+
+
+def check_hold(progress: Scalar | None, config: RoutingConfig) -> Scalar:
+    """The share of training done, in a training call of a layer that holds signatures.
+
+    Raises:
+        ValueError: it is needed and not given, or a number outside 0..1.
+    """
+    if progress is not None:
+        return _check_share(progress)
+    if config.holds_by_itself:
+        raise ValueError(
+            "progress must be given in training to a layer whose RoutingConfig has "
+            f"hold_after={config.hold_after}: without it signatures are never held. "
+            "Write progress=step / steps."
+        )
+    return 0.0
+
+
+def _check_share(progress: Scalar) -> Scalar:
     is_known = not isinstance(progress, jax.core.Tracer)
     if is_known and not 0 <= float(np.asarray(progress)) <= 1:
         raise ValueError(

@@ -4,7 +4,8 @@ parameters.
 Collection `"routing"`: `bias` [N], `margins` [N, bins] (since the last
 `routing.update`, see `trix_jax.balance`), `signature` [N, D] (as last seen in
 training), `frozen`; with clusters also `members` [C, N / C], `cluster_bias` [C] and
-`cluster_margins` [C, bins].
+`cluster_margins` [C, bins]; with `RoutingConfig.hold_after` also `held`: from then on,
+in training and everywhere else, tokens meet `signature`, not the weights' of today.
 """
 
 from typing import Any, NamedTuple
@@ -14,9 +15,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from trix_jax import balance, routing
+from trix_jax.hashing import hash_tiles
 from trix_jax.nn import misuse, steering
 from trix_jax.nn.settings import TileSettings
-from trix_jax.typing import Array, Bool, Float, Integer
+from trix_jax.typing import Array, Bool, Float, Integer, Scalar
 
 
 class Route(NamedTuple):
@@ -50,22 +52,19 @@ class Router(nn.Module):
         train: bool = False,
         token_ids: Integer[Array, " T"] | None = None,
         mask: Bool[Array, " T"] | None = None,
+        progress: Scalar | None = None,
     ) -> tuple[Route, routing.RoutingInfo, dict[str, Float[Array, ""]]]:
         n, config = self.settings.num_tiles, self.settings.routing
         self._check_collection(train)
-        state = self._variables(signature) | {"mask": mask}
-        if config.source == "random":
-            signature = state["signature"].value
-        signature = jnp.where(
-            state["frozen"].value, state["signature"].value, signature
-        )
-        scores, used = self._scores(h, signature)
+        signature, used, state = self._signatures(signature, train, progress)
+        state |= {"mask": mask}
+        scores = routing.match(h, used, config.score_scale)
         if config.source == "hash":
             if self.has_variable(steering.STEERING, "tiles"):
                 raise ValueError(
                     "steering must not be given to a layer whose routing source is 'hash'."
                 )
-            tiles = _hash_tiles(token_ids, n, self.settings.tiles_per_token)
+            tiles = hash_tiles(token_ids, n, self.settings.tiles_per_token)
             gates = jnp.ones(tiles.shape, jnp.float32)
         else:
             tiles, gates = self._select(scores, used, h, signature, state)
@@ -87,6 +86,39 @@ class Router(nn.Module):
         if train and not self.is_mutable_collection("routing"):
             misuse.warn_of_training_without_state()
 
+    def _signatures(self, signature, train, progress):
+        """What clusters are addressed by, what tokens are matched with, and the state;
+        a learned router has rows of its own for the second, and for both if it is held.
+        """
+        config, learned = self.settings.routing, None
+        if config.source == "learned":
+            init = nn.initializers.normal(1.0)
+            learned = self.param("router", init, signature.shape)
+            signature = learned if config.holds else signature
+        state = self._variables(signature)
+        if config.source == "random":
+            signature = state["signature"].value
+        was_frozen = state["frozen"].value
+        if config.holds:
+            signature = self._hold(signature, state, train, progress)
+        signature = jnp.where(was_frozen, state["signature"].value, signature)
+        matched = learned if learned is not None and not config.holds else signature
+        return signature, matched, state
+
+    def _hold(self, signature, state, train, progress):
+        """The signature, held if it was or if it is time; the state says so from now
+        on.
+        """
+        config, was_held = self.settings.routing, state["held"].value
+        is_held = was_held
+        if train and self._is_training():
+            progress = misuse.check_hold(progress, config)
+            is_held = was_held | routing.is_due(config, progress)
+            state["held"].value = is_held
+            if config.hold == "routes":
+                state["frozen"].value |= is_held
+        return routing.hold(signature, state["signature"].value, was_held, is_held)
+
     def _variables(self, signature) -> dict[str, Any]:
         n, config = self.settings.num_tiles, self.settings.routing
         first = (
@@ -106,6 +138,8 @@ class Router(nn.Module):
             "signature": self.variable("routing", "signature", first),
             "frozen": self.variable("routing", "frozen", jnp.zeros, (), bool),
         }
+        if config.holds:
+            state["held"] = self.variable("routing", "held", jnp.zeros, (), bool)
         if c := self.settings.num_clusters:
 
             def tiles():
@@ -118,14 +152,6 @@ class Router(nn.Module):
 
     def _is_training(self):
         return not self.is_initializing() and self.is_mutable_collection("routing")
-
-    def _scores(self, h, signature):
-        """Scores, and the signatures that gave them."""
-        config = self.settings.routing
-        if config.source == "learned":
-            init = nn.initializers.normal(1.0)
-            signature = self.param("router", init, signature.shape)
-        return routing.match(h, signature, config.score_scale), signature
 
     def _select(self, scores, used, h, signature, state):
         s, config = self.settings, self.settings.routing
@@ -204,23 +230,3 @@ def _info(tiles, gates, counts, scores, signature, mask):
         tie_rate=routing.tie_rate(scores, mask),
         signature_cosine=routing.signature_cosine(signature),
     )
-
-
-def _hash_tiles(token_ids, num_tiles, k):
-    """The k tiles whose hash together with the token id is largest, so that any k tiles
-    are as likely as any others.
-
-    References:
-        Thaler and Ravishankar, 1998, "Using Name-Based Mappings to Increase Hit Rates"
-        (rendezvous hashing). Appleby, MurmurHash3 (the finalizer).
-    """
-    if token_ids is None:
-        raise ValueError(
-            "token_ids must be given to a layer whose routing source is 'hash'. Got None."
-        )
-    tiles = jnp.arange(num_tiles, dtype=jnp.uint32)
-    pairs_TN = token_ids[:, None].astype(jnp.uint32) * num_tiles + tiles[None]
-    mixed_TN = (pairs_TN ^ (pairs_TN >> 16)) * jnp.uint32(0x85EBCA6B)
-    mixed_TN = (mixed_TN ^ (mixed_TN >> 13)) * jnp.uint32(0xC2B2AE35)
-    mixed_TN = mixed_TN ^ (mixed_TN >> 16)
-    return jax.lax.top_k(mixed_TN, k)[1]

@@ -56,9 +56,10 @@ class SparseTriXFFN(TileArguments):
         Args:
             x: `[..., d_model]`; integers are promoted with the parameters.
             train: dropout on; batch statistics over `axis_name`.
-            progress: share of training done, for `TernaryConfig` schedules; None is the
-                end.
-            token_ids: only for the routing control "hash".
+            progress: share of training done, for `TernaryConfig` schedules and
+                `RoutingConfig.hold_after`; None is the end.
+            token_ids: only for the routing control "hash"; of pairs of tokens,
+                `routing.pair_ids`.
             router_input: what the signatures are matched with; None takes `x`. With a
                 token's row of the embedding table its tiles depend on nothing else.
             mask: True for real tokens. Others, whatever they hold, get 0 and count in

@@ -98,6 +98,7 @@ class SparseLookupFFN(nn.Module):
             train,
             tokens.token_ids,
             tokens.mask,
+            progress,
         )
         tile, gate = route.tiles[:, 0], route.gates[:, 0]
         done = 1.0 if progress is None else progress

@@ -4,6 +4,7 @@ the FFNs around them share.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -112,18 +113,20 @@ class RoutedTiles(nn.Module):
         training = not self.is_initializing() and (
             train or self.is_mutable_collection("routing")
         )
-        progress = misuse.check_progress(progress, s.ternary, training)
-        up, down = up(progress), down(progress)
+        done = misuse.check_progress(progress, s.ternary, training)
+        up, down = up(done), down(done)
         h = tokens.x.astype(s.dtype or x.dtype)
         signature = routing.signatures(
             self._signature_sums(up, axis), s.routing.signature
         )
+        more: dict[str, Any] = {"progress": progress} if s.routing.holds else {}
         route, info, aux = Router(s, name="router")(
             router_tokens(h, tokens.router_input),
             signature,
             train,
             tokens.token_ids,
             **({} if tokens.mask is None else {"mask": tokens.mask}),
+            **more,
         )
         act, mode = activation(s.activation), s.ternary.activations
         y = tile_ffn(h, route, up, down, (n, f), act, axis, mode, tokens.mask)

@@ -24,6 +24,7 @@ from trix_jax.nn.positions import documents, positions_of
 from trix_jax.nn.settings import TileSettings, check_divides
 from trix_jax.nn.sparse_lookup_ffn import compress_width
 from trix_jax.nn.tiles import Aux
+from trix_jax.nn.token_input import TokenInput
 from trix_jax.routing import RoutingConfig, RoutingInfo
 from trix_jax.ternary import TernaryConfig
 from trix_jax.typing import (
@@ -37,7 +38,7 @@ from trix_jax.typing import (
 )
 
 FFNKind = Literal["hierarchical", "sparse", "lookup", "dense"]
-RouterInput = Literal["hidden", "embedding"]
+RouterInput = Literal["hidden", "embedding", "pair"]
 MatchedWidth = Literal["match-params", "match-active", "match-bits"]
 ComputeDtype = Literal["float32", "bfloat16"]
 Positions = Literal["learned", "rotary"]
@@ -69,7 +70,11 @@ class TransformerConfig:
             row of the embedding table, so that its tiles depend on the token alone,
             "hidden" the FFN's input, as the original has it. The first is ahead on
             TinyShakespeare and English, level on bytes of Python (experiments/quality).
-            The dense FFN has no use for it.
+            "pair" is `rms_unit(row) + pair_weight * rms_unit(row of the token before)`,
+            and the control "hash" then hashes pairs. The dense FFN has no use for it.
+        pair_weight: see `router_input`.
+        hidden_from: the first layer, counted from 0, that routes by hidden state
+            whatever `router_input` says; None has no such layer.
         grid_size, compress_hidden, ternary_splines: of `SparseLookupFFN`.
         activation: None takes "gelu" for the dense FFN, "relu2" for the ternary ones.
         dropout: rate behind embeddings, attention and FFN.
@@ -102,6 +107,8 @@ class TransformerConfig:
     top_k_clusters: int = 1
     tiles_per_token: int = 1
     router_input: RouterInput = "embedding"
+    pair_weight: float = 0.5
+    hidden_from: int | None = None
     grid_size: int = 16
     compress_hidden: int | None = None
     ternary_splines: bool = True
@@ -127,6 +134,7 @@ class TransformerConfig:
                 f"d_model / n_heads must be even with positions='rotary'. Got {head}."
             )
         self._check_tiles()
+        self._check_router_input()
 
     def _check_sizes(self) -> None:
         sizes = "context d_model n_layers n_heads expansion num_tiles grid_size"
@@ -172,6 +180,25 @@ class TransformerConfig:
                 raise ValueError(
                     f"tiles_per_token must be 1 with ffn='lookup'. Got {k}."
                 )
+
+    def _check_router_input(self) -> None:
+        if not 0 < self.pair_weight < float("inf"):
+            raise ValueError(
+                f"pair_weight must be positive and finite. Got {self.pair_weight}."
+            )
+        if self.ffn == "dense":
+            return
+        first, by_hidden = self.hidden_from, self.router_input == "hidden"
+        if first is not None and (by_hidden or not 0 < first < self.n_layers):
+            raise ValueError(
+                f"hidden_from={first} must be at least 1 and below n_layers={self.n_layers}, "
+                f"with a router_input by token. Got router_input={self.router_input!r}."
+            )
+        if by_hidden and self.routing.hold != "signatures":
+            raise ValueError(
+                f"routing.hold={self.routing.hold!r} needs a router_input by token, "
+                "'embedding' or 'pair': hidden states cannot be held. Got 'hidden'."
+            )
 
     @property
     def tile_width(self) -> int:
@@ -257,8 +284,7 @@ class TransformerLM(nn.Module):
         x = nn.Dropout(c.dropout)(x, deterministic=not train)
         how: dict[str, Any] = {"progress": progress, "token_ids": tokens}
         how |= {"mask": mask, "segment_ids": segment_ids}
-        if c.router_input == "embedding":
-            how["router_input"] = rows
+        how |= self._by_token(tokens, rows, embed, train, decode, how)
         x, infos, losses = self._blocks(x, train, decode, how)
         x = make_norm(c.norm, "norm", dtype=dtype)(x)
         head = embed.attend
@@ -267,6 +293,18 @@ class TransformerLM(nn.Module):
                 v, use_bias=False, kernel_init=INIT, dtype=dtype, name="head"
             )
         return head(x).astype(jnp.float32), infos, _mean_losses(losses)
+
+    def _by_token(self, tokens, rows, embed, train, decode, how) -> dict[str, Any]:
+        """What the routers are given of each token; nothing where they look at hidden
+        states.
+        """
+        c = self.config
+        if c.router_input == "hidden" or c.ffn == "dense":
+            return {}
+        weight = c.pair_weight if c.router_input == "pair" else None
+        look = TokenInput(c.routing, weight, name="router_input")
+        about = (how[name] for name in ("progress", "mask", "segment_ids"))
+        return look(tokens, rows, embed, train, decode, *about)._asdict()
 
     def _segments(self, tokens, segment_ids, mask, decode):
         """The segments that are given, else the documents where the config keeps them
@@ -301,6 +339,8 @@ class TransformerLM(nn.Module):
             block = make_block(
                 self.config, self.axis_name, f"block_{i:02d}", self.tile_axis
             )
+            if i == self.config.hidden_from:
+                how = {**how, "router_input": None}
             x, info, aux = block(x, train, decode, **how)
             infos.append(info)
             losses.append(aux)

@@ -10,6 +10,7 @@ from urllib.parse import parse_qs, unquote
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers as hf
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -169,3 +170,85 @@ def table_bytes():
         return sink.getvalue().to_pybytes()
 
     return make
+
+
+MARK = "<|endoftext|>"
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory):
+    """Makes a `tokenizer.json` with Hugging Face's library, as people have them."""
+    makers = {
+        "gpt2": byte_level,
+        "llama": byte_fallback,
+        "bert": word_pieces,
+        "words": words,
+    }
+    return lambda kind, *args: save(tmp_path_factory, makers[kind](*args))
+
+
+def save(tmp_path_factory, tokenizer):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+def byte_level(special=(MARK, "<|user|>")):
+    """As GPT-2's, with a space put before the first word, and cut and padded to 8."""
+    tokenizer = hf.Tokenizer(hf.models.BPE())
+    tokenizer.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = hf.decoders.ByteLevel()
+    trainer = hf.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=list(special),
+        initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the tile that matches a token best"] * 9, trainer)
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=8)
+    return tokenizer
+
+
+def byte_fallback():
+    """As Llama's: unigrams, bytes for what they lack, `<s>` before each text."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    pieces += ["\u2581", "\u2581the", "\u2581tile", *"abcdefghijklmnopqrstuvwxyz"]
+    scores = [(piece, -float(i)) for i, piece in enumerate(pieces)]
+    tokenizer = hf.Tokenizer(hf.models.Unigram(scores, 0, byte_fallback=True))
+    tokenizer.normalizer = hf.normalizers.Sequence(
+        [hf.normalizers.Prepend("\u2581"), hf.normalizers.Replace(" ", "\u2581")]
+    )
+    decoders = [
+        hf.decoders.Replace("\u2581", " "),
+        hf.decoders.ByteFallback(),
+        hf.decoders.Fuse(),
+        hf.decoders.Strip(" ", 1, 0),
+    ]
+    tokenizer.decoder = hf.decoders.Sequence(decoders)
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.post_processor = hf.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return tokenizer
+
+
+def word_pieces():
+    """As BERT's: small letters, pieces of words, no token for an end."""
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "tile", "##s", "!"]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = hf.Tokenizer(hf.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = hf.normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = hf.pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = hf.decoders.WordPiece()
+    tokenizer.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
+    return tokenizer
+
+
+def words(count, unknown):
+    """Numbers as words: `w0`, `w1`, ..., and the end mark."""
+    vocabulary = {f"w{i}": i for i in range(count)} | {MARK: count}
+    tokenizer = hf.Tokenizer(hf.models.WordLevel(vocabulary, unk_token=unknown))
+    tokenizer.pre_tokenizer = hf.pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([MARK])
+    return tokenizer

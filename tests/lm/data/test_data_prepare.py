@@ -175,7 +175,7 @@ def test_prepare_default_config_is_the_embedded_corpus(tmp_path):
         ({"val_fraction": 0.0}, "val_fraction must be between 0 and 1"),
         ({"val_fraction": 1.0}, "val_fraction must be between 0 and 1"),
         ({"max_bytes": 0}, "max_bytes must be at least 1"),
-        ({"tokenizer": "word"}, "tokenizer must be char, byte or bpe"),
+        ({"tokenizer": "word"}, "tokenizer must be char, byte, bpe or the path"),
         ({"source": "web"}, "source must be stdlib"),
         ({"tokenizer": "bpe", "vocab_size": 100}, "vocab_size must be at least 258"),
         ({"path": "/no/such/file"}, "does not exist"),

@@ -240,8 +240,16 @@ def test_infer_source_goes_by_suffix_and_first_kind_held(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["train.bin", "train.npy"])
-def test_token_files_are_refused_by_name(name, tmp_path):
+def test_token_files_are_told_from_text_and_are_no_documents(name, tmp_path):
     (tmp_path / name).write_bytes(bytes(range(64)))
     for path in (tmp_path, tmp_path / name):
-        with pytest.raises(ValueError, match=rf"holds tokens \({name[-4:]}\)"):
-            infer_source(path)
+        assert infer_source(path) == "tokens"
+        with pytest.raises(ValueError, match="holds tokens, and text is needed"):
+            list(iter_documents("tokens", path))
+    (tmp_path / "input.txt").write_text("text")
+    with pytest.raises(
+        ValueError, match=r"say which, --data.source text or --data.sou"
+    ):
+        infer_source(tmp_path)
+    (tmp_path / name).rename(tmp_path / f"other{name[-4:]}")
+    assert infer_source(tmp_path) == "text"

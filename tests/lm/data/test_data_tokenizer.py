@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trix_jax.lm.data import ByteTokenizer, CharTokenizer, load_tokenizer, train_bpe
-from trix_jax.lm.data.tokenizer import interruptible
+from trix_jax.lm.data.interruptible import interruptible
 
 CORPUS = ["the cat sat on the mat. " * 20, "naïve façade, 日本 and 🙂 " * 20]
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))

@@ -84,6 +84,32 @@ def test_report_of_a_ladder_is_made_again_where_the_runs_are_gone(runs_of, tmp_p
     assert write_experiment_report(directory, lambda _: None).read_text() == text
 
 
+@pytest.mark.slow
+def test_report_of_two_samplers_has_tables_and_answers_of_each_alone(runs_of, tmp_path):
+    old = runs_of("s", "lookup", [2.0, 2.1]) + runs_of("s", "dense", [1.9, 2.0])
+    new = runs_of("s", "sparse", [1.5, 1.6]) + runs_of("s", "hash", [1.8, 1.9])
+    for spec in new:
+        path = tmp_path / "e/runs" / spec.name / "config.yaml"
+        tree = json.loads(path.read_text())
+        tree["train"]["sampler"] = "epochs"
+        path.write_text(json.dumps(tree))
+    write(tmp_path / "e", [*old, *new])
+    text = write_experiment_report(tmp_path / "e", lambda _: None).read_text()
+    _, first, second = text.split("\n# Sampler ")
+    assert first.startswith("`offsets`")
+    assert second.startswith("`epochs`")
+    rows = [
+        [f"\n| {arm} |" in part for arm in ("lookup", "dense", "sparse", "hash")]
+        for part in (first, second)
+    ]
+    assert rows == [[True, True, False, False], [False, False, True, True]]
+    assert "lookup against dense: +0.1000" in first
+    assert "sparse against hash: -0.3000" in second
+    assert first.count("Sampler: `offsets`.") == second.count("Sampler: `epochs`.") == 1
+    for name in ("costs_offsets", "costs_epochs", "s_epochs_loss", "s_offsets_loss"):
+        assert (tmp_path / "e/plots" / f"{name}.png").is_file()
+
+
 def test_report_of_nothing_finished_says_so(runs_of, tmp_path):
     write(tmp_path / "e", runs_of("s", "lookup", [2.0]))
     (tmp_path / "e/runs/s/lookup/seed-0/summary.json").unlink()

@@ -11,6 +11,7 @@ from trix_jax.lm.accounting import active_width, costs
 from trix_jax.lm.experiment.directory import is_diverged, is_done
 from trix_jax.lm.experiment.results import (
     add,
+    by_sampler,
     collect,
     from_tree,
     read,
@@ -135,6 +136,22 @@ def test_twin_is_the_dense_run_of_the_same_cost_or_none(models, write_run, tmp_p
     assert twin_widths(lookup, dense[0])["parameters"] == pytest.approx(102, abs=0.5)
     own = twin_widths(dense[1], dense[0])
     assert own == pytest.approx(dict.fromkeys(own, models["dense-4d"].dense_width))
+
+
+def test_results_of_two_samplers_are_kept_apart(tmp_path):
+    old = made_up(arm="a", val_loss=1.0, width=8, params_total=5)
+    new = made_up(arm="a", val_loss=2.0, sampler="epochs", width=8, params_total=5)
+    assert (old.sampler, new.sampler) == ("offsets", "epochs")
+    for one in (old, new, new):
+        add(tmp_path / "s.json", one, tmp_path)
+    assert read(tmp_path / "s.json") == [old, new]
+    assert by_sampler([new, old, new]) == {"epochs": [new, new], "offsets": [old]}
+    tile = made_up(arm="t", val_loss=1.5, sampler="epochs", params_total=5)
+    assert twin(tile, [old, new], "params_total", 0.0) == new
+    assert twin(tile, [old], "params_total", 0.0) is None
+    assert tuned([new], "a").losses == {42: 2.0}
+    with pytest.raises(ValueError, match="must be of one sampler to be compared"):
+        tuned([old, new], "a")
 
 
 def test_tuned_is_an_arm_at_its_best_finite_rate_and_says_whether_it_is_bracketed():

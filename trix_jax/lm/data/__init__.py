@@ -5,7 +5,9 @@ the grain pipeline.
 and `eval_batches(store.val, ...)` read it.
 """
 
-from trix_jax.lm.data.config import DataConfig, check_typed, made_with
+from trix_jax.lm.data.bpe import train_bpe
+from trix_jax.lm.data.config import BPE_SIZE, DataConfig, check_typed, made_with
+from trix_jax.lm.data.library_tokenizer import LibraryTokenizer
 from trix_jax.lm.data.pipeline import (
     Sampler,
     batch_windows,
@@ -18,19 +20,21 @@ from trix_jax.lm.data.prepare import prepare
 from trix_jax.lm.data.sources import Source, infer_source, iter_documents
 from trix_jax.lm.data.store import Split, Store, is_store, open_store
 from trix_jax.lm.data.tokenizer import (
-    BPETokenizer,
     ByteTokenizer,
     CharTokenizer,
+    IdTokenizer,
     Tokenizer,
     load_tokenizer,
-    train_bpe,
+    own_tokenizer,
 )
 
 __all__ = [
-    "BPETokenizer",
+    "BPE_SIZE",
     "ByteTokenizer",
     "CharTokenizer",
     "DataConfig",
+    "IdTokenizer",
+    "LibraryTokenizer",
     "Sampler",
     "Source",
     "Split",
@@ -46,6 +50,7 @@ __all__ = [
     "load_tokenizer",
     "made_with",
     "open_store",
+    "own_tokenizer",
     "prepare",
     "read_window",
     "train_batches",

@@ -9,8 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from trix_jax.lm.data.sources import Source
-from trix_jax.lm.data.store import Store, is_store, open_store, read_manifest
+from trix_jax.lm.data.sources import Source, infer_source
+from trix_jax.lm.data.store import (
+    TOKENIZER,
+    Store,
+    is_store,
+    open_store,
+    read_manifest,
+)
+from trix_jax.lm.data.tokenizer import load_tokenizer, own_tokenizer
+
+NAMED = ("char", "byte", "bpe")  # tokenizers that need no file
+NONE = "none"  # of token files that came without one
+BPE_SIZE = 8192
+OF_TEXT = ("max_bytes", "near_duplicates", "languages", "licenses")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +34,19 @@ class DataConfig:
             and a `path`, it is read off the path.
         path: A prepared store, a file or a folder. None: the embedded default, or a
             download.
-        val_path: A file or a folder of text that is validation, as it is; all text at
-            `path` is then training, and `val_fraction` says nothing. None: a share of
-            the text is.
-        tokenizer: Ids are characters of the corpus, UTF-8 bytes, or a byte-level BPE
-            trained on the training documents.
-        vocab_size: Size of the BPE vocabulary; the other tokenizers have their own.
+        val_path: A file or a folder that is validation, as it is; all that is at `path`
+            is then training, and `val_fraction` says nothing. None: a share is, or the
+            validation file beside a training file of tokens.
+        tokenizer: Ids are characters of the corpus ("char"), UTF-8 bytes ("byte"), a
+            byte-level BPE trained on the training documents ("bpe"), or those of a
+            `tokenizer.json`, Hugging Face's or a run's: its path, or its folder's. Token
+            files have none but such a file.
+        end_of_text: The token of a `tokenizer.json` that ends a document; for token
+            files without one, its id. None: one of a known name (`<|endoftext|>`,
+            `</s>`, ...).
+        vocab_size: Size of the BPE vocabulary, None is 8192; the other tokenizers have
+            their own. Of token files without a tokenizer, None is the greatest id and
+            one.
         val_fraction: Share of the text that is never trained on.
         max_bytes: Stop reading after this much text, not counting that of `val_path`.
             None: read all.
@@ -43,8 +62,8 @@ class DataConfig:
 
     source: Source = "stdlib"
     path: str | None = None
-    tokenizer: Literal["char", "byte", "bpe"] = "byte"
-    vocab_size: int = 8192
+    tokenizer: str = "byte"
+    vocab_size: int | None = None
     val_fraction: float = 0.1
     max_bytes: int | None = None
     max_tokens: int | None = None
@@ -52,6 +71,7 @@ class DataConfig:
     languages: str | None = None
     licenses: Literal["permissive"] | None = None
     val_path: str | None = None
+    end_of_text: str | None = None
 
 
 def check(config: DataConfig) -> None:
@@ -72,16 +92,53 @@ def check(config: DataConfig) -> None:
         raise ValueError(
             f"val_path must be text, not a token store. Got {config.val_path!r}."
         )
-    if config.tokenizer not in ("char", "byte", "bpe"):
+
+
+def check_source(config: DataConfig) -> None:
+    """Raises a ValueError for a setting that is of no use with the source, or a tokenizer
+    that is none.
+    """
+    name = config.tokenizer
+    is_path = name.endswith(".json") or "/" in name or Path(name).exists()
+    if name not in (*NAMED, NONE) and not is_path:
         raise ValueError(
-            f"tokenizer must be char, byte or bpe. Got {config.tokenizer!r}."
+            f"tokenizer must be char, byte, bpe or the path of a tokenizer.json. Got {name!r}."
         )
+    is_file = config.tokenizer not in (*NAMED, NONE)
+    if config.source == "tokens":
+        if config.path is None:
+            raise ValueError("source='tokens' needs a path: a file or a folder.")
+        for name in OF_TEXT:
+            if (value := getattr(config, name)) is not None:
+                raise ValueError(
+                    f"{name} is of text, and {config.path} holds tokens. Got {value}."
+                )
+    elif config.tokenizer == NONE:
+        raise ValueError(f"tokenizer=none is of token files. Got {config.source} text.")
+    elif config.end_of_text is not None and not is_file:
+        raise ValueError(
+            f"end_of_text={config.end_of_text!r} is a token of a tokenizer.json, and "
+            f"tokenizer={config.tokenizer} has its own."
+        )
+
+
+def for_tokens(config: DataConfig) -> DataConfig:
+    """The config with what is true of token files: their ids are not characters, bytes
+    or a BPE that is still to be trained.
+    """
+    if config.source != "tokens" or config.tokenizer not in NAMED:
+        return config
+    return dataclasses.replace(config, tokenizer=NONE)
 
 
 def recipe(config: DataConfig) -> dict[str, Any]:
     """The config as the manifest has it: without what has no effect."""
-    moot = () if config.tokenizer == "bpe" else ("vocab_size",)
-    return {k: v for k, v in dataclasses.asdict(config).items() if k not in moot}
+    found: dict[str, Any] = dataclasses.asdict(config)
+    if config.tokenizer == "bpe":
+        found["vocab_size"] = config.vocab_size or BPE_SIZE
+    elif config.tokenizer != NONE:
+        del found["vocab_size"]
+    return found
 
 
 def check_same(directory: Path, wanted: dict[str, Any]) -> None:
@@ -90,6 +147,10 @@ def check_same(directory: Path, wanted: dict[str, Any]) -> None:
     names = sorted(
         name for name in found | wanted if found.get(name) != wanted.get(name)
     )
+    if "tokenizer" in names and _gives(
+        wanted["tokenizer"], wanted.get("end_of_text"), directory
+    ):
+        names = [name for name in names if name not in ("tokenizer", "end_of_text")]
     if names:
         differ = ", ".join(
             f"{name}={found.get(name)!r} there and {wanted.get(name)!r} here"
@@ -100,6 +161,24 @@ def check_same(directory: Path, wanted: dict[str, Any]) -> None:
         )
 
 
+def changed_tokenizer(directory: Path, config: DataConfig) -> str:
+    """Says that the tokenizer's file is another now than that of the store; nothing if
+    it is not, or gone.
+    """
+    name = config.tokenizer
+    is_there = name not in (*NAMED, NONE) and Path(name).exists()
+    is_same = not is_there or _gives(name, config.end_of_text, directory)
+    return "" if is_same else f"{Path(name).name} changed"
+
+
+def _gives(name: str, end_of_text: str | None, store: Path) -> bool:
+    """Whether a tokenizer's file is the store's tokenizer, by content."""
+    if name in (*NAMED, NONE) or not Path(name).exists():
+        return False
+    own = own_tokenizer(name, end_of_text)
+    return own.content() == load_tokenizer(store / TOKENIZER).content()
+
+
 def made_with(store: Store, path: str | None) -> DataConfig:
     """The config that a store was made with, `path` being where it lies: what a run on
     it records. A vocabulary size that had no effect is the tokenizer's own.
@@ -107,29 +186,76 @@ def made_with(store: Store, path: str | None) -> DataConfig:
     known = {field.name for field in dataclasses.fields(DataConfig)}
     found = {k: v for k, v in store.manifest["config"].items() if k in known}
     size = store.tokenizer.vocab_size
-    values: dict[str, Any] = {"vocab_size": size, **found, "path": path}
+    values: dict[str, Any] = {**found, "path": path}
+    values["vocab_size"] = found.get("vocab_size") or size
     return DataConfig(**values)
 
 
 def check_typed(config: DataConfig, flags: Sequence[str]) -> None:
-    """Checks the flags of a command line against the store at `config.path`, if there is
-    one.
+    """Checks the flags of a command line against what is at `config.path`: a store, or
+    token files.
 
     Raises:
-        ValueError: one of them, `--data.NAME`, says what is not so of the store.
+        ValueError: one of them, `--data.NAME`, says what is not so.
     """
-    if config.path is None or not is_store(config.path):
+    if config.path is None:
         return
-    found = made_with(open_store(config.path, verify=False), config.path)
-    for flag in flags:
-        section, _, name = flag.partition("=")[0].partition(".")
-        name = name.replace("-", "_")
-        if section != "--data" or not hasattr(config, name):
+    typed = _typed(config, flags)
+    if not is_store(config.path):
+        _check_of_tokens(config, typed)
+        return
+    store = open_store(config.path, verify=False)
+    found = made_with(store, config.path)
+    for name in typed:
+        there, value = getattr(found, name), getattr(config, name)
+        if there == value or _says_same(name, config, store):
             continue
-        there, typed = getattr(found, name), getattr(config, name)
-        if there != typed:
+        raise ValueError(
+            f"--data.{name.replace('_', '-')} {value} is not what the store at "
+            f"{config.path} was made with, {name}={there}. Leave the flag out, or "
+            "prepare another store."
+        )
+
+
+def _typed(config: DataConfig, flags: Sequence[str]) -> list[str]:
+    """Settings of the data that a command line has."""
+    parts = (flag.partition("=")[0].partition(".") for flag in flags)
+    names = [part[2].replace("-", "_") for part in parts if part[0] == "--data"]
+    return [name for name in names if hasattr(config, name)]
+
+
+def _says_same(name: str, config: DataConfig, store: Store) -> bool:
+    """Whether a setting of another spelling means what the store has."""
+    own = store.tokenizer
+    if name == "end_of_text" and own.eot is not None:
+        return own.decode([own.eot]) == config.end_of_text
+    is_tokenizer = name == "tokenizer"
+    return is_tokenizer and _gives(
+        config.tokenizer, config.end_of_text, store.directory
+    )
+
+
+def _check_of_tokens(config: DataConfig, typed: Sequence[str]) -> None:
+    is_named = "tokenizer" in typed and config.tokenizer in NAMED
+    if is_named and _is_of_tokens(config):
+        raise ValueError(
+            f"--data.tokenizer {config.tokenizer} makes tokens of text, and {config.path} "
+            "holds tokens. Give the tokenizer.json that they were made with, or none."
+        )
+    is_file = config.tokenizer not in (*NAMED, NONE)
+    if "vocab_size" in typed and is_file and config.vocab_size is not None:
+        size = own_tokenizer(config.tokenizer, config.end_of_text).vocab_size
+        if config.vocab_size != size:
             raise ValueError(
-                f"--data.{name.replace('_', '-')} {typed} is not what the store at "
-                f"{config.path} was made with, {name}={there}. Leave the flag out, or "
-                "prepare another store."
+                f"--data.vocab-size {config.vocab_size} must be the tokenizer's {size}, "
+                "or left out."
             )
+
+
+def _is_of_tokens(config: DataConfig) -> bool:
+    if config.source != "stdlib":
+        return config.source == "tokens"
+    try:
+        return infer_source(config.path or "") == "tokens"
+    except ValueError:
+        return False  # what is wrong with the path is said where it is read

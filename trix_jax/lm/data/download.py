@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trix_jax.files import file_sha256, write_whole
+from trix_jax.files import cache_folder, file_sha256, needing_cache, write_whole
 from trix_jax.lm.data.datasets import Dataset
 
 JOBS = 4  # files at a time
@@ -42,7 +42,7 @@ def fetch(
         ValueError: the hub refuses: no token, a revoked one, terms not accepted.
         ConnectionError: the hub cannot be reached, or went away half-way.
         RuntimeError: a file is not at the hub, or is not what it says it is.
-        OSError: too little room.
+        OSError: too little room, or no folder that can be written; says what to set.
     """
     folder = folder_of(dataset, cache)
     known = _read_notes(folder)
@@ -54,7 +54,8 @@ def fetch(
         or (folder / name).stat().st_size != note["bytes"]
     }
     if missing:
-        _download(dataset, folder, missing, report)
+        with needing_cache(folder):
+            _download(dataset, folder, missing, report)
     for name, note in wanted.items():
         _verify(dataset, folder / name, name, note["sha256"])
     return [folder / name for name in wanted]
@@ -62,9 +63,8 @@ def fetch(
 
 def folder_of(dataset: Dataset, cache: Path | None = None) -> Path:
     """Where the files of a data set lie."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = dataset.repo.replace("/", "--")
-    return (cache or root / "trix_jax") / name / dataset.revision[:12]
+    return (cache or cache_folder()) / name / dataset.revision[:12]
 
 
 def _wanted(dataset: Dataset, folder: Path, known: dict) -> dict[str, dict[str, Any]]:
@@ -73,9 +73,11 @@ def _wanted(dataset: Dataset, folder: Path, known: dict) -> dict[str, dict[str, 
     """
     key = json.dumps([dataset.files, dataset.most])
     if key not in known:
+        with needing_cache(folder):  # before the hub is asked
+            folder.mkdir(parents=True, exist_ok=True)
         known[key] = _ask(dataset)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / NOTES, json.dumps(known, indent=1))
+        with needing_cache(folder):
+            write_whole(folder / NOTES, json.dumps(known, indent=1))
     return known[key]
 
 

@@ -14,16 +14,26 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from trix_jax.lm.data import splits
-from trix_jax.lm.data.config import DataConfig, check, check_same, recipe
+from trix_jax.lm.data.config import (
+    DataConfig,
+    changed_tokenizer,
+    check,
+    check_same,
+    check_source,
+    for_tokens,
+    recipe,
+)
 from trix_jax.lm.data.corpus import Corpus, corpus_of
 from trix_jax.lm.data.datasets import filled_in
 from trix_jax.lm.data.near_duplicates import NearDuplicates
 from trix_jax.lm.data.pipeline import check_context
+from trix_jax.lm.data.prepare_tokens import build_tokens
+from trix_jax.lm.data.prepare_tokens import changes as token_changes
 from trix_jax.lm.data.sources import infer_source
 from trix_jax.lm.data.store import (
     TOKENIZER,
@@ -36,14 +46,9 @@ from trix_jax.lm.data.store import (
     read_manifest,
     write_manifest,
 )
-from trix_jax.lm.data.tokenizer import (
-    ByteTokenizer,
-    CharTokenizer,
-    Tokenizer,
-    train_bpe,
-)
+from trix_jax.lm.data.tokenizer import Tokenizer
+from trix_jax.lm.data.vocabulary import Losses, make_tokenizer
 
-TOKENIZER_BYTES = 200_000_000  # of training text that a BPE learns from
 BATCH_CHARACTERS = 4_000_000
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -90,19 +95,19 @@ def prepare(
         made = read_manifest(directory)["config"] if is_kept else {}
         source = made.get("source") or infer_source(config.path)
         config = dataclasses.replace(config, source=source)
-    config = filled_in(config)
+    config = for_tokens(filled_in(config))
     if not is_kept:
+        check_source(config)
         check_free(directory)
+        build = build_tokens if config.source == "tokens" else _build
         try:
             with new_store(directory) as building:
-                _build(config, building, context, report)
+                build(config, building, context, report)
         except OSError:
             if changed == "rebuild" or not is_store(directory):
                 raise  # else another process prepared it meanwhile
     check_same(directory, recipe(config))
-    if is_kept and (
-        found := corpus_of(config).changes(read_manifest(directory), report)
-    ):
+    if is_kept and (found := _changes(config, directory, report)):
         said = f"{directory} was prepared from other text than there is now: {found}"
         if changed == "refuse":
             raise ValueError(
@@ -113,12 +118,32 @@ def prepare(
     return open_store(directory)
 
 
+def _changes(config: DataConfig, directory: Path, report: Callable[[str], None]) -> str:
+    """How the text, or the tokens, and a tokenizer of one's own differ from those that a
+    store was made from, or nothing.
+    """
+    manifest = read_manifest(directory)
+    is_tokens = config.source == "tokens"
+    changes = token_changes if is_tokens else _text_changes
+    found = (
+        changes(config, manifest, report),
+        changed_tokenizer(directory, config),
+    )
+    return ", ".join(filter(None, found))
+
+
+def _text_changes(
+    config: DataConfig, manifest: dict[str, Any], report: Callable[[str], None]
+) -> str:
+    return corpus_of(config).changes(manifest, report)
+
+
 def _build(
     config: DataConfig, building: Path, context: int, report: Callable[[str], None]
 ) -> None:
     corpus = corpus_of(config)
     survey = corpus.survey(report)
-    tokenizer = _make_tokenizer(corpus, survey)
+    tokenizer = make_tokenizer(corpus, survey)
     tokenizer.save(building / TOKENIZER)
     copies = _near_duplicates(corpus, survey, report)
     with (
@@ -167,6 +192,7 @@ def _write(
     config = corpus.config
     end = np.asarray([tokenizer.eot] if survey.several else [], np.int32)
     train, removed, read = written["train"], 0, {"train": 0, "val": 0}
+    losses = Losses(tokenizer, config.tokenizer)
     began = last = time.monotonic()
     for batch in _batches(corpus.sides(survey)):
         for side, text in batch:
@@ -179,7 +205,9 @@ def _write(
             if side == "val" or copies is None or not copies.holds(text)
         ]
         removed += len(wanted) - len(kept)
-        encoded = tokenizer.encode_batch([text for _, text in kept])
+        texts = [text for _, text in kept]
+        encoded = tokenizer.encode_batch(texts)
+        losses.see(texts, encoded)
         for (side, text), ids in zip(kept, encoded, strict=True):
             most = max(left, 0) if side == "train" else sys.maxsize
             taken = _append(written[side], np.append(ids, end), text, most)
@@ -189,6 +217,7 @@ def _write(
             rate = sum(read.values()) / 1e6 / (last - began)
             report(f"{train.tokens:,} training tokens, {rate:.1f} MB/s")
     splits.check_share(survey, config.val_fraction, read)
+    losses.tell(report)
     return removed
 
 
@@ -210,22 +239,3 @@ def _batches(sides: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def _make_tokenizer(corpus: Corpus, survey: splits.Survey) -> Tokenizer:
-    match corpus.config.tokenizer:
-        case "char":
-            return CharTokenizer(survey.characters, with_eot=survey.several)
-        case "byte":
-            return ByteTokenizer()
-        case "bpe":
-            train = _first(corpus.side("train", survey), TOKENIZER_BYTES)
-            return train_bpe(train, corpus.config.vocab_size)
-
-
-def _first(documents: Iterable[str], num_bytes: int) -> Iterator[str]:
-    for text in documents:
-        yield text
-        num_bytes -= len(text.encode())
-        if num_bytes < 0:
-            return

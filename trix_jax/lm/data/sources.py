@@ -1,4 +1,4 @@
-"""Where text comes from: seven kinds of source, one stream of documents.
+"""Where text comes from: eight kinds of source, one stream of documents.
 
 | source | a document is | `path` |
 |---|---|---|
@@ -7,6 +7,7 @@
 | `text` | one file | a file, or a folder whose `*.txt` are taken |
 | `jsonl` | the `"text"` of one line, or of one entry of a `.json` array | a file, or a folder whose `*.jsonl`, else `*.json`, are taken |
 | `parquet` | the `text` of one row (FineWeb-Edu shards read as they are) | a file, or a folder of `*.parquet` |
+| `tokens` | up to the end mark, if it is known | a `.bin` or `.npy` file, or a folder of them (`token_files.py`); no text |
 | `code` | one source file | a folder of repositories, or a list of them (`code.py`) |
 | `fineweb_5m`, ... | one row of FineWeb-Edu, one file of The Stack | None downloads (`datasets.py`), or as `parquet` or `code` |
 
@@ -17,7 +18,6 @@ reported.
 """
 
 import hashlib
-import os
 import platform
 import sysconfig
 import urllib.request
@@ -25,12 +25,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
-from trix_jax.files import write_whole
+from trix_jax.files import cache_folder, write_whole
 from trix_jax.lm.data.code import code_files, stack_documents
 from trix_jax.lm.data.datasets import DATASETS, Dataset
 from trix_jax.lm.data.download import fetch
 from trix_jax.lm.data.files import files_of, json_texts, read, suffix_of, walk
 from trix_jax.lm.data.origin import Opened
+from trix_jax.lm.data.token_files import SUFFIXES
 
 Source = Literal[
     "stdlib",
@@ -39,6 +40,7 @@ Source = Literal[
     "jsonl",
     "parquet",
     "code",
+    "tokens",
     "fineweb_5m",
     "fineweb_50m",
     "fineweb_500m",
@@ -52,9 +54,8 @@ STDLIB_LEFT_OUT = frozenset(
     "test tests site-packages dist-packages idlelib lib2to3 encodings pydoc_data __pycache__".split()
 )
 
-TOKEN_FILES = {".bin", ".npy"}  # of nanoGPT and others
-
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE = "tinyshakespeare.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
@@ -99,20 +100,25 @@ def iter_documents(
                 )
             documents = _python_stdlib()
         case "shakespeare":
-            documents = iter([_shakespeare(path)])
+            documents = iter([_shakespeare(path, report)])
         case "text" | "jsonl" | "parquet" | "code":
             if path is None:
                 raise ValueError(
                     f"source={source!r} needs a path: a file or a folder. Got None."
                 )
             documents = local(source, Path(path))
+        case "tokens":
+            raise ValueError(
+                f"path={str(path)!r} holds tokens, and text is needed: give what they "
+                "were made from."
+            )
         case name if name in DATASETS and path is not None:
             documents = local(kind_of(name), Path(path))
         case name if name in DATASETS:
             documents = _downloaded(DATASETS[name], report)
         case _:
             raise ValueError(
-                f"source must be stdlib, shakespeare, text, jsonl, parquet, code or "
+                f"source must be stdlib, shakespeare, text, jsonl, parquet, code, tokens or "
                 f"{', '.join(DATASETS)}. Got {source!r}."
             )
     return _limit((text for text in documents if text), max_bytes)
@@ -121,6 +127,9 @@ def iter_documents(
 def infer_source(path: str | Path) -> Source:
     """The source that a raw path looks like, by suffix; for a folder, by the first kind
     of file it holds.
+
+    Raises:
+        ValueError: a folder holds nothing to read, or text beside training tokens.
     """
     path = Path(path)
     kinds: dict[str, Source] = {
@@ -130,18 +139,21 @@ def infer_source(path: str | Path) -> Source:
         ".json": "jsonl",
     }
     held = {suffix_of(file) for file in walk(path)} if path.is_dir() else set()
+    tokens = [path / f"train{suffix}" for suffix in SUFFIXES]
     for suffix, source in kinds.items():
         if suffix in (held or {suffix_of(path)}):
+            if found := [file.name for file in tokens if file.is_file()]:
+                raise ValueError(
+                    f"path={str(path)!r} holds text ({suffix}) and tokens ({found[0]}): "
+                    f"say which, --data.source {source} or --data.source tokens."
+                )
             return source
-    if found := sorted(TOKEN_FILES & (held or {suffix_of(path)})):
-        raise ValueError(
-            f"path={str(path)!r} holds tokens ({', '.join(found)}), and text is needed: "
-            "give what they were made from."
-        )
+    if {*SUFFIXES} & (held or {suffix_of(path)}):
+        return "tokens"
     if not path.is_dir():
         return "text"
     raise ValueError(
-        f"path={str(path)!r} holds no .parquet, .jsonl, .txt or .json file; for source files say source='code'."
+        f"path={str(path)!r} holds no .parquet, .jsonl, .txt, .json, .bin or .npy file; for source files say source='code'."
     )
 
 
@@ -291,7 +303,7 @@ def _python_stdlib() -> Iterator[str]:
         yield text
 
 
-def _shakespeare(path: str | Path | None) -> str:
+def _shakespeare(path: str | Path | None, report: Callable[[str], None]) -> str:
     if path is not None:
         try:
             data = Path(path).read_bytes()
@@ -301,14 +313,8 @@ def _shakespeare(path: str | Path | None) -> str:
             ) from error
         _check_shakespeare(data, str(path))
         return data.decode()
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cached = root / "trix_jax" / "tinyshakespeare.txt"
-    if (
-        cached.is_file()
-        and hashlib.sha256(data := cached.read_bytes()).hexdigest()
-        == SHAKESPEARE_SHA256
-    ):
-        return data.decode()
+    if (kept := _kept_shakespeare()) is not None:
+        return kept.decode()
     try:
         with urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as response:
             data = response.read()
@@ -318,9 +324,22 @@ def _shakespeare(path: str | Path | None) -> str:
             "give a local copy as path (--data.path FILE)."
         ) from error
     _check_shakespeare(data, SHAKESPEARE_URL)
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(cached, data)
+    try:
+        cached = cache_folder() / SHAKESPEARE
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(cached, data)
+    except OSError as error:
+        report(f"TinyShakespeare is not kept for the next time: {error}")
     return data.decode()
+
+
+def _kept_shakespeare() -> bytes | None:
+    """The text of an earlier download, if one can be read."""
+    try:
+        data = (cache_folder() / SHAKESPEARE).read_bytes()
+    except OSError:
+        return None
+    return data if hashlib.sha256(data).hexdigest() == SHAKESPEARE_SHA256 else None
 
 
 def _check_shakespeare(data: bytes, origin: str) -> None:

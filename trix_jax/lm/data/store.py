@@ -9,7 +9,7 @@ manifest.json         format, files {name: sha256, bytes, tokens}, splits {train
 ```
 
 A split's `bytes` are the UTF-8 bytes of its text, end-of-text marks not counted: the
-unit of bits per byte. A store appears under its name complete or not at all: it is
+unit of bits per byte; null where tokens came without a tokenizer. A store appears under its name complete or not at all: it is
 written beside it, flushed to disk, and renamed.
 """
 
@@ -35,12 +35,11 @@ from trix_jax.files import (
     write_whole,
     writing,
 )
-from trix_jax.lm.data.tokenizer import Tokenizer, load_tokenizer
+from trix_jax.lm.data.tokenizer import TOKENIZER, Tokenizer, load_tokenizer
 
 FORMAT = "trix_jax tokens 1"
 COMPACT = (",", ":")  # how the format writes the JSON that it hashes
 MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.json"
 SHARD_TOKENS = 64 * 2**20
 _FILE_NAME = re.compile(r"(train|val)_\d{5}\.npy|tokenizer\.json")
 
@@ -103,8 +102,10 @@ class Store(NamedTuple):
         return self.manifest["splits"]["val"]["tokens"]
 
     @property
-    def val_bytes(self) -> int:
-        """UTF-8 bytes of the validation text, end-of-text marks not counted."""
+    def val_bytes(self) -> int | None:
+        """UTF-8 bytes of the validation text, end-of-text marks not counted; None where
+        the text of the tokens is not known.
+        """
         return self.manifest["splits"]["val"]["bytes"]
 
 
@@ -113,7 +114,7 @@ class SplitWriter:
 
     Attributes:
         tokens: Tokens written so far.
-        bytes: UTF-8 bytes of text they stand for.
+        bytes: UTF-8 bytes of text they stand for; None is not known.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class SplitWriter:
         shard_tokens: int = SHARD_TOKENS,
     ):
         self.tokens = 0
-        self.bytes = 0
+        self.bytes: int | None = 0
         self._directory, self._split = directory, split
         self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
         self._shard_tokens = shard_tokens
@@ -141,9 +142,12 @@ class SplitWriter:
     def __len__(self) -> int:
         return self.tokens
 
-    def append(self, tokens: Integer[np.ndarray, " T"], num_bytes: int = 0) -> None:
-        """Appends tokens that stand for `num_bytes` of UTF-8 text."""
-        self.bytes += num_bytes
+    def append(
+        self, tokens: Integer[np.ndarray, " T"], num_bytes: int | None = 0
+    ) -> None:
+        """Appends tokens of `num_bytes` of UTF-8 text; None: nobody knows."""
+        if self.bytes is not None:
+            self.bytes = None if num_bytes is None else self.bytes + num_bytes
         self.tokens += len(tokens)
         tokens = tokens.astype(self._dtype)
         while len(tokens):

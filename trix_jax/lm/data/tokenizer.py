@@ -1,45 +1,44 @@
-"""Text to token ids and back: characters, bytes, or a byte-level BPE trained on the
-corpus.
+"""Text to token ids and back: characters, bytes, a tokenizer of Hugging Face's library
+(`library_tokenizer.py`; `bpe.py` trains one), or ids alone.
 
 A tokenizer knows `kind`, `vocab_size`, the id `eot` that ends a document (None if the
 vocabulary has none), `encode`, `decode` and `save`. `encode` never produces `eot`, not
-even from text that spells it; `decode` writes it as `<|endoftext|>`.
+even from text that spells it; `decode` spells it, for characters and bytes as
+`<|endoftext|>`.
 
-`tokenizer.json` is, for BPE, the file format of Hugging Face's `tokenizers`; for the
-others, the object `{"trix_tokenizer": "char" | "byte", "version": 1, "characters":
-"all, by code point", "eot": id or null}`.
+`tokenizer.json` is, for the library's, the library's file format; for the others, the
+object `{"trix_tokenizer": "char" | "byte" | "none", "version": 1, "characters": "all, by
+code point", "vocab_size": of "none", "eot": id or null}`. A library's file whose end mark
+has no known name, or which has several, stands in `{"trix_tokenizer": "library",
+"version": 1, "eot": token or null, "tokenizer": the file}`.
 """
 
-import concurrent.futures
 import json
-import re
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
-import tokenizers
-from jaxtyping import Int32, Integer
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from jaxtyping import Int32, Int64, Integer
 
-EOT = "<|endoftext|>"
-FORMAT_VERSION = 1
-LONG_WORD = 2000
-_SPACES = re.compile(rf"\s{{{LONG_WORD}}}")
-_RUNS = re.compile(
-    "|".join(
-        f"(?<!{kind}){kind}{{{LONG_WORD},}}"
-        for kind in (r"[^\W\d_]", r"\d", r"[^\w\s]", "_", r"\s")
-    )
+from trix_jax.lm.data.library_tokenizer import (
+    EOT,
+    LibraryTokenizer,
+    NoMark,
+    Saved,
+    checked,
+    known_mark,
 )
+
+TOKENIZER = "tokenizer.json"
+FORMAT_VERSION = 1
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
     """What the rest of the package asks of a tokenizer."""
 
-    kind: ClassVar[str]
+    kind: str
     eot: int | None
 
     @property
@@ -63,17 +62,27 @@ class Tokenizer(Protocol):
         """
         ...
 
+    def token_bytes(self) -> Int64[np.ndarray, " V"] | None:
+        """UTF-8 bytes of the text of each token, 0 for `eot`; None where there is no
+        such number.
+        """
+        ...
+
+    def content(self) -> str:
+        """The content of its `tokenizer.json`: two of equal content are the same."""
+        ...
+
     def save(self, path: str | Path) -> None:
         """Writes the JSON file that `load_tokenizer` reads."""
         ...
 
 
-class CharTokenizer:
+class CharTokenizer(Saved):
     """One id a character, ordered by code point; with `with_eot`, one more for the end
     of a document.
     """
 
-    kind: ClassVar[str] = "char"
+    kind: str = "char"
 
     def __init__(self, characters: Iterable[str], with_eot: bool = False):
         self.characters = "".join(sorted(set(characters)))
@@ -102,11 +111,14 @@ class CharTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int] | Integer[np.ndarray, " T"]) -> str:
-        return "".join(map(self._pieces.__getitem__, _checked(ids, self.vocab_size)))
+        return "".join(map(self._pieces.__getitem__, checked(ids, self.vocab_size)))
 
-    def save(self, path: str | Path) -> None:
-        _save(
-            path,
+    def token_bytes(self) -> Int64[np.ndarray, " V"]:
+        sizes = [len(c.encode()) for c in self.characters]
+        return np.asarray(sizes + [0] * (self.eot is not None), np.int64)
+
+    def content(self) -> str:
+        return _json(
             trix_tokenizer="char",
             version=FORMAT_VERSION,
             characters=self.characters,
@@ -114,10 +126,10 @@ class CharTokenizer:
         )
 
 
-class ByteTokenizer:
+class ByteTokenizer(Saved):
     """One id a UTF-8 byte, 0 to 255, and 256 for the end of a document."""
 
-    kind: ClassVar[str] = "byte"
+    kind: str = "byte"
 
     def __init__(self):
         self.eot: int | None = 256
@@ -135,135 +147,85 @@ class ByteTokenizer:
     def decode(self, ids: Iterable[int] | Integer[np.ndarray, " T"]) -> str:
         pieces = (
             bytes([i]) if i < 256 else EOT.encode()
-            for i in _checked(ids, self.vocab_size)
+            for i in checked(ids, self.vocab_size)
         )
         return b"".join(pieces).decode(errors="replace")
 
-    def save(self, path: str | Path) -> None:
-        _save(path, trix_tokenizer="byte", version=FORMAT_VERSION, eot=self.eot)
+    def token_bytes(self) -> Int64[np.ndarray, " V"]:
+        return np.asarray([1] * 256 + [0], np.int64)
+
+    def content(self) -> str:
+        return _json(trix_tokenizer="byte", version=FORMAT_VERSION, eot=self.eot)
 
 
-class BPETokenizer:
-    """Byte-level BPE (GPT-2's pre-tokenization) of Hugging Face's `tokenizers`; any
-    text encodes, and comes back exactly.
-    """
+class IdTokenizer(Saved):
+    """Ids that nobody knows the text of; `decode` writes them as numbers."""
 
-    kind: ClassVar[str] = "bpe"
+    kind: str = "none"
 
-    def __init__(self, inner: tokenizers.Tokenizer):
-        inner.encode_special_tokens = True  # text that spells <|endoftext|> is text
-        self._inner = inner
-        self.eot: int | None = inner.token_to_id(EOT)
+    def __init__(self, vocab_size: int, eot: int | None = None):
+        self._size, self.eot = vocab_size, eot
 
     @property
     def vocab_size(self) -> int:
-        return self._inner.get_vocab_size()
+        return self._size
 
     def encode(self, text: str) -> Int32[np.ndarray, " T"]:
-        (ids,) = self.encode_batch([text])
-        return ids
+        raise ValueError(
+            "the tokens were given without a tokenizer, so that text has no ids here. "
+            "Give ids (generate --prompt-ids), or prepare the tokens with --data.tokenizer."
+        )
 
     def encode_batch(self, texts: list[str]) -> list[Int32[np.ndarray, " T"]]:
-        # This call keeps no offsets and is a third faster, for one text too.
-        encode = self._inner.encode_batch_fast
-        encoded = interruptible(lambda: encode(texts, add_special_tokens=False))
-        return [np.asarray(one.ids, np.int32) for one in encoded]
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int] | Integer[np.ndarray, " T"]) -> str:
-        return self._inner.decode(
-            _checked(ids, self.vocab_size), skip_special_tokens=False
-        )
+        return " ".join(map(str, checked(ids, self._size)))
 
-    def save(self, path: str | Path) -> None:
-        Path(path).write_text(self._inner.to_str(pretty=True), encoding="utf-8")
+    def token_bytes(self) -> None:
+        return None
 
-
-def train_bpe(documents: Iterable[str], vocab_size: int) -> BPETokenizer:
-    """Trains a byte-level BPE; a corpus with too few distinct pairs gives a smaller
-    vocabulary than asked for.
-
-    A word over LONG_WORD characters is learned from in pieces of that many: the time
-    that a merge takes is that of moving what stands behind it in the word.
-
-    Raises:
-        ValueError: `vocab_size` has no room for 256 bytes, the end of a document and
-            one merge.
-    """
-    if vocab_size < 258:
-        raise ValueError(
-            f"vocab_size must be at least 258 for bpe (256 bytes, {EOT}, one merge). Got {vocab_size}."
-        )
-    inner = tokenizers.Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[EOT],
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
-    pieces = (piece for text in documents for piece in _pieces(text))
-    interruptible(lambda: inner.train_from_iterator(pieces, trainer))
-    return BPETokenizer(inner)
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """The text, cut only inside runs of LONG_WORD or more characters of one kind, which
-    make a word.
-    """
-    start = 0
-    if max(map(len, text.split()), default=0) >= LONG_WORD or _SPACES.search(text):
-        for run in _RUNS.finditer(text):
-            for cut in range(run.start() + LONG_WORD, run.end() + 1, LONG_WORD):
-                yield text[start:cut]
-                start = cut
-    if start < len(text):
-        yield text[start:]
-
-
-def interruptible[Result](action: Callable[[], Result]) -> Result:
-    """Runs what is deaf to signals, a library's long call, in a thread of its own, so
-    that a handler may raise meanwhile; the thread then ends with the process.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return action()
-    future: concurrent.futures.Future[Result] = concurrent.futures.Future()
-
-    def run() -> None:
-        try:
-            future.set_result(action())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    while True:
-        try:
-            return future.result(timeout=0.1)
-        except TimeoutError:
-            if future.done():
-                raise
+    def content(self) -> str:
+        own = {"vocab_size": self._size, "eot": self.eot}
+        return _json(trix_tokenizer="none", version=FORMAT_VERSION, **own)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Reads a `tokenizer.json` of either format.
+    """Reads a `tokenizer.json` of any of the formats.
 
     Raises:
-        ValueError: The file is missing, or is neither format.
+        ValueError: The file is missing, or is none of them.
     """
+    return own_tokenizer(path, None)
+
+
+def own_tokenizer(path: str | Path, end_of_text: str | None) -> Tokenizer:
+    """Reads a `tokenizer.json`, or that of a folder.
+
+    Args:
+        end_of_text: The token that ends a document; None takes the one of a known name.
+
+    Raises:
+        ValueError: The file is missing or is no tokenizer, or the end mark is no token,
+            or one of several.
+    """
+    path = Path(path)
+    path = path / TOKENIZER if path.is_dir() else path
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        saved = json.loads(text)
+        saved = json.loads(path.read_text(encoding="utf-8"))
         if "trix_tokenizer" not in saved:
-            return BPETokenizer(tokenizers.Tokenizer.from_str(text))
-        return _load_own(saved)
+            mark = known_mark(saved) if end_of_text is None else end_of_text
+            return LibraryTokenizer(saved, mark)
+        return _load_own(saved, end_of_text)
+    except NoMark:
+        raise
     except Exception as error:  # `tokenizers` raises bare Exception
         raise ValueError(
             f"{path} is not a readable tokenizer file ({type(error).__name__}: {error})."
         ) from error
 
 
-def _load_own(saved: dict) -> Tokenizer:
+def _load_own(saved: dict, end_of_text: str | None) -> Tokenizer:
     if saved["version"] != FORMAT_VERSION:
         raise ValueError(f"version must be {FORMAT_VERSION}. Got {saved['version']!r}.")
     match saved["trix_tokenizer"]:
@@ -277,8 +239,18 @@ def _load_own(saved: dict) -> Tokenizer:
                 )
         case "byte":
             tokenizer = ByteTokenizer()
+        case "none":
+            tokenizer = IdTokenizer(saved["vocab_size"], saved["eot"])
+        case "library":
+            return LibraryTokenizer(saved["tokenizer"], end_of_text or saved["eot"])
         case kind:
-            raise ValueError(f'trix_tokenizer must be "char" or "byte". Got {kind!r}.')
+            raise ValueError(
+                f"trix_tokenizer must be char, byte, none or library. Got {kind!r}."
+            )
+    if end_of_text is not None:
+        raise NoMark(
+            f"end_of_text={end_of_text!r} must be left out: the tokenizer has its own."
+        )
     if tokenizer.eot != saved["eot"]:
         raise ValueError(f"eot must be {tokenizer.eot}. Got {saved['eot']!r}.")
     return tokenizer
@@ -288,16 +260,5 @@ def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
-def _checked(ids: Iterable[int] | np.ndarray, vocab_size: int) -> list[int]:
-    ids = np.asarray(list(ids), np.int64)
-    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
-        raise ValueError(
-            f"ids must be in 0 to {vocab_size - 1}. Got {ids.min()} to {ids.max()}."
-        )
-    return ids.tolist()
-
-
-def _save(path: str | Path, **fields: object) -> None:
-    Path(path).write_text(
-        json.dumps(fields, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
-    )
+def _json(**fields: object) -> str:
+    return json.dumps(fields, ensure_ascii=False, indent=1) + "\n"

@@ -14,17 +14,17 @@ budget takes `SLACK` times it, and the first hundred steps tell.
 import dataclasses
 import functools
 import hashlib
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from trix_jax.files import json_sha256, read_json, write_json
+from trix_jax.files import cache_folder, json_sha256, read_json, write_json
 from trix_jax.lm import aot as train_steps
 from trix_jax.lm.accounting import costs
 from trix_jax.lm.config import RunConfig, resolve
+from trix_jax.lm.data import BPE_SIZE, own_tokenizer
 from trix_jax.nn.transformer import TransformerConfig
 
 SLACK = 3.0
@@ -63,7 +63,7 @@ def estimate(
                 report(
                     f"{' '.join(key)}: compiling for {devices} H100, minutes the first time"
                 )
-            peaks[key, devices] = _peak(python, config, devices)
+            peaks[key, devices] = _peak(python, config, devices, report)
     for (size, arm), config in configs.items():
         row: dict[str, Any] = {"size": size, "arm": arm, **_counted(config)}
         row["peak_bytes"] = peaks[(size, arm), 1]
@@ -107,25 +107,41 @@ def _counted(config: RunConfig) -> dict[str, Any]:
     return row
 
 
-def _peak(python: str | None, config: RunConfig, devices: int) -> int | None:
+def _peak(
+    python: str | None,
+    config: RunConfig,
+    devices: int,
+    report: Callable[[str], None],
+) -> int | None:
     """Peak bytes a GPU; compiled once for the same step and code, then kept."""
     train = config.train
     if train.batch_size % (train.accumulate * devices):
         return None
     case = [dataclasses.asdict(config.model), train.batch_size, train.accumulate]
     key = [case, devices, jax.__version__, _code()]
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    kept = root / "trix_jax" / "aot" / f"{json_sha256(key)}.json"
-    if kept.is_file():
-        return read_json(kept)["peak_bytes"]
+    name = f"{json_sha256(key)}.json"
+    if (kept := _kept(name)) is not None:
+        return kept["peak_bytes"]
     if python is None:
         return None
     done = train_steps.compile_case(
         python, "h100", config.model, train.batch_size, train.accumulate, devices
     )
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_json(kept, done)
+    try:
+        place = cache_folder() / "aot" / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_json(place, done)
+    except OSError as error:
+        report(f"the compilation is not kept for the next time: {error}")
     return done["peak_bytes"]
+
+
+def _kept(name: str) -> dict[str, Any] | None:
+    """What an earlier compilation found, if that can be read."""
+    try:
+        return read_json(cache_folder() / "aot" / name)
+    except (OSError, ValueError):
+        return None
 
 
 @functools.cache
@@ -144,7 +160,12 @@ def _code() -> str:
 def _vocabulary(config: RunConfig) -> int:
     if config.model.vocab_size:
         return config.model.vocab_size
-    return {"byte": 257, "char": 100}.get(config.data.tokenizer, config.data.vocab_size)
+    data = config.data
+    if data.tokenizer in (known := {"byte": 257, "char": 100}):
+        return known[data.tokenizer]
+    if data.tokenizer == "bpe":
+        return data.vocab_size or BPE_SIZE
+    return own_tokenizer(data.tokenizer, data.end_of_text).vocab_size
 
 
 def _table(rows: list[dict[str, Any]], seeds: int) -> str:

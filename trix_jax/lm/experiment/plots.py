@@ -4,7 +4,7 @@ dense ones orange to brown, controls grey.
 
 import itertools
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,24 +38,26 @@ Found = Mapping[tuple[str, str], Sequence[Result]]  # by size and arm
 
 def costs(path: Path, found: Found, floors: Mapping[str, Mapping[int, float]]) -> None:
     """Loss of every arm against what it costs: mean and range over seeds; arms of
-    several sizes are joined, and then the unit is bits per byte.
+    several sizes are joined, and then the unit is bits per byte, if all are known.
     """
     sizes = list(dict.fromkeys(size for size, _ in found))
     is_ladder = len(sizes) > 1
+    has_bits = is_ladder and _all_bits(found.values())
+    unit = "val_bits_per_byte" if has_bits else "val_loss"
     colours = colours_of(found)
     figure, axes = plots.new_figure(7.4, rows=2, columns=2)
     for ax, (cost, words) in zip(axes, COSTS.items(), strict=True):
         for arm, colour in colours.items():
             mine = [runs for (_, name), runs in found.items() if name == arm]
-            _points(ax, mine, cost, colour, is_ladder)
+            _points(ax, mine, cost, colour, unit, is_ladder)
         ax.set_xscale("log")
         _log_axis(ax)
         ax.set_xlabel(words, fontsize=9)
     if not is_ladder:
         _join_dense(list(axes[:3]), found)
         _floor_lines(axes, found, floors.get(sizes[0], {}))
-    unit = "bits per byte" if is_ladder else "nats per token"
-    plots.set_title(axes[0], f"Validation loss, {unit}")
+    words = "bits per byte" if has_bits else "nats per token"
+    plots.set_title(axes[0], f"Validation loss, {words}")
     _legend_below(figure, axes[0], colours, is_marked=True)
     plots.save(figure, path)
 
@@ -167,10 +169,12 @@ def colours_of(found: Found) -> dict[str, str]:
     return colours
 
 
-def _points(ax: Axes, groups: list, cost: str, colour: str, is_ladder: bool) -> None:
+def _points(
+    ax: Axes, groups: list, cost: str, colour: str, unit: str, is_ladder: bool
+) -> None:
     xs, ys = [], []
     for runs in groups:
-        values = [r.val_bits_per_byte if is_ladder else r.val_loss for r in runs]
+        values = [getattr(run, unit) for run in runs]
         x, mean = _mean_cost(runs, cost), statistics.mean(values)
         ax.plot([x, x], [min(values), max(values)], color=colour, lw=1.5, zorder=3)
         xs.append(x)
@@ -178,6 +182,11 @@ def _points(ax: Axes, groups: list, cost: str, colour: str, is_ladder: bool) -> 
     marker = _marker(groups[0][0].arm)
     line = "-" if is_ladder else ""
     ax.plot(xs, ys, f"{marker}{line}", color=colour, ms=7, lw=1.2, zorder=4)
+
+
+def _all_bits(groups: Iterable[Sequence[Result]]) -> bool:
+    """Whether every run knows its bits per byte."""
+    return all(r.val_bits_per_byte is not None for runs in groups for r in runs)
 
 
 def _mean_cost(runs: Sequence[Result], cost: str) -> float:

@@ -15,7 +15,7 @@ from trix_jax.files import read_json, write_json, write_whole
 from trix_jax.lm.data import is_store, open_store
 from trix_jax.lm.experiment import plots
 from trix_jax.lm.experiment.hypotheses import HYPOTHESES, Found, answer, by_arm
-from trix_jax.lm.experiment.results import Result, collect, read
+from trix_jax.lm.experiment.results import Result, by_sampler, collect, read
 from trix_jax.lm.experiment.spec import RESULTS, Experiment, Spec, read_notes
 from trix_jax.lm.experiment.stats import spread
 from trix_jax.lm.experiment.tables import mean_loss, runs_table
@@ -51,20 +51,18 @@ def write_experiment_report(
         raise ValueError(
             f"{directory} must hold a finished run. Got none of {len(specs)}."
         )
-    found = by_arm(finished)
     known_floors = _floors(directory, {r.size for r in finished}, specs, report)
-    sizes = list(dict.fromkeys(size for size, _ in found))
-    figures = directory / "plots"
-    plots.costs(figures / "costs.png", found, known_floors if len(sizes) == 1 else {})
+    groups = by_sampler(finished)
     parts = [
         f"# {experiment.title}",
         *filter(None, [experiment.question, _label(experiment, results)]),
-        *(_headline(size, found, known_floors.get(size, {})) for size in sizes),
-        "![Validation loss against parameters, compute, bits and seconds](plots/costs.png)",
-        "## What the original's plan expected",
-        *(answer(hypothesis, found) for hypothesis in HYPOTHESES),
-        "## The runs",
-        *(part for s in sizes for part in _size(s, found, known_floors, directory)),
+    ]
+    for sampler, runs in groups.items():
+        if len(groups) > 1:
+            parts.append(f"# Sampler `{sampler}`")
+        ending = f"_{sampler}" if len(groups) > 1 else ""
+        parts += _compared(by_arm(runs), known_floors, directory, ending)
+    parts += [
         "## Made with",
         _made_with(directory, finished),
     ]
@@ -73,12 +71,34 @@ def write_experiment_report(
     return path
 
 
+def _compared(
+    found: Found, known_floors: Floors, directory: Path, ending: str
+) -> list[str]:
+    """What the runs of one sampler say.
+
+    Args:
+        ending: of the names of figures.
+    """
+    sizes = list(dict.fromkeys(size for size, _ in found))
+    name = f"plots/costs{ending}.png"
+    plots.costs(directory / name, found, known_floors if len(sizes) == 1 else {})
+    size_parts = (_size(s, found, known_floors, directory, ending) for s in sizes)
+    return [
+        *(_headline(size, found, known_floors.get(size, {})) for size in sizes),
+        f"![Validation loss against parameters, compute, bits and seconds]({name})",
+        "## What the original's plan expected",
+        *(answer(hypothesis, found) for hypothesis in HYPOTHESES),
+        "## The runs",
+        *(part for parts in size_parts for part in parts),
+    ]
+
+
 def _results(directory: Path, specs: Sequence[Spec]) -> list[Result]:
     """In the order asked; collected anew where the run directories are."""
     if (directory / "runs").is_dir():
         return collect(specs, directory / "runs", directory / RESULTS)
-    known = {result.name: result for result in read(directory / RESULTS)}
-    return [known[spec.name] for spec in specs if spec.name in known]
+    known = read(directory / RESULTS)
+    return [one for spec in specs for one in known if one.name == spec.name]
 
 
 def _label(experiment: Experiment, results: Sequence[Result]) -> str:
@@ -110,24 +130,28 @@ def _headline(size: str, found: Found, known: dict[int, float]) -> str:
     )
 
 
-def _size(size: str, found: Found, known: Floors, directory: Path) -> list[str]:
+def _size(
+    size: str, found: Found, known: Floors, directory: Path, ending: str
+) -> list[str]:
     """Table and curves of a size; of routing, the first seed of every TriX arm."""
     arms = {arm: runs for (s, arm), runs in found.items() if s == size}
-    figures = directory / "plots"
-    plots.curves(figures / f"{size}_loss.png", arms, known.get(size, {}))
-    _draw_runs(size, arms, directory)
+    figures, stem = directory / "plots", f"{size}{ending}"
+    plots.curves(figures / f"{stem}_loss.png", arms, known.get(size, {}))
+    _draw_runs(stem, arms, directory)
+    sampler = next(iter(arms.values()))[0].sampler
     parts = [
         f"### {size}",
         f"{runs_table(list(arms.values()))}\n"
         "Loss: of the last evaluation, mean over seeds with half the 95% interval. Entropy and "
-        "dead tiles: worst over all evaluations and layers. The gap counts dropout, if any.",
+        "dead tiles: worst over all evaluations and layers. The gap counts dropout, if any. Sampler: "
+        f"`{sampler}`.",
         _floors_line(known.get(size, {})),
-        f"![Validation loss over tokens](plots/{size}_loss.png)",
-        f"![Training loss, learning rate, gradient norm, speed, memory](plots/{size}_steps.png)",
+        f"![Validation loss over tokens](plots/{stem}_loss.png)",
+        f"![Training loss, learning rate, gradient norm, speed, memory](plots/{stem}_steps.png)",
     ]
     for arm, runs in arms.items():
         if not runs[0].is_dense:
-            name = f"plots/{size}_{arm}"
+            name = f"plots/{stem}_{arm}"
             parts += [
                 f"#### {arm}, seed {runs[0].seed}",
                 f"![Load of each tile]({name}_usage.png)",
@@ -136,7 +160,7 @@ def _size(size: str, found: Found, known: Floors, directory: Path) -> list[str]:
     return parts
 
 
-def _draw_runs(size: str, arms: dict[str, list[Result]], directory: Path) -> None:
+def _draw_runs(stem: str, arms: dict[str, list[Result]], directory: Path) -> None:
     """The figures of the first seed of every arm, where its directory still is."""
     places = {arm: directory / "runs" / runs[0].name for arm, runs in arms.items()}
     records = {arm: read_run(place) for arm, place in places.items() if place.is_dir()}
@@ -144,11 +168,11 @@ def _draw_runs(size: str, arms: dict[str, list[Result]], directory: Path) -> Non
         return
     figures = directory / "plots"
     colours = plots.colours_of({("", arm): runs for arm, runs in arms.items()})
-    plots.steps(figures / f"{size}_steps.png", records, colours)
+    plots.steps(figures / f"{stem}_steps.png", records, colours)
     for arm, record in records.items():
         if arms[arm][0].is_dense:
             continue
-        usage, name = record.evals[-1]["tile_usage"], f"{size}_{arm}"
+        usage, name = record.evals[-1]["tile_usage"], f"{stem}_{arm}"
         run_plots.tile_usage(figures / f"{name}_usage.png", usage)
         path, tiles = figures / f"{name}_routing.png", len(usage[0])
         run_plots.routing_health(path, record.steps, record.evals, tiles)

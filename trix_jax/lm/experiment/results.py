@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from trix_jax.files import read_json, write_whole
 from trix_jax.lm.accounting import costs
-from trix_jax.lm.config import load
+from trix_jax.lm.config import SAMPLER_BEFORE, load
 from trix_jax.lm.experiment.directory import held, is_diverged, is_done
 from trix_jax.lm.experiment.spec import Spec, name_of, public_command
 from trix_jax.lm.report.record import read_run
@@ -40,6 +40,8 @@ class Result(NamedTuple):
         min_entropy_share, dead_tiles: the worst of all evaluations and layers.
         routing: a dict a layer, at the last evaluation.
         evaluations: a dict each.
+        sampler: how training windows were drawn. Losses of runs with different samplers
+            are not compared.
     """
 
     setting: str
@@ -71,6 +73,7 @@ class Result(NamedTuple):
     evaluations: list[dict[str, Any]] | None
     command: str
     git_commit: str | None
+    sampler: str = SAMPLER_BEFORE
 
     @property
     def name(self) -> str:
@@ -104,7 +107,8 @@ def add(path: Path, result: Result, folder: Path) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with held(folder / LOCK):
-        kept = [one for one in read(path) if one.name != result.name]
+        own = result.name, result.sampler
+        kept = [one for one in read(path) if (one.name, one.sampler) != own]
         order = ("arm", "learning_rate", "seed")
         ordered = sorted(
             [*kept, result],
@@ -131,16 +135,26 @@ def collect(specs: Sequence[Spec], folder: Path, path: Path) -> list[Result]:
     return found
 
 
+def by_sampler(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """The results of each sampler, in the order they come: what may stand in one table."""
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        found.setdefault(result.sampler, []).append(result)
+    return found
+
+
 def twin(
     arm: Result, others: Iterable[Result], cost: str, within: float
 ) -> Result | None:
-    """The dense run of the same size whose cost is nearest, if it is near enough.
+    """The dense run of the same size and sampler whose cost is nearest, if it is near
+    enough.
 
     Args:
         cost: the name of a field.
         within: the share by which it may be off.
     """
-    dense = [one for one in others if one.is_dense and one.size == arm.size]
+    alike = [one for one in others if one.sampler == arm.sampler]
+    dense = [one for one in alike if one.is_dense and one.size == arm.size]
 
     def distance(one: Result) -> float:
         return abs(getattr(one, cost) / getattr(arm, cost) - 1)
@@ -187,6 +201,7 @@ def result_of(spec: Spec, folder: Path) -> Result:
         "seed": spec.seed,
         "learning_rate": config.train.learning_rate,
         "steps": config.train.steps,
+        "sampler": config.train.sampler,
         "command": public_command(spec),
     }
     if is_diverged(directory):
@@ -201,6 +216,7 @@ def from_tree(tree: dict[str, Any]) -> Result:
     known: dict[str, Any] = {field: tree.get(field) for field in Result._fields}
     if known["val_loss"] is None:
         known["val_loss"] = math.inf
+    known["sampler"] = known["sampler"] or SAMPLER_BEFORE
     return Result(**known)
 
 

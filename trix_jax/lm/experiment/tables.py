@@ -29,7 +29,7 @@ def runs_table(arms: Sequence[Sequence[Result]]) -> str:
                 f"{one.learning_rate:g}",
                 spread([r.val_loss for r in runs]),
                 f"{math.exp(mean_loss(runs)):.2f}",
-                f"{mean(r.val_bits_per_byte or 0 for r in runs):.4f}",
+                _bits([r.val_bits_per_byte for r in runs]),
                 f"{mean(r.train_val_gap or 0 for r in runs):+.3f}",
                 f"{one.params_total:,}",
                 f"{one.ffn_active:,}",
@@ -87,6 +87,12 @@ def sweep_table(results: Sequence[Result], arms: Sequence[str], seed: int) -> st
 def rate_of(arm: Tuned) -> str:
     """Its rate, with a star where it is not bracketed."""
     return f"{arm.rate:g}" + ("" if arm.is_bracketed else "*")
+
+
+def _bits(values: Sequence[float | None]) -> str:
+    """Their mean; nothing where one is not known."""
+    known = [value for value in values if value is not None]
+    return f"{mean(known):.4f}" if len(known) == len(values) else ""
 
 
 def mean_loss(runs: Sequence[Result]) -> float:

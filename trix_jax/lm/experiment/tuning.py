@@ -50,7 +50,15 @@ def best_rate(losses: dict[float, float]) -> float | None:
 
 
 def tuned(results: Sequence[Result], arm: str, like: str | None = None) -> Tuned | None:
-    """An arm at the best rate of its sweep, or of the arm `like`; None without runs."""
+    """An arm at the best rate of its sweep, or of the arm `like`; None without runs.
+
+    Raises:
+        ValueError: the results are of several samplers.
+    """
+    if len(samplers := {r.sampler for r in results}) > 1:
+        raise ValueError(
+            f"results must be of one sampler to be compared (`by_sampler`). Got {sorted(samplers)}."
+        )
     seed = min((r.seed for r in results), default=0)
     losses = sweep(results, like or arm, seed)
     rate = best_rate({r: loss for r, loss in losses.items() if math.isfinite(loss)})

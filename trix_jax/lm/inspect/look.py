@@ -16,8 +16,8 @@ from trix_jax.lm.accounting import costs
 from trix_jax.lm.checkpoint import checkpoint
 from trix_jax.lm.data import Store
 from trix_jax.lm.inspect.routes import layer_states, route
-from trix_jax.lm.serve import export
 from trix_jax.lm.serve.load import load_run, resolve_step
+from trix_jax.lm.train.exported import is_export
 from trix_jax.ops import PACKED
 from trix_jax.ternary import TernaryConfig, hard_ternary
 from trix_jax.typing import Variables
@@ -86,6 +86,7 @@ def _model(c) -> dict[str, Any]:
         "ffn_parameters": cost.ffn,
         "ffn_bits": cost.ffn_bits,
         "ffn_active": cost.ffn_active,
+        "routing_bits": cost.routing_bits,
     }
 
 
@@ -141,6 +142,7 @@ def _routing(state) -> dict[str, Any]:
         "bias": np.round(np.asarray(state["bias"], np.float32), 4).tolist(),
         "clusters": members,
         "frozen": bool(state["frozen"]),
+        "held": bool(state.get("held", False)),
     }
 
 
@@ -212,7 +214,7 @@ def _splines(config, variables, kernels, name):
 
 def _earlier(directory: Path, model, step) -> Variables | None:
     """Parameters at the step kept before the one that is shown."""
-    if export.is_export(directory):
+    if is_export(directory):
         return None
     checkpoints = directory / "checkpoints"
     number = checkpoint.resolve(checkpoints, step)

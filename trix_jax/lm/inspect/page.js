@@ -44,7 +44,7 @@ function drawHeader() {
   if (now) parts.push(`validation loss ${number(now.val_loss ?? NaN, 3)} at step ${number(now.step)}`);
   $("summary").textContent = parts.join(" · ");
   $("blocks").replaceChildren(...layers.map((layer, i) => element("button", {
-    textContent: `Block ${i}${layer.frozen ? " (held)" : ""}`,
+    textContent: `Block ${i}${layer.frozen ? " (held)" : layer.held ? " (signatures held)" : ""}`,
     ariaPressed: String(i === block),
     onclick: () => { block = i; kept = null; draw(); },
   })));

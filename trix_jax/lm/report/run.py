@@ -12,6 +12,7 @@ from trix_jax.lm.report import plots
 from trix_jax.lm.report.page import describe_ffn, made_with, table, write_page
 from trix_jax.lm.report.plots import HEALTHY_SHARE, MIB
 from trix_jax.lm.report.record import RunRecord, read_run
+from trix_jax.lm.train.metrics import bits
 
 
 def write_run_report(workdir: str | Path) -> Path:
@@ -30,7 +31,7 @@ def write_run_report(workdir: str | Path) -> Path:
         ("validation loss, last (nats per token)", f"{summary['final_val_loss']:.4f}"),
         ("validation loss, best", f"{summary['best_val_loss']:.4f}"),
         ("perplexity, last", f"{summary['final_val_ppl']:.3f}"),
-        ("bits per byte, last", f"{summary['final_val_bits_per_byte']:.4f}"),
+        ("bits per byte, last", bits(summary["final_val_bits_per_byte"])),
         ("parameters, of these in FFNs", f"{params['total']:,}, {params['ffn']:,}"),
         ("FFN multiply-accumulates per token", f"{params['ffn_active']:,}"),
         ("FFN weights as served", f"{params['ffn_bits'] / 8 / MIB:.2f} MiB"),

@@ -10,9 +10,11 @@ from typing import Any
 
 from trix_jax.lm import ngram
 from trix_jax.lm.accounting import active_width, costs
-from trix_jax.lm.data import Store
-from trix_jax.lm.serve.export import CONFIG, TOKENIZER, WEIGHTS, load
+from trix_jax.lm.data import Store, Tokenizer
+from trix_jax.lm.serve.export import load
 from trix_jax.lm.train.evaluate import Evaluation, evaluate
+from trix_jax.lm.train.exported import CONFIG, TOKENIZER, WEIGHTS
+from trix_jax.lm.train.metrics import bits
 from trix_jax.nn.transformer import TransformerConfig
 
 CARD = "README.md"
@@ -53,7 +55,7 @@ def write_card(directory: str | Path, store: Store, about: dict[str, Any]) -> Pa
         "## Limits",
         _limits(result, floors, model.config, about),
         "## Use",
-        _use(),
+        _use(store.tokenizer),
         "## Files",
         "\n".join(f"- `{name}`, {size:,} bytes" for name, size in files.items()),
     ]
@@ -81,11 +83,13 @@ def _what(c: TransformerConfig) -> str:
 
 def _results(result: Evaluation, floors: dict[int, float]) -> str:
     rows = [
-        f"| this model, packed | {result.val_loss:.4f} | {result.val_ppl:.3f} | {result.val_bits_per_byte:.4f} |"
+        f"| this model, packed | {result.val_loss:.4f} | {result.val_ppl:.3f} | {bits(result.val_bits_per_byte)} |"
     ]
-    per_nat = result.val_bits_per_byte / result.val_loss
+    known = result.val_bits_per_byte
+    per_nat = None if known is None else known / result.val_loss
     rows += [
-        f"| {order}-gram counts | {loss:.4f} | {math.exp(loss):.3f} | {loss * per_nat:.4f} |"
+        f"| {order}-gram counts | {loss:.4f} | {math.exp(loss):.3f} | "
+        f"{bits(None if per_nat is None else loss * per_nat)} |"
         for order, loss in floors.items()
     ]
     head = "| | nats a token | perplexity | bits a byte |\n|---|---:|---:|---:|"
@@ -126,15 +130,18 @@ def _orders(orders: list[int]) -> str:
     return ", ".join(f"{order}-grams" for order in orders)
 
 
-def _use() -> str:
-    return """```python
+def _use(tokenizer: Tokenizer) -> str:
+    has_text = tokenizer.kind != "none"
+    ids = 'tokenizer.encode("the ")' if has_text else "[0, 1, 2]"
+    prompt = "--prompt TEXT" if has_text else "--prompt-ids 0 1 2"
+    return f"""```python
 import jax.numpy as jnp
 from trix_jax import load_run
 
 model, variables, tokenizer = load_run("PATH OF THIS FOLDER")
-tokens = jnp.asarray(tokenizer.encode("the "))[None]
+tokens = jnp.asarray({ids})[None]
 logits, routing_infos, _ = model.apply(variables, tokens)
 ```
 
-or `trix-jax generate --checkpoint PATH --prompt TEXT`. The weights are two bits each, in the
+or `trix-jax generate --checkpoint PATH {prompt}`. The weights are two bits each, in the
 format that trix_jax documents in `trix_kernels/packing.py`."""

@@ -1,6 +1,5 @@
 """A trained language model as files: packed weights, config, tokenizer."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,10 @@ from trix_jax.interop import safetensors
 from trix_jax.lm import config as run_config
 from trix_jax.lm.accounting import costs
 from trix_jax.lm.data import load_tokenizer
-from trix_jax.nn.transformer import TransformerConfig, TransformerLM
+from trix_jax.lm.train.exported import CONFIG, TOKENIZER, WEIGHTS, read_model_config
+from trix_jax.nn.transformer import TransformerLM
 from trix_jax.ops import PACKED
 from trix_jax.typing import Variables
-
-WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
-
-
-def is_export(directory: Path) -> bool:
-    """Whether a directory holds an exported model."""
-    return (directory / WEIGHTS).is_file() and (directory / CONFIG).is_file()
 
 
 def export(
@@ -64,16 +57,6 @@ def load(directory: str | Path) -> tuple[TransformerLM, dict[str, Any], Any]:
             config; says which.
     """
     directory = Path(directory)
-    model = TransformerLM(_read_model_config(directory / CONFIG))
+    model = TransformerLM(read_model_config(directory / CONFIG))
     variables = safetensors.read(directory / WEIGHTS, model)
     return model, variables, load_tokenizer(directory / TOKENIZER)
-
-
-def _read_model_config(path: Path) -> TransformerConfig:
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        return run_config.from_tree({"model": tree["model"]}).model
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is not the config of an exported model: {error}"
-        ) from error

@@ -34,6 +34,11 @@ class TrixLM(TemplateLM):
     def __init__(self, checkpoint: str | Path, step: str = "latest", batch: int = 16):
         super().__init__()
         self._model, self._variables, self._tokenizer = load_run(checkpoint, step)
+        if self._tokenizer.kind == "none":
+            raise ValueError(
+                f"{checkpoint} has no tokenizer, and the tasks of the harness are text: "
+                "prepare its tokens with --data.tokenizer, and train on these."
+            )
         self._context, self._batch = self._model.config.context, batch
         self._score = jax.jit(self._score_batch)
 

@@ -125,3 +125,15 @@ def memory_bytes(device: jax.Device) -> int:
         return int(stats.get("peak_bytes_in_use", stats.get("bytes_in_use", 0)))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def bits(value: float | None) -> str:
+    """Bits per byte for a table."""
+    return "not known" if value is None else f"{value:.4f}"
+
+
+def in_words(value: float | None) -> str:
+    """Bits per byte for a sentence."""
+    if value is None:
+        return "bits per byte not known (the tokens came without a tokenizer)"
+    return f"{value:.4f} bits per byte"

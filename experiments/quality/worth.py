@@ -1,0 +1,199 @@
+"""What an arm is worth: its equivalent dense width over the width that it takes.
+
+    compute width = multiply-accumulates a token as served / (2 D)
+    memory width  = (served FFN bits + what routing stores) / (16 * 2 D)
+    W             = the greater of both
+    multiplier    = equivalent width / W
+
+All are a layer's. An arm routed by token may be served with its signatures, which are
+scored, or with a table of each token's tiles and gates, which is not; it takes the form
+of lower W. One seed chooses rates and arms, the others conclude.
+"""
+
+import dataclasses
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from experiments.quality import curve
+from experiments.quality.arms import Arm
+from experiments.quality.claim import LADDER, claim, held, tiles
+from experiments.quality.design import SEEDS, Setting
+from trix_jax.cli.experiment import parse_run
+from trix_jax.lm.accounting import costs
+from trix_jax.lm.experiment.results import Result
+from trix_jax.lm.experiment.stats import paired
+from trix_jax.lm.experiment.tuning import Tuned, tuned
+from trix_jax.nn.transformer import TransformerConfig
+
+FLOAT_BITS = 16
+LEAST_SEEDS = 3
+CLAIM_WIDTHS = (64, 128)
+AIM_WIDTH = 128  # of signatures against the hash
+
+
+class Width(NamedTuple):
+    """What an arm takes, as hidden widths of a 16-bit dense FFN."""
+
+    compute: float
+    memory: float
+
+    @property
+    def greater(self) -> float:
+        """W."""
+        return max(self)
+
+
+class Worth(NamedTuple):
+    """An arm on the dense curve.
+
+    Attributes:
+        equivalent: the dense width of equal loss.
+        seeds: that conclude.
+    """
+
+    arm: str
+    width: Width
+    equivalent: curve.Estimate
+    seeds: int
+
+    @property
+    def multiplier(self) -> curve.Estimate:
+        return curve.Estimate(
+            *(value / self.width.greater for value in self.equivalent)
+        )
+
+
+def width_of(model: TransformerConfig) -> Width:
+    """What an arm takes, in its better form.
+
+    Args:
+        model: with its vocabulary.
+    """
+    return min(forms(model).values(), key=lambda width: width.greater)
+
+
+def forms(model: TransformerConfig) -> dict[str, Width]:
+    """What each form in which an arm can be served takes."""
+    cost, layers = costs(model), 2 * model.d_model * model.n_layers
+    bits = cost.ffn_bits + cost.routing_bits
+    found = {"scored": Width(cost.ffn_active / layers, bits / FLOAT_BITS / layers)}
+    is_by_token = model.router_input == "embedding" and model.hidden_from is None
+    if model.ffn == "sparse" and is_by_token and model.routing.source != "hash":
+        scores = model.n_layers * model.num_tiles * model.d_model
+        table = model.n_layers * table_bits(model) + cost.ffn_bits
+        active = cost.ffn_active - scores
+        found["table"] = Width(active / layers, table / FLOAT_BITS / layers)
+    return found
+
+
+def table_bits(model: TransformerConfig) -> int:
+    """Bits of a layer's table of routes: a tile's number and a 16-bit gate for each
+    token of the vocabulary and each chosen tile.
+    """
+    number = 8 if model.num_tiles <= 256 else 16
+    gate = 0 if model.routing.gate == "none" else FLOAT_BITS
+    return (model.vocab_size or 0) * model.tiles_per_token * (number + gate)
+
+
+def model_of(setting: Setting, arm: Arm, vocab_size: int) -> TransformerConfig:
+    """The model that an arm trains."""
+    flags = shlex.split(f"{arm.flags} {setting.flags}")
+    model = parse_run([setting.preset, *flags]).model
+    return dataclasses.replace(model, vocab_size=vocab_size)
+
+
+def concluding(arm: Tuned) -> dict[int, float]:
+    """Losses of the seeds that did not choose; of the one that did, where there is no
+    other yet.
+    """
+    others = {s: loss for s, loss in arm.losses.items() if s != SEEDS[0]}
+    return others or dict(arm.losses)
+
+
+def dense_curve(setting: Setting, runs: Sequence[Result]) -> dict[int, list[float]]:
+    """Width to the losses of the seeds that conclude, of the dense FFNs that have
+    runs.
+    """
+    found = (tuned(runs, arm.name) for arm in setting.groups["dense-curve"])
+    return {
+        arm.one.width: list(concluding(arm).values())
+        for arm in found
+        if arm is not None and arm.one.width
+    }
+
+
+def worth(
+    setting: Setting, runs: Sequence[Result], arm: Arm, vocab_size: int
+) -> Worth | None:
+    """An arm's place on the curve; None before both have runs."""
+    dense, one = dense_curve(setting, runs), tuned(runs, arm.name, arm.rate_of)
+    if one is None or len(dense) < 2:
+        return None
+    losses = list(concluding(one).values())
+    place = curve.equivalent_interval(dense, losses)
+    return Worth(
+        arm.name, width_of(model_of(setting, arm, vocab_size)), place, len(losses)
+    )
+
+
+def best_of_ladder(
+    runs: Mapping[int, Sequence[Result]], vocab_size: int
+) -> dict[int, Worth]:
+    """The number of tiles whose least multiplier over the widths is greatest, as the
+    estimates have it; by width of the model.
+    """
+    found: dict[int, dict[int, Worth]] = {}
+    for number in LADDER:
+        rows = {
+            d: worth(claim(d), runs[d], held(number), vocab_size)
+            for d in CLAIM_WIDTHS
+            if d in runs
+        }
+        whole = {d: row for d, row in rows.items() if row is not None}
+        if len(whole) == len(CLAIM_WIDTHS):
+            found[number] = whole
+
+    def least(number: int) -> float:
+        return min(row.multiplier.value for row in found[number].values())
+
+    return found[max(found, key=least)] if found else {}
+
+
+def signatures_less_hash(runs: Sequence[Result]) -> dict[str, Any] | None:
+    """The paired difference at 64 tiles of the arm that reads its addresses and of the
+    hash, of the seeds that conclude; None before both have three.
+    """
+    ours, theirs = tuned(runs, held(64).name), tuned(runs, tiles(64, "hash").name)
+    if ours is None or theirs is None:
+        return None
+    found = paired(concluding(ours), concluding(theirs))
+    if found is None or found.n < LEAST_SEEDS:
+        return None
+    return {"mean": found.mean, "half_width": found.half, "seeds": found.n}
+
+
+def claim_tree(runs: Mapping[int, Sequence[Result]], vocab_size: int) -> dict[str, Any]:
+    """What `claim.json` says: the settings that have three seeds, and the difference to
+    the hash.
+    """
+    rows = [
+        {
+            "width": d,
+            "multiplier": row.multiplier.value,
+            "low": row.multiplier.low,
+            "high": finite(row.multiplier.high),
+            "arm": row.arm,
+            "seeds": row.seeds,
+        }
+        for d, row in best_of_ladder(runs, vocab_size).items()
+        if row.seeds >= LEAST_SEEDS and math.isfinite(row.multiplier.value)
+    ]
+    difference = signatures_less_hash(runs.get(AIM_WIDTH, ()))
+    return {"settings": rows, "signature_minus_hash": difference}
+
+
+def finite(value: float) -> float | None:
+    """A number that JSON has; None is beyond the widest dense FFN."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,102 @@
+"""What an arm is worth: widths counted by hand, places on a curve that is known."""
+
+import pytest
+
+from experiments.quality import worth
+from experiments.quality.claim import LADDER, SETTINGS, claim, held
+from experiments.quality.schedule import spec_of
+from trix_jax.cli.experiment import parse_run
+from trix_jax.lm.experiment.results import Result
+
+VOCABULARY = 4096
+SEEDS = (42, 43, 44, 45)
+EMPTY = dict.fromkeys(Result._fields)
+
+
+def run_of(setting, arm, loss, seed=42, rate=2e-3):
+    width = int(arm.name.rpartition("-")[2]) if arm.name.startswith("dense") else None
+    values = {"setting": setting.name, "arm": arm.name, "width": width, "seed": seed}
+    values |= {"learning_rate": rate, "val_loss": loss, "sampler": "epochs"}
+    return Result(**(EMPTY | values))
+
+
+def test_widths_are_those_counted_by_hand():
+    setting = claim(128)
+    for number, compute, memory in ((16, 136, 72), (64, 160, 288)):
+        model = worth.model_of(setting, held(number), VOCABULARY)
+        found = worth.width_of(model)
+        # Four tiles of 32 and the scores of all; two bits a weight and signatures.
+        assert found.compute == 4 * 32 + number / 2 == compute
+        assert found.memory == pytest.approx(number * 32 / 8 + number / 2, rel=0.01)
+        assert found.memory == pytest.approx(memory, rel=0.01)
+    table = worth.forms(model)["table"]
+    assert table.compute == 128
+    assert table.memory == pytest.approx(256 + 4096 * 4 * (8 + 16) / 16 / 256, rel=0.01)
+    hashed = worth.model_of(setting, setting.groups["hash"][1], VOCABULARY)
+    assert set(worth.forms(hashed)) == {"scored"}
+    assert worth.width_of(hashed).compute == 128
+    dense = worth.model_of(setting, setting.groups["dense-curve"][1], VOCABULARY)
+    assert worth.width_of(dense).compute == worth.width_of(dense).memory == 512
+
+
+def runs_at(d, held_losses):
+    """A curve that falls by 0.1 a doubling from 5.0 at D, and held tiles on it."""
+    setting = claim(d)
+    dense = [
+        run_of(setting, arm, 5.0 - 0.1 * doublings, seed)
+        for arm, doublings in zip(
+            setting.groups["dense-curve"], (3, 2, 1, 4, 0), strict=True
+        )
+        for seed in SEEDS
+    ]
+    ladder = [
+        run_of(setting, held(number), loss, seed)
+        for number, loss in held_losses.items()
+        for seed in SEEDS
+    ]
+    return [*dense, *ladder]
+
+
+def test_the_claim_is_the_number_of_tiles_whose_least_multiplier_is_greatest():
+    # At 64 tiles the loss is that of 8 D, at 32 that of less than 4 D.
+    runs = {d: runs_at(d, {64: 4.7, 32: 4.85}) for d in (64, 128)}
+    found = worth.claim_tree(runs, VOCABULARY)
+    assert found["signature_minus_hash"] is None
+    rows = {row["width"]: row for row in found["settings"]}
+    assert {row["arm"] for row in rows.values()} == {"tiles-64-held"}
+    for d, row in rows.items():
+        model = worth.model_of(claim(d), held(64), VOCABULARY)
+        expected = 8 * d / worth.width_of(model).greater
+        assert row["multiplier"] == pytest.approx(expected)
+        assert row["low"] == pytest.approx(expected)
+        assert row["seeds"] == 3  # the first one chose
+    assert not worth.claim_tree({128: runs[128]}, VOCABULARY)["settings"]
+
+
+def test_the_hash_is_compared_by_seed_without_the_one_that_chose():
+    setting = claim(128)
+    ours, hashed = setting.groups["hash"]
+    gaps = {42: 9.0, 43: -0.01, 44: -0.02, 45: -0.03}
+    runs = [run_of(setting, hashed, 4.6, seed) for seed in gaps]
+    runs += [run_of(setting, ours, 4.6 + gap, seed) for seed, gap in gaps.items()]
+    found = worth.claim_tree({128: runs}, VOCABULARY)["signature_minus_hash"]
+    assert found["mean"] == pytest.approx(-0.02)
+    assert found["half_width"] == pytest.approx(0.01 * 4.30265 / 3**0.5, rel=1e-4)
+    assert found["seeds"] == 3
+    assert worth.signatures_less_hash(runs[:6]) is None
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_arm_of_the_claim_is_a_model_that_can_be(name):
+    setting = SETTINGS[name]
+    arms = {arm.name: arm for group in setting.groups.values() for arm in group}
+    for arm in arms.values():
+        assert arm.rate_of is None or arm.rate_of in arms
+        preset, *flags = spec_of(setting, arm, 1e-3, 42).flags
+        config = parse_run([preset, *flags])
+        assert config.train.learning_rate == 1e-3
+        assert config.model.d_model == int(name.split("-")[1])
+        if arm.name.startswith("tiles-") and "fine" not in arm.name:
+            assert config.model.tile_width == config.model.d_model // 4
+            assert config.model.tiles_per_token == 4
+    assert {f"tiles-{n}-held" for n in LADDER} <= set(arms) or "body" in name

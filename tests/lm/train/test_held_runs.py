@@ -1,0 +1,237 @@
+"""Runs that hold their addresses: they go on bit for bit across the moment, and what is
+made of them knows it.
+"""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+
+from trix_jax import RoutingConfig, freeze
+from trix_jax.lm.accounting import costs
+from trix_jax.lm.checkpoint import checkpoint
+from trix_jax.lm.data import open_store
+from trix_jax.lm.inspect import look
+from trix_jax.lm.serve.export import export
+from trix_jax.lm.serve.generate import SamplingConfig, generate
+from trix_jax.lm.serve.load import load_run
+from trix_jax.lm.train import metrics, parallel
+from trix_jax.lm.train.evaluate import evaluate
+from trix_jax.lm.train.loop import train
+from trix_jax.lm.train.optimizer import make_optimizer
+from trix_jax.lm.train.step import init_state, make_train_step
+from trix_jax.nn.transformer import TransformerLM
+
+
+def quiet(_):
+    pass
+
+
+def holding(config, after=0.7, hold="scores", **model):
+    routing = RoutingConfig(hold_after=after, hold=hold)
+    changed = dataclasses.replace(config.model, routing=routing, **model)
+    return dataclasses.replace(config, model=changed)
+
+
+def routers(state):
+    return state["routing"]["block_00"]["ffn"]["tiles"]["router"]
+
+
+def table(state):
+    return np.asarray(state["params"]["embed"]["embedding"])
+
+
+def losses(run):
+    lines = metrics.read(run / "metrics.jsonl")
+    return [line["loss"] for line in lines if line["event"] == "step"]
+
+
+@pytest.fixture(scope="module")
+def config(tiny_config):
+    """Ten steps of pairs, checkpoints of all; from the eighth on scores are held."""
+    train = dataclasses.replace(tiny_config.train, checkpoint_every=1, accumulate=2)
+    return dataclasses.replace(holding(tiny_config, router_input="pair"), train=train)
+
+
+@pytest.fixture(scope="module")
+def run(config, one_device, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("held") / "run"
+    keep = checkpoint.save
+
+    def keep_all(*args, **kwargs):
+        return keep(*args, **{**kwargs, "keep": 99})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save", keep_all)
+        train(config, directory, devices=one_device, report=quiet)
+    return directory
+
+
+def states(run):
+    steps = run / "checkpoints"
+    return {n: checkpoint.restore_arrays(steps, n) for n in checkpoint.steps(steps)}
+
+
+@pytest.mark.slow
+def test_a_run_holds_what_the_step_at_its_share_saw(run):
+    after = states(run)
+    assert [bool(routers(after[n])["held"]) for n in range(1, 11)] == [False] * 7 + [
+        True
+    ] * 3
+    for n in (9, 10):
+        for get in (
+            lambda s: routers(s)["signature"],
+            lambda s: s["routing"]["router_input"]["rows"],
+        ):
+            np.testing.assert_array_equal(get(after[n]), get(after[8]))
+    rows = after[8]["routing"]["router_input"]["rows"]
+    np.testing.assert_array_equal(rows, table(after[7]))
+    assert (rows != table(after[10])).any()
+    biases = [routers(after[n])["bias"] for n in (8, 9, 10)]
+    assert (biases[0] != biases[1]).any()
+    assert (biases[1] != biases[2]).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed_after", [6, 7, 8, 9])
+def test_killed_before_or_after_the_moment_it_goes_on_bit_for_bit(
+    run, config, one_device, tmp_path, killed_after
+):
+    half = tmp_path / "half"
+    shutil.copytree(run, half)
+    for step in range(killed_after + 1, 11):
+        shutil.rmtree(half / "checkpoints" / f"{step:08d}")
+    train(config, half, devices=one_device, report=quiet)
+    assert losses(half) == losses(run)
+    trees = [checkpoint.restore_arrays(r / "checkpoints", 10) for r in (half, run)]
+    for x, y in zip(*map(jax.tree.leaves, trees), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [7, 8, 10])
+def test_exports_before_and_after_evaluate_as_the_run(run, tmp_path, step):
+    model, variables, tokenizer = load_run(run, step)
+    store = open_store(run / "data")
+    expected = evaluate(model, variables, store)
+    export(model, variables, tokenizer, tmp_path / "out")
+    again, packed, _ = load_run(tmp_path / "out")
+    got = evaluate(again, packed, store)
+    assert got.val_loss == expected.val_loss
+    np.testing.assert_array_equal(got.routes, expected.routes)
+    free = {**variables, "routing": load_run(run, 7)[1]["routing"]}
+    assert (evaluate(model, free, store).routes != got.routes).any() == (step > 7)
+    prompt = tokenizer.encode("the tile is")
+    greedy = SamplingConfig(temperature=0.0)
+    new = list(generate(again, packed, prompt, 4, greedy))
+    text = list(map(int, prompt))
+    for token in new:
+        logits, _, _ = model.apply(variables, jnp.asarray([text]))
+        assert token == int(jnp.argmax(logits[0, -1]))
+        text.append(token)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("step", "held"), [(6, False), (10, True)])
+def test_inspect_shows_whether_signatures_are_held_and_holds_nothing(run, step, held):
+    found = look(run, open_store(run / "data"), step)
+    (layer,) = found["layers"]
+    assert (layer["held"], layer["frozen"]) == (held, False)
+
+
+@pytest.mark.slow
+def test_an_export_whose_held_signatures_are_missing_is_refused(run, tmp_path):
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+
+    model, variables, tokenizer = load_run(run)
+    export(model, variables, tokenizer, tmp_path)
+    path = tmp_path / "model.safetensors"
+    with safe_open(path, "numpy") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    (name,) = (name for name in tensors if name.endswith("signature"))
+    del tensors[name]
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(ValueError, match=r"router\.signature should be .* Got nothing"):
+        load_run(tmp_path)
+
+
+def after_steps(config, devices, mapping):
+    model = dataclasses.replace(config.model, vocab_size=40)
+    lm, optimizer = TransformerLM(model), make_optimizer(config.train)
+
+    def make(*axis_and_slices):
+        return make_train_step(lm, optimizer, config.train, *axis_and_slices)
+
+    step = parallel.compile_step(make, devices, mapping)
+    state = parallel.place(init_state(lm, optimizer, 0), devices, mapping)
+    chance = np.random.default_rng(0)
+    for _ in range(10):
+        batch = chance.integers(0, 40, (2, 8, model.context + 1), np.int32)
+        state, _ = step(state, batch)
+    return parallel.fetch(state, devices, mapping)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mapping", ["pmap", "shard_map", parallel.Spread(4), parallel.Spread(1, True)]
+)
+def test_many_devices_hold_what_one_holds(config, mapping):
+    settings = dataclasses.replace(config.train, batch_size=16)
+    config = dataclasses.replace(config, train=settings)
+    one = after_steps(config, jax.devices()[:1], "jit")
+    many = after_steps(config, jax.devices()[:8], mapping)
+    names = jax.tree_util.tree_leaves_with_path(one.routing)
+    for (path, x), y in zip(names, jax.tree.leaves(many.routing), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-3, err_msg=jax.tree_util.keystr(path))
+    assert bool(many.routing["router_input"]["held"])
+
+
+# What it costs, and what was before --------------------------------------------------------------------------------------
+
+
+def test_bits_of_routing_are_those_of_signatures_biases_and_held_rows(tiny_config):
+    d, n, v = 16, 4, 40
+    base = dataclasses.replace(tiny_config.model, vocab_size=v, n_layers=2)
+
+    def bits(**changes):
+        return costs(dataclasses.replace(base, **changes)).routing_bits
+
+    def by(**changes):
+        return bits(routing=RoutingConfig(**changes))
+
+    assert bits() == 2 * 16 * (n * d + n)
+    assert by(hold_after=0.1) == by(source="random") == bits()
+    assert by(hold_after=0.1, hold="scores") == bits() + 16 * v * d
+    assert by(source="hash") == bits(ffn="dense") == 0
+    assert by(source="learned") == 2 * 16 * n
+    clusters = {"ffn": "hierarchical", "tiles_per_cluster": 2}
+    assert bits(**clusters) == bits() + 2 * 16 * (n + 2)
+    lookup = {"ffn": "lookup", "tiles_per_token": 1, "tiles_per_cluster": 2}
+    assert bits(**lookup) == bits(**clusters) - 2 * 16 * n * d
+
+
+@pytest.mark.slow
+def test_a_run_from_before_these_settings_loads_and_goes_on(
+    run_dir, tiny_config, one_device, tmp_path
+):
+    half = tmp_path / "half"
+    shutil.copytree(run_dir, half)
+    tree = yaml.safe_load((half / "config.yaml").read_text())
+    for name in ("pair_weight", "hidden_from"):
+        del tree["model"][name]
+    for name in ("hold_after", "hold"):
+        del tree["model"]["routing"][name]
+    (half / "config.yaml").write_text(yaml.safe_dump(tree))
+    shutil.rmtree(half / "checkpoints" / "00000010")
+    train(tiny_config, half, devices=one_device, report=quiet)
+    assert losses(half) == losses(run_dir)
+    assert json.loads((half / "summary.json").read_text())["params"]["routing_bits"]
+    model, variables, _ = load_run(half)
+    freeze(model, variables, jnp.zeros((1, 4), jnp.int32))

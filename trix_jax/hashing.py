@@ -1,0 +1,53 @@
+"""Routes by hashing: the control that looks at token ids alone.
+
+    tiles_t = top_k over n of mix(id_t * N + n)
+
+References:
+    Thaler and Ravishankar, 1998, "Using Name-Based Mappings to Increase Hit Rates"
+    (rendezvous hashing). Appleby, MurmurHash3 (the finalizer). Roller et al., 2021,
+    "Hash Layers For Large Sparse Models", https://arxiv.org/abs/2106.04426.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from trix_jax.typing import Array, Integer
+
+NONE_BEFORE = -1  # the id before a sequence's first token
+
+
+def hash_tiles(
+    token_ids: Integer[Array, " T"] | None, num_tiles: int, k: int
+) -> Integer[Array, "T K"]:
+    """The k tiles whose hash together with the token id is largest, so that any k tiles
+    are as likely as any others.
+
+    Raises:
+        ValueError: there are no ids.
+    """
+    if token_ids is None:
+        raise ValueError(
+            "token_ids must be given to a layer whose routing source is 'hash'. Got None."
+        )
+    tiles = jnp.arange(num_tiles, dtype=jnp.uint32)
+    pairs_TN = token_ids[:, None].astype(jnp.uint32) * num_tiles + tiles[None]
+    return jax.lax.top_k(_mix(pairs_TN), k)[1]
+
+
+def pair_ids(
+    before: Integer[Array, "*B"], token_ids: Integer[Array, "*B"]
+) -> Integer[Array, "*B"]:
+    """Ids of pairs of tokens, uint32, for `hash_tiles`: `mix(before + 1) + id`, the
+    token's own id where there is none before it (`NONE_BEFORE`).
+    """
+    first = (before + 1).astype(jnp.uint32)
+    return _mix(first) + token_ids.astype(jnp.uint32)
+
+
+def _mix(x):
+    """MurmurHash3's finalizer: every bit of the result depends on every bit of x, and 0
+    stays 0.
+    """
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)

@@ -1,0 +1,160 @@
+"""The routing state of a model's layers: what moves it, holds it and rebuilds it.
+
+A layer's state is a dictionary in the collection `"routing"`, known by its `margins`;
+these functions go through the collection, nested as the model is, and change every
+layer's. What a model keeps there beside them, the rows that its routers see
+(`trix_jax.nn.token_input`), passes through.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from trix_jax import balance
+from trix_jax.clusters import balanced_kmeans
+from trix_jax.typing import AxisName, Variables
+
+MARGINS = {"margins", "cluster_margins"}  # what adds up over batches and devices
+ROWS = {"rows", "held"}  # the state of what a model's routers see by token
+
+
+def update(
+    routing: Variables, *, rate: float = 0.5, axis_name: AxisName | None = None
+) -> Variables:
+    """Moves every layer's routing state by one optimizer step: selection biases go
+    towards even loads.
+
+    See `trix_jax.balance`. A tile's load is compared with the mean of all tiles, or of
+    its cluster if that is less; a cluster's with the mean of all clusters. Margins
+    restart at 0. A layer whose `frozen` is set keeps its biases.
+
+    Args:
+        routing: the `"routing"` collection as returned by `apply(...,
+            mutable=["routing"])`, nested as the model is.
+        rate: share of the way, 0 to 1.
+        axis_name: the mapped axes over which margins are summed first; None where they
+            are already global.
+    """
+    if axis_name is not None:
+        routing = reduce(routing, axis_name)
+    return _each_layer(routing, lambda state: _update_layer(state, rate))
+
+
+def reduce(routing: Variables, axis_name: AxisName) -> Variables:
+    """Sums the margins of every layer over a mapped axis; the rest of the state is the
+    same on all devices.
+    """
+    return _each_layer(
+        routing,
+        lambda state: {
+            **state,
+            **jax.lax.psum({m: state[m] for m in MARGINS & state.keys()}, axis_name),
+        },
+    )
+
+
+def freeze_routing(routing: Variables, frozen: bool = True) -> Variables:
+    """Holds (or releases) the routes: signatures and biases stay as they are while the
+    weights go on training.
+    """
+    return _each_layer(
+        routing,
+        lambda state: {**state, "frozen": jnp.full_like(state["frozen"], frozen)},
+    )
+
+
+def hold_signatures(routing: Variables, held: bool = True) -> Variables:
+    """Holds (or releases) the signatures as last seen in training, and the rows that a
+    model's routers see by token if it keeps them; balance goes on, weights train.
+
+    With `hold="routes"` the next training call holds the biases too.
+
+    Raises:
+        ValueError: the layers were built without `RoutingConfig(hold_after=...)`, so
+            that their state has no place for it.
+    """
+
+    def hold(state):
+        if "held" not in state:
+            raise ValueError(
+                "routing must have 'held' in every layer's state to hold signatures: "
+                "build the layers with RoutingConfig(hold_after=1.0), or with the share "
+                f"of training after which they hold by themselves. Got {sorted(state)}."
+            )
+        return {**state, "held": jnp.full_like(state["held"], held)}
+
+    return _each_layer(routing, hold, hold)
+
+
+def rebuild_clusters(routing: Variables, iterations: int = 10) -> Variables:
+    """Groups the tiles of every hierarchical layer anew by balanced k-means on their
+    last signatures. Held signatures keep theirs once they are settled; frozen layers
+    are left alone.
+
+    Belongs outside the hot path, every few hundred steps. Starts from the present
+    clusters, so that a cluster keeps its index and its bias. Deterministic.
+    """
+
+    def rebuild(state):
+        if "members" not in state:
+            return state
+        lead = state["members"].shape[:-2]
+        cluster = jax.jit(balanced_kmeans, static_argnames="iterations")
+        for _ in lead:
+            cluster = jax.vmap(cluster, in_axes=(0, 0, None))
+        members = cluster(state["signature"], state["members"], iterations)
+        hold = state["frozen"][..., None, None]
+        return {**state, "members": jnp.where(hold, state["members"], members)}
+
+    return _each_layer(routing, rebuild)
+
+
+def _update_layer(state, rate):
+    margins, new = state["margins"], {}
+    if "members" in state:
+        new["bias"] = balance.step_bias(
+            state["bias"], margins, rate, _cluster_load(margins, state["members"])
+        )
+        new["cluster_bias"] = balance.step_bias(
+            state["cluster_bias"], state["cluster_margins"], rate
+        )
+    else:
+        new["bias"] = balance.step_bias(state["bias"], margins, rate)
+    hold = state["frozen"][..., None]
+    new = {name: jnp.where(hold, state[name], value) for name, value in new.items()}
+    empty = {m: jnp.zeros_like(state[m]) for m in MARGINS & state.keys()}
+    return {**state, **new, **empty}
+
+
+def _cluster_load(margins, members):
+    """What a tile should get: the mean load, or that of its cluster where the whole
+    cluster has less.
+    """
+    load = balance.loads(margins)
+    flat = members.reshape(load.shape)
+    by_cluster = jnp.take_along_axis(load, flat, axis=-1).reshape(members.shape)
+    mean = jnp.broadcast_to(by_cluster.mean(axis=-1, keepdims=True), members.shape)
+    mean = jnp.take_along_axis(
+        mean.reshape(load.shape), jnp.argsort(flat, axis=-1), axis=-1
+    )
+    return jnp.minimum(mean, load.mean(axis=-1, keepdims=True))
+
+
+def _each_layer(tree, function, rows_function=dict):
+    """The tree with every layer's state changed by `function`, and what a model keeps
+    beside them by `rows_function`.
+    """
+    if isinstance(tree, Mapping):
+        if "margins" in tree:
+            new = function(dict(tree))
+        elif tree.keys() == ROWS:
+            new = rows_function(dict(tree))
+        else:
+            new = {k: _each_layer(v, function, rows_function) for k, v in tree.items()}
+        kind: Any = type(tree)  # a FrozenDict stays one
+        return kind(new)
+    raise ValueError(
+        f"routing must be a routing collection, nested dictionaries down to a layer's state. Got {type(tree)}."
+    )
