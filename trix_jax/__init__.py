@@ -25,19 +25,20 @@ if TYPE_CHECKING:
     from trix_jax.nn import TransformerConfig as TransformerConfig
     from trix_jax.nn import TransformerLM as TransformerLM
     from trix_jax.nn import TriXLinear as TriXLinear
+    from trix_jax.nn import tabulate_routes as tabulate_routes
     from trix_jax.routing import RoutingConfig as RoutingConfig
     from trix_jax.ternary import TernaryConfig as TernaryConfig
 
 __version__ = "0.1.0"
 # What is imported when it is asked for: the command line says what it can without JAX.
-_NN = "HierarchicalTriXBlock HierarchicalTriXFFN SparseLookupBlock SparseLookupFFN SparseTriXBlock SparseTriXFFN TransformerConfig TransformerLM TriXLinear"
+_NN = "HierarchicalTriXBlock HierarchicalTriXFFN SparseLookupBlock SparseLookupFFN SparseTriXBlock SparseTriXFFN TransformerConfig TransformerLM TriXLinear tabulate_routes"
 _HOMES = dict.fromkeys(_NN.split(), "trix_jax.nn") | {
     "freeze": "trix_jax.frozen",
     "optimizer_labels": "trix_jax.labels",
     "RoutingConfig": "trix_jax.routing",
     "TernaryConfig": "trix_jax.ternary",
 }
-_MODULES = "balance clusters dispatch expert_parallel frozen labels matching nn ops routing ternary typing".split()
+_MODULES = "balance clusters dispatch expert_parallel frozen hashing labels matching nn ops routing routing_state ternary typing".split()
 
 
 def __getattr__(name: str) -> Any:
