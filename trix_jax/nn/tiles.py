@@ -61,7 +61,9 @@ def _outputs(h, tiles, weights, *, tile_width, act, activations, mask=None):
     up, down = weights
     num_tiles = up[0].shape[0]
     rows = dispatch.block_rows(tiles.size, num_tiles)
-    plan = dispatch.make_plan(tiles, num_tiles, max(rows, ops.least_rows(up)), mask)
+    rows = max(rows, ops.least_rows(up))
+    with jax.named_scope("plan"):
+        plan = dispatch.make_plan(tiles, num_tiles, rows, mask)
     y = ops.tile_ffn(
         dispatch.to_blocks(h, plan),
         up,
