@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trix_jax import dispatch
+from trix_kernels import hlo
 
 jit_plan = jax.jit(dispatch.make_plan, static_argnums=(1, 2))
 
@@ -75,6 +76,46 @@ def round_trip(x, tiles, num_tiles, rows):
     plan = dispatch.make_plan(tiles, num_tiles, rows)
     blocks = dispatch.to_blocks(x, plan)
     return blocks, dispatch.from_blocks(blocks, plan)
+
+
+def plan_by_hand(tiles, num_tiles, rows, mask):
+    """Assignments one after the other into the open block of their tile."""
+    assignments, runs = tiles.size, [[] for _ in range(num_tiles)]
+    for number, tile in enumerate(tiles.reshape(-1)):
+        if mask[number // tiles.shape[1]]:
+            runs[tile].append(number)
+    cut = [
+        (tile, run[i : i + rows])
+        for tile, run in enumerate(runs)
+        for i in range(0, len(run), rows)
+    ]
+    blocks = dispatch.num_blocks(assignments, num_tiles, rows)
+    source = np.full((blocks, rows), assignments)
+    block_tile, slot = np.full(blocks, num_tiles - 1), np.zeros(assignments, int)
+    for block, (tile, run) in enumerate(cut):
+        block_tile[block], source[block, : len(run)] = tile, run
+        slot[run] = block * rows + np.arange(len(run))
+    return block_tile, source, slot.reshape(tiles.shape), [len(cut)]
+
+
+@given(routings(), st.integers(0, 3))
+@settings(max_examples=40)
+def test_plan_is_the_one_made_by_hand_masked_or_not(routing, hidden):
+    tiles, num_tiles, rows = routing
+    rows = rows or dispatch.block_rows(tiles.size, num_tiles)
+    mask = np.arange(len(tiles)) % 4 >= hidden
+    plan = jit_plan(tiles, num_tiles, rows, mask if hidden else None)
+    expected = plan_by_hand(tiles, num_tiles, rows, mask)
+    for found, wanted in zip(plan, expected, strict=True):
+        assert found.dtype == jnp.int32
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_plan_counts_sorts_and_gathers_without_a_loop():
+    tiles, mask = jnp.zeros((64, 2), jnp.int32), jnp.ones(64, bool)
+    for given_mask in (None, mask):
+        compiled = jit_plan.lower(tiles, 16, 8, given_mask).compile()
+        assert hlo.while_loops(compiled.as_text()) == 0
 
 
 def test_plan_keeps_token_order_within_a_tile():

@@ -4,9 +4,17 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from trix_jax import TransformerConfig, TransformerLM, TriXLinear, optimizer_labels
+from trix_jax import (
+    SparseTriXFFN,
+    TransformerConfig,
+    TransformerLM,
+    TriXLinear,
+    optimizer_labels,
+)
+from trix_jax.interop.nnx import Layer
 from trix_jax.lm.train.optimizer import decay_mask
 
 SIZES = {"vocab_size": 7, "context": 4, "d_model": 8, "n_layers": 1, "n_heads": 2}
@@ -35,6 +43,18 @@ def test_what_is_not_other_is_what_the_training_lane_decays():
         params = parameters(ffn)
         labels = optimizer_labels(params)
         assert jax.tree.map(lambda word: word != "other", labels) == decay_mask(params)
+
+
+def test_nnx_parameters_have_the_words_of_linen_ones():
+    linear = nnx.eval_shape(lambda: nnx.Linear(8, 8, rngs=nnx.Rngs(0)))
+    layer = nnx.eval_shape(
+        lambda: Layer(SparseTriXFFN(8), jnp.zeros((1, 8)), rngs=nnx.Rngs(0))
+    )
+    words = nnx.to_pure_dict(optimizer_labels(nnx.state(linear, nnx.Param)))
+    assert words == {"kernel": "kernel", "bias": "other"}
+    words = nnx.to_pure_dict(optimizer_labels(nnx.state(layer, nnx.Param)))
+    tiles = {"up": {"kernel": "ternary"}, "down": {"kernel": "ternary"}}
+    assert words == {"tiles": tiles}
 
 
 def test_optax_takes_the_labels_of_boxed_parameters():

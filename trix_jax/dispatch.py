@@ -5,6 +5,9 @@ blocks of R rows, so that every block belongs to one tile. However the tokens ar
 routed, `floor((A + N (R - 1)) / R)` blocks are enough: the shapes do not depend on the
 routing, one trace serves all of it, and a tile may take every token or none.
 
+A plan is one sort, one scatter of A numbers, and counts and sums of a number a tile or
+a block: no loop, which on a GPU would start its kernels anew for every step.
+
 The moves are gathers both ways, forward and backward: `to_blocks` and `from_blocks` are
 each other's transpose.
 
@@ -15,6 +18,7 @@ References:
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -90,65 +94,59 @@ def make_plan(
     ):  # one token decoded: there is nothing to sort
         zero = jnp.zeros((1, 1), jnp.int32)
         return Plan(tiles.reshape(1).astype(jnp.int32), zero, zero, zero[0] + 1)
+    counts_N = count_tiles(tiles, num_tiles, mask)
+    first_N = jnp.cumsum(counts_N, dtype=jnp.int32) - counts_N
+    blocks_N = (counts_N + rows - 1) // rows
+    last_block_N = jnp.cumsum(blocks_N, dtype=jnp.int32)
+    first_row_N = (last_block_N - blocks_N) * rows
     if mask is not None:
         tiles = jnp.where(mask[:, None], tiles, num_tiles)  # behind all others
     flat = tiles.reshape(-1).astype(jnp.int32)
-    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    sorted_slot, last_block_N = _slots(flat[order], num_tiles, rows)
+    places = jnp.arange(assignments, dtype=jnp.int32)
+    sorted_tile, order = jax.lax.sort((flat, places), num_keys=1, is_stable=True)
+    sorted_slot = _at(first_row_N - first_N, sorted_tile) + places
     if mask is not None:
-        is_real = flat[order] < num_tiles
-        sorted_slot = jnp.where(is_real, sorted_slot, _past(blocks * rows, assignments))
-    source = (
-        jnp.full(blocks * rows, assignments, jnp.int32)
-        .at[sorted_slot]
-        .set(order, unique_indices=True)
-    )
-    slot = (
-        jnp.zeros(assignments, jnp.int32)
-        .at[order]
-        .set(sorted_slot, unique_indices=True)
-    )
-    if mask is not None:
-        slot = jnp.where(slot < blocks * rows, slot, 0)
-    return Plan(
-        _block_tile(last_block_N, blocks),
-        source.reshape(blocks, rows),
-        slot.reshape(tiles.shape),
-        last_block_N[-1:],
-    )
+        sorted_slot = jnp.where(sorted_tile < num_tiles, sorted_slot, 0)
+    slot = jnp.zeros_like(order).at[order]
+    slot = slot.set(sorted_slot, unique_indices=True, wrap_negative_indices=False)
+    tile = _block_tile(last_block_N, blocks)
+    row_MR = jnp.arange(blocks * rows, dtype=jnp.int32).reshape(blocks, rows)
+    place_MR = row_MR - _at(first_row_N, tile)[:, None]
+    is_real = place_MR < _at(counts_N, tile)[:, None]
+    source = _at(order, _at(first_N, tile)[:, None] + place_MR)
+    source = jnp.where(is_real, source, assignments)
+    return Plan(tile, source, slot.reshape(tiles.shape), last_block_N[-1:])
 
 
-def _past(end, count):
-    """Indices behind the end, which scatters drop."""
-    return end + jnp.arange(count, dtype=jnp.int32)
+def count_tiles(
+    tiles: Integer[Array, "T K"],
+    num_tiles: int,
+    mask: Bool[Array, " T"] | None = None,
+) -> Integer[Array, " N"]:
+    """Assignments of each tile, those of masked tokens (False) left out."""
+    if mask is not None:
+        tiles = jnp.where(mask[:, None], tiles, num_tiles)  # dropped
+    flat = tiles.reshape(-1).astype(jnp.int32)
+    return _count(flat, num_tiles)
+
+
+def _count(numbers, end):
+    """How often each of 0..end-1 is there; other numbers are dropped."""
+    zeros = jnp.zeros(end, jnp.int32)
+    return zeros.at[numbers].add(1, mode="drop", wrap_negative_indices=False)
+
+
+def _at(x, index):
+    """`x[index]`, the last element for an index past the end."""
+    return x.at[index].get(mode="clip", wrap_negative_indices=False)
 
 
 def _block_tile(last_block_N, blocks):
-    """The tile of each block, from the number of blocks up to the end of each tile's."""
-    numbers = jnp.arange(blocks, dtype=jnp.int32)
-    tile = jnp.searchsorted(last_block_N, numbers, side="right")
-    return jnp.minimum(tile, last_block_N.size - 1).astype(jnp.int32)
-
-
-def _slots(sorted_tile, num_tiles, rows):
-    """The row of each assignment among all blocks' rows, with every tile's first one at
-    the start of a block; and the number of blocks up to the end of each tile's.
+    """The tile of each block, from the number of blocks up to the end of each tile's:
+    how many tiles have ended.
     """
-    tiles_N = jnp.arange(num_tiles, dtype=jnp.int32)
-    if isinstance(sorted_tile.shape[0], int):
-        end_N = jnp.searchsorted(sorted_tile, tiles_N, side="right").astype(jnp.int32)
-    else:  # a binary search needs to know the size
-        end_N = (sorted_tile[None] <= tiles_N[:, None]).sum(axis=1, dtype=jnp.int32)
-    start_N = jnp.concatenate([jnp.zeros(1, jnp.int32), end_N[:-1]])
-    blocks_N = (end_N - start_N + rows - 1) // rows
-    last_block_N = jnp.cumsum(blocks_N)
-    first_row_N = (last_block_N - blocks_N) * rows
-    sorted_slot = (
-        first_row_N[sorted_tile]
-        + jnp.arange(sorted_tile.size, dtype=jnp.int32)
-        - start_N[sorted_tile]
-    )
-    return sorted_slot, last_block_N
+    ended = jnp.cumsum(_count(last_block_N, blocks), dtype=jnp.int32)
+    return jnp.minimum(ended, last_block_N.size - 1)
 
 
 def to_blocks(x: Float[Array, "T D"], plan: Plan) -> Float[Array, "M R D"]:
@@ -174,7 +172,7 @@ def _sum_copies(plan, dy):
 
 
 def _read(plan, y):
-    return y.reshape(-1, y.shape[-1])[plan.slot]
+    return _at(y.reshape(-1, y.shape[-1]), plan.slot)
 
 
 def _put_back(plan, dy):
@@ -183,4 +181,5 @@ def _put_back(plan, dy):
 
 def _rows(x_AD, source):
     """Rows of `x` by index, zero where the index is past the end."""
-    return x_AD.at[source].get(mode="fill", fill_value=0)
+    rows = x_AD.at[source]
+    return rows.get(mode="fill", fill_value=0, wrap_negative_indices=False)

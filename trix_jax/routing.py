@@ -23,6 +23,7 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
+from trix_jax import dispatch
 from trix_jax.clusters import EPSILON
 from trix_jax.clusters import rms_unit as rms_unit
 from trix_jax.hashing import pair_ids as pair_ids
@@ -226,9 +227,7 @@ def count_tiles(
     mask: Bool[Array, " T"] | None = None,
 ) -> Float[Array, " N"]:
     """Assignments each tile received, those of masked tokens (False) left out."""
-    if mask is not None:
-        tiles = jnp.where(mask[:, None], tiles, num_tiles)  # dropped
-    return jnp.bincount(tiles.reshape(-1), length=num_tiles).astype(jnp.float32)
+    return dispatch.count_tiles(tiles, num_tiles, mask).astype(jnp.float32)
 
 
 def balance_loss(

@@ -24,6 +24,7 @@ def body(name: str, *flags: str) -> Arm:
 ROTARY, RMS = "--model.positions rotary", "--model.norm rms"
 QK, FAN_IN = "--model.qk-norm", "--model.init fan_in"
 MODERN = f"{ROTARY} {RMS} {QK}"
+CONTEXT_256 = "--model.context 256 --train.batch-size 8"  # as many tokens a step
 
 
 def width_flags(d_model: int) -> str:
@@ -43,13 +44,20 @@ BODY = Setting(
             body("modern-fan-in", MODERN, FAN_IN),
         ),
         "parts": (body("rotary", ROTARY), body("qk", QK), body("rms", RMS)),
-        "documents": (body("modern-documents", MODERN, "--model.document-mask"),),
+        "documents": (
+            body("modern-256", MODERN, CONTEXT_256),
+            body("modern-256-apart", MODERN, CONTEXT_256, "--model.document-mask"),
+        ),
+        "finalists": (body("gpt2"), body("modern", MODERN)),
     },
     order=(
+        Step("first", 0),
+        Step("documents", 0),
+        Step("finalists", 1),
+        Step("finalists", 3),
+        Step("documents", 3),
         Step("first", 1),
         Step("parts", 1),
-        Step("documents", 1),
-        Step("first", 3),
     ),
 )
 

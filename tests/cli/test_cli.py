@@ -236,3 +236,14 @@ def test_deterministic_sets_a_flag_that_xla_knows(user_env, more, is_fine):
         [sys.executable, "-c", script], env=user_env, capture_output=True, check=False
     )
     assert (done.returncode == 0) == is_fine
+
+
+def test_help_and_a_mistyped_verb_need_no_jax(user_env):
+    code = (
+        "import sys; from trix_jax.cli.main import main; "
+        "assert main(['--help']) == 0; assert main(['trian']) == 2; "
+        "assert 'jax' not in sys.modules; import trix_jax; "
+        "assert {'SparseTriXFFN', 'routing'} <= set(dir(trix_jax)); "
+        "assert trix_jax.routing.update and trix_jax.nn.TriXLinear is trix_jax.TriXLinear"
+    )
+    subprocess.run([sys.executable, "-c", code], env=user_env, check=True)

@@ -18,7 +18,7 @@ EXECUTED = sorted(page for page, cells in PAGES.items() if cells)
 
 SHELL = "import subprocess\nsubprocess.run(['bash', '-c', {!r}], check=True)\n"
 # What a reader who has never seen TriX can do from the site alone; a test each.
-PATHS = ("own-model", "training", "inspect", "out")
+PATHS = ("own-model", "own-model-nnx", "training", "fine-tuning", "inspect", "out")
 
 
 def as_script(pages):
@@ -38,30 +38,43 @@ def test_pages_that_teach_a_use_have_blocks_that_run():
 
 @pytest.fixture
 def run_pages(user_env, tmp_path):
-    return lambda *pages: run(pages, user_env, tmp_path)
+    return lambda *pages, **env: run(pages, {**user_env, **env}, tmp_path)
 
 
-def run(pages, user_env, tmp_path):
+def run(pages, env, tmp_path):
     script = tmp_path / "pages.py"
     script.write_text("\n".join(as_script(pages)))
     bin_folder = Path(sys.executable).parent
-    env = {**user_env, "PATH": f"{bin_folder}{os.pathsep}{user_env['PATH']}"}
+    env = {**env, "PATH": f"{bin_folder}{os.pathsep}{env['PATH']}"}
     command = [sys.executable, str(script)]
     done = subprocess.run(
         command, cwd=tmp_path, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+    return done
 
 
 @pytest.mark.slow
 def test_reader_puts_a_layer_into_their_model_from_the_site_alone(run_pages):
-    run_pages("own-model")
+    # Compiling is nearly all of the time; the site is built with XLA as it is.
+    quick = "--xla_backend_optimization_level=0"
+    run_pages("own-model", "own-model-nnx", XLA_FLAGS=quick)
 
 
 @pytest.mark.slow
 def test_reader_trains_from_the_site_alone(run_pages, tmp_path):
     run_pages("training")
     assert (tmp_path / "run" / "summary.json").is_file()
+
+
+@pytest.mark.slow
+def test_reader_fine_tunes_from_the_site_alone(run_pages, tmp_path):
+    said = run_pages("fine-tuning").stdout
+    before, after = map(
+        float, re.findall(r"^validation loss ([\d.]+) nats", said, re.M)
+    )
+    assert after < before - 0.1
+    assert (tmp_path / "tuned" / "init.json").is_file()
 
 
 @pytest.mark.slow

@@ -8,6 +8,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from trix_jax import HierarchicalTriXFFN, SparseTriXFFN, balance
 from trix_jax.interop.nnx import (
@@ -19,6 +21,14 @@ from trix_jax.interop.nnx import (
 )
 
 X = jax.random.normal(jax.random.key(0), (4, 6, 16))
+EPS = np.finfo(np.float32).eps
+
+
+def assert_near(got, expected, roundings=64):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        a, b = np.float64(a), np.float64(b)
+        bound = roundings * EPS * max(np.abs(b).max(), 1e-6)
+        np.testing.assert_allclose(a, b, rtol=0, atol=bound)
 
 
 class Model(nnx.Module):
@@ -129,3 +139,110 @@ def test_bridge_without_a_mode_is_frozen_too():
         )
         == 0
     )
+
+
+# Transformations -------------------------------------------------------------------------------------------------------
+
+
+class Small(nnx.Module):
+    """One layer and its residual."""
+
+    def __init__(self, rngs, axis_name=None):
+        layer = SparseTriXFFN(16, tiles_per_token=2, axis_name=axis_name)
+        self.ffn = Layer(layer, jnp.zeros((1, 16)), rngs=rngs)
+
+    def __call__(self, x):
+        y, _, aux = self.ffn(x)
+        return x + y, aux["total_aux"]
+
+
+def small_loss(model, x, call=lambda model, x: model(x)):
+    y, aux = call(model, x)
+    return jnp.mean((y - jnp.sin(x)) ** 2) + aux
+
+
+def small_step(model, x, axis_name=None, **how):
+    """A step of plain gradient descent."""
+    grads = nnx.grad(small_loss)(model, x, **how)
+    if axis_name is not None:
+        grads = jax.lax.pmean(grads, axis_name)
+    moved = jax.tree.map(
+        lambda p, g: p - 0.1 * g, nnx.state(model, nnx.Param), nnx.state(grads)
+    )
+    nnx.update(model, moved)
+    update_routing(model, axis_name=axis_name)
+
+
+def shard_mapped(model, x):
+    mesh = jax.make_mesh((4,), ("data",), (AxisType.Auto,), devices=jax.devices()[:4])
+    step = functools.partial(small_step, axis_name="data")
+    specs = {"in_specs": (P(), P("data")), "out_specs": None}
+    nnx.shard_map(step, mesh=mesh, check_vma=False, **specs)(model, x)
+
+
+def pmapped(model, x):
+    step = functools.partial(small_step, axis_name="data")
+    nnx.pmap(step, axis_name="data", in_axes=(None, 0))(model, x.reshape(4, 1, 6, 16))
+
+
+def rematted(model, x):
+    call = nnx.remat(lambda model, x: model(x))
+    nnx.jit(functools.partial(small_step, call=call))(model, x)
+
+
+def learned(model):
+    return nnx.to_pure_dict(nnx.state(model, nnx.Any(nnx.Param, Routing)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [shard_mapped, pmapped, rematted])
+def test_transformed_step_is_the_plain_one(step):
+    plain = Small(nnx.Rngs(0))
+    nnx.jit(small_step)(plain, X)
+    model = Small(nnx.Rngs(0), axis_name=None if step is rematted else "data")
+    step(model, X)
+    assert_near(learned(model), learned(plain))
+
+
+@pytest.mark.slow
+def test_calls_before_the_update_add_up_to_the_state_of_the_whole_batch():
+    whole, halves = Small(nnx.Rngs(0)), Small(nnx.Rngs(0))
+    call, update = nnx.jit(lambda model, x: model(x)[0]), nnx.jit(update_routing)
+    call(whole, X)
+    for half in jnp.split(X, 2):
+        call(halves, half)
+    update(whole)
+    update(halves)
+    assert_near(learned(halves), learned(whole))
+
+
+class Scanned(nnx.Module):
+    """Three layers that `nnx.vmap` makes and `nnx.scan` calls."""
+
+    def __init__(self, rngs):
+        make = nnx.vmap(Small, in_axes=(0,), out_axes=0)
+        self.blocks = nnx.split_rngs(splits=3)(make)(rngs)
+
+    def __call__(self, x):
+        over = nnx.scan(in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))
+        x, aux = over(lambda x, block: block(x))(x, self.blocks)
+        return x, aux.sum()
+
+
+@pytest.mark.slow
+def test_scanned_model_trains_and_is_frozen_layer_by_layer():
+    model = Scanned(nnx.Rngs(0))
+    step = nnx.jit(small_step)
+    before = small_loss(model, X)
+    for _ in range(5):
+        step(model, X)
+    model.eval()
+    assert small_loss(model, X) < before
+    bias = learned(model)["blocks"]["ffn"]["tiles"]["router"]["bias"]
+    assert bias.shape == (3, 4)
+    assert (np.abs(bias).max(axis=1) > 0).all()
+    served = freeze(model, X)
+    call = nnx.jit(lambda model, x: model(x)[0])
+    np.testing.assert_array_equal(call(served, X), call(model, X))
+    words = jax.tree.leaves(nnx.to_pure_dict(nnx.state(served, PackedWeights)))
+    assert {leaf.shape[0] for leaf in words} == {3}

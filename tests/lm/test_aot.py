@@ -45,6 +45,14 @@ MODEL = {
 }
 
 
+LAYER = """
+import json, sys
+from trix_jax.lm.aot import compile_layer
+
+print(json.dumps(compile_layer("h100", int(sys.argv[1]))))
+"""
+
+
 @pytest.fixture
 def environment(user_env):
     if PYTHON is None and util.find_spec("jax_cuda13_plugin") is None:
@@ -80,3 +88,19 @@ def test_spread_tiles_compile_for_eight_gpus_and_talk_by_all_to_all(environment)
     batch = 4 * BATCH * (MODEL["context"] + 1)
     assert found["argument_bytes"] == whole - tiles * 7 // 8 + batch
     print(json.dumps(found))
+
+
+@pytest.mark.parametrize("tiles", [16, 64])
+def test_training_layer_has_no_loop_and_a_lean_router(environment, tiles):
+    done = subprocess.run(
+        [sys.executable, "-c", LAYER, str(tiles)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["while_loops"] == 0
+    assert 10 < found["routing_launches"] <= 25
+    assert found["launches"] <= 70

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from trix_jax.lm import config as cfg
@@ -83,6 +84,8 @@ def test_from_tree_bad_value_raises_naming_it(tree, message):
         ("beta2", 1.5),
         ("accumulate", 5),
         ("clip", -1.0),
+        ("schedule", "linear"),
+        ("decay_share", 1.5),
     ],
 )
 def test_train_config_impossible_value_raises_naming_it(no_type_hook, name, value):
@@ -140,6 +143,43 @@ def test_learning_rate_schedule_warms_up_and_ends_at_its_share():
     assert float(schedule(0)) == pytest.approx(0.1)
     assert float(schedule(9)) == pytest.approx(1.0)
     assert float(schedule(100)) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        # After two updates of warm-up eight more: 0.1 + 0.9 (1 + cos(pi u / 8)) / 2.
+        (
+            "cosine",
+            [
+                0.5,
+                1,
+                1,
+                0.965746,
+                0.868198,
+                0.722208,
+                0.55,
+                0.377792,
+                0.231802,
+                0.134254,
+            ],
+        ),
+        ("constant", [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
+        # Four of ten updates fall from 1 towards 0.1, by 0.225 each.
+        ("wsd", [0.5, 1, 1, 1, 1, 1, 1, 0.775, 0.55, 0.325]),
+    ],
+)
+def test_learning_rate_schedules_are_their_formulas(schedule, rates):
+    settings = {"steps": 10, "warmup_steps": 2, "learning_rate": 1.0}
+    config = cfg.TrainConfig(schedule=schedule, decay_share=0.4, **settings)
+    found = [float(learning_rate_schedule(config)(u)) for u in range(10)]
+    np.testing.assert_allclose(found, rates, atol=1e-6)
+
+
+def test_learning_rate_of_a_config_that_names_no_schedule_is_cosine():
+    tree = cfg.to_tree(cfg.RunConfig())
+    del tree["train"]["schedule"], tree["train"]["decay_share"]
+    assert cfg.from_tree(tree).train.schedule == "cosine"
 
 
 def test_learning_rate_schedule_warmup_is_clipped_to_the_run():

@@ -3,80 +3,31 @@ code does with a module: each time the numbers are those of the plain call.
 """
 
 import copy
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from public_layers import (
+    BLOCKS,
+    INTS,
+    LAYERS,
+    MODULES,
+    D,
+    X,
+    assert_same,
+    every_module,
+    jit,
+    most_modules,
+    output,
+    plain,
+    variables_of,
+)
 
 from trix_jax import (
-    HierarchicalTriXBlock,
-    HierarchicalTriXFFN,
-    RoutingConfig,
-    SparseLookupBlock,
-    SparseLookupFFN,
-    SparseTriXBlock,
-    SparseTriXFFN,
-    TernaryConfig,
     TriXLinear,
 )
-from trix_jax.nn import CausalSelfAttention, DenseBlock, DenseFFN
-
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-D, EPS = 8, np.finfo(np.float32).eps
-INTS = np.random.default_rng(0).integers(-3, 4, (2, 6, D))
-X = jnp.asarray(INTS, jnp.float32)
-TILES = {"num_tiles": 4, "tiles_per_cluster": 2}
-LAYERS = {
-    "linear": TriXLinear(D, num_tiles=2, use_bias=True),
-    "sparse": SparseTriXFFN(D, tiles_per_token=2, residual=True),
-    "hierarchical": HierarchicalTriXFFN(D, tiles_per_token=2, residual=True, **TILES),
-    "lookup": SparseLookupFFN(D, grid_size=2, **TILES),
-    "dense": DenseFFN(D, 12),
-}
-BLOCKS = {
-    "attention": CausalSelfAttention(D, 2),
-    "sparse_block": SparseTriXBlock(D, 2),
-    "hierarchical_block": HierarchicalTriXBlock(D, 2, **TILES),
-    "lookup_block": SparseLookupBlock(D, 2, grid_size=2, **TILES),
-    "dense_block": DenseBlock(D, 2, width=12),
-}
-MODULES = LAYERS | BLOCKS
-every_module = pytest.mark.parametrize("name", MODULES)
-# What shares its code with another stands behind it.
-QUICK = ["sparse", "dense_block"]
-most_modules = pytest.mark.parametrize(
-    "name",
-    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODULES],
-)
-
-
-def output(returned):
-    return returned if isinstance(returned, jax.Array) else returned[0]
-
-
-@functools.cache
-def variables_of(name):
-    return jit(MODULES[name].init)(jax.random.key(0), X)
-
-
-@functools.cache
-def plain(name):
-    """What the layer computes from `X`."""
-    call = jit(lambda v, x: output(MODULES[name].apply(v, x)))
-    return np.asarray(call(variables_of(name), X))
-
-
-def assert_same(y, expected):
-    # A token may sit in another row of a product, whose sums are then added otherwise:
-    # six sums in a row, of at most 4 D terms.
-    assert y.shape == expected.shape
-    bound = 24 * D * EPS * np.abs(expected).max()
-    np.testing.assert_allclose(y, expected, rtol=0, atol=bound)
-
 
 # What `nn.Dense` takes -------------------------------------------------------------------------------------------------
 
@@ -275,161 +226,3 @@ def test_shared_scope_eval_shape_and_tabulate_have_the_layers_variables(name):
     total = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
     table = layer.tabulate(jax.random.key(0), X, console_kwargs={"width": 200})
     assert f"{total:,}" in table
-
-
-# Forward mode ----------------------------------------------------------------------------------------------------------
-
-CHANCE = np.random.default_rng(4)
-TOKENS = jnp.asarray(CHANCE.normal(size=X.shape), jnp.float32)
-
-
-def of_params_and_input(layer, variables, **given):
-    """The output and the loss of a layer as a function of what has derivatives."""
-    state = {name: tree for name, tree in variables.items() if name != "params"}
-
-    def call(params, x):
-        returned = layer.apply({**state, "params": params}, x, **given)
-        if isinstance(returned, jax.Array):
-            return returned
-        return returned[0], returned[2]["total_aux"]
-
-    return call, (variables["params"], jnp.asarray(TOKENS[..., : X.shape[-1]]))
-
-
-def drawn_like(tree, seed):
-    chance = np.random.default_rng(seed)
-
-    def draw(leaf):
-        return jnp.asarray(chance.normal(size=leaf.shape), leaf.dtype)
-
-    return jax.tree.map(draw, tree)
-
-
-def dot(a, b):
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return sum(np.vdot(np.float64(x), np.float64(y)) for x, y in pairs)
-
-
-def assert_tangents_are_those_of_reverse_mode(call, at, eps=EPS):
-    """`<dy, J u> = <J^T dy, u>`, by `linearize` and by `jvp` under remat and `vmap`."""
-    u, dy = drawn_like(at, 1), drawn_like(jax.eval_shape(call, *at), 2)
-
-    @jit
-    def run(at, u, dy):
-        def tangent(u):
-            return jax.jvp(jax.checkpoint(call), at, u)[1]
-
-        twice = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), u)
-        pulled = jax.vjp(call, *at)[1](dy)
-        return jax.linearize(call, *at)[1](*u), jax.vmap(tangent)(twice), pulled
-
-    by_linearize, by_vmap, pulled = run(at, u, dy)
-    first, second = (jax.tree.map(lambda leaf, i=i: leaf[i], by_vmap) for i in (0, 1))
-    expected = dot(pulled, u)
-    bound = 64 * D * eps * dot(*[jax.tree.map(np.abs, t) for t in (dy, first)])
-    assert bound > 0
-    for found, times in ((by_linearize, 1), (first, 1), (second, 2)):
-        assert abs(dot(dy, found) - times * expected) < times * bound
-
-
-@most_modules
-def test_jvp_agrees_with_the_vector_products_of_reverse_mode(name):
-    call, at = of_params_and_input(MODULES[name], variables_of(name))
-    assert_tangents_are_those_of_reverse_mode(call, at)
-
-
-WIDE, NARROW = {"d_model": 256, "num_tiles": 2, "expansion": 1}, jnp.bfloat16
-TERNARY = {
-    "real": {"mode": "none"},
-    "soft": {"mode": "soft"},
-    "progressive": {"mode": "progressive"},
-    "late": {"full_precision_fraction": 0.7},
-    "threshold": {"rule": "threshold", "granularity": "channel"},
-    "fixed": {"rule": "fixed"},
-    "int8": {"activations": "int8"},
-}
-ROUTING = {
-    "sign": {"signature": "sign", "gate": "none"},
-    "softmax": {"gate": "softmax"},
-    "renormalized": {"gate": "renormalized"},
-    "random": {"source": "random"},
-    "learned": {"source": "learned"},
-}
-VARIANTS = {
-    **{
-        name: SparseTriXFFN(D, tiles_per_token=2, ternary=TernaryConfig(**how))
-        for name, how in TERNARY.items()
-    },
-    **{
-        name: HierarchicalTriXFFN(
-            D, tiles_per_token=2, routing=RoutingConfig(**how), **TILES
-        )
-        for name, how in ROUTING.items()
-    },
-    "groups": SparseTriXFFN(ternary=TernaryConfig(granularity="group"), **WIDE),
-    "bfloat16": SparseTriXFFN(D, tiles_per_token=2, dtype=NARROW),
-    "masked": SparseTriXFFN(D, tiles_per_token=2),
-    "linear channel int8": TriXLinear(
-        D, ternary=TernaryConfig(granularity="channel", activations="int8")
-    ),
-    "linear bfloat16": TriXLinear(D, dtype=NARROW),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", VARIANTS)
-def test_jvp_agrees_with_reverse_mode_in_every_mode(name):
-    layer, given = VARIANTS[name], {"progress": 0.5}
-    x = TOKENS
-    if name == "groups":
-        x = jnp.tile(TOKENS[:1, :3], (1, 1, 256 // D))
-    if name == "masked":
-        given["mask"] = jnp.arange(6)[None] < jnp.asarray([[4], [6]])
-        x = jnp.where(given["mask"][..., None], x, jnp.nan)
-    variables = jit(layer.init)(jax.random.key(0), x)
-    call, (params, _) = of_params_and_input(layer, variables, **given)
-    # The learned scale of the rule "fixed" is rounded to bfloat16, and so is its tangent.
-    is_rounded = "bfloat16" in name or name == "fixed"
-    eps = float(jnp.finfo(NARROW).eps) / (64 * D) if is_rounded else EPS
-    assert_tangents_are_those_of_reverse_mode(call, (params, x), eps)
-
-
-@pytest.mark.slow
-@every_module
-def test_jacfwd_is_jacrev(name):
-    call, (params, x) = of_params_and_input(MODULES[name], variables_of(name))
-
-    def one_token(x):
-        return output(call(params, x))
-
-    both = jit(lambda x: (jax.jacfwd(one_token)(x), jax.jacrev(one_token)(x)))
-    forward, reverse = both(x[0, :1])
-    assert_same(forward, reverse)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [n if n == "sparse" else pytest.param(n, marks=pytest.mark.slow) for n in MODULES],
-)
-def test_hessian_vector_product_is_the_difference_of_gradients(name):
-    """Forward over reverse, against central differences in the input. Scores and norms
-    are float32 in float64 too, to which the step fits.
-    """
-    with jax.enable_x64(True):
-        call, (params, x) = of_params_and_input(MODULES[name], variables_of(name))
-        x, u = np.float64(x), np.random.default_rng(1).normal(size=x.shape)
-
-        def loss(x):
-            return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(call(params, x)))
-
-        gradient, step = jax.grad(loss), 2.0**-13
-
-        @jit
-        def run(x, u):
-            ends = [gradient(x + sign * step * u) for sign in (1, -1)]
-            return jax.jvp(gradient, (x,), (u,))[1], (ends[0] - ends[1]) / (2 * step)
-
-        product, expected = run(x, u)
-    bound = 2e-3 * np.abs(expected).max()
-    assert bound > 0
-    np.testing.assert_allclose(product, expected, rtol=0, atol=bound)

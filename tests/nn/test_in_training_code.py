@@ -23,6 +23,7 @@ from trix_jax import (
     freeze,
     routing,
 )
+from trix_kernels.hlo import while_loops
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -108,6 +109,23 @@ def test_export_with_a_symbolic_batch_gives_the_numbers_of_a_call(name, is_froze
     exported = jax.export.export(call)(shape)
     for size in (1, 3):
         assert_near(exported.call(X[:size]), call(X[:size]))
+
+
+@pytest.mark.parametrize(
+    "name", ["sparse", pytest.param("hierarchical", marks=pytest.mark.slow)]
+)
+def test_training_step_as_a_gpu_runs_it_has_no_loop(name):
+    """Under `vmap`, where a CPU too takes blocks all at once, as a GPU does."""
+    layer, variables = LAYERS[name], variables_of(name)
+
+    def loss(params, x):
+        given = {**variables, "params": params}
+        (y, _, aux), state = layer.apply(given, x, True, mutable=["routing"])
+        return jnp.sum(y**2) + aux["total_aux"], state
+
+    step = jit(jax.vmap(jax.grad(loss, has_aux=True), (None, 0)))
+    text = step.lower(variables["params"], X[None]).compile().as_text()
+    assert while_loops(text) == 0
 
 
 # Boxes, initializers, frozen variables ---------------------------------------------------------------------------------

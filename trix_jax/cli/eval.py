@@ -19,6 +19,9 @@ class Args:
     """A token store; by default the run's own."""
     batch_size: int = 64
     """Sequences in a batch."""
+    context: int | None = None
+    """Tokens in a window, by default as trained; more only for a model that has
+    positions for them."""
     json: bool = False
     """End standard output with the result as one line of JSON."""
 
@@ -35,7 +38,12 @@ def main(argv: list[str]) -> None:
     directory = Path(args.checkpoint)
     model, variables, _ = load_run(directory, args.step)
     store = open_run_data(directory, args.data)
-    result = evaluate(model, variables, store, args.batch_size)
+    trained = model.config.context
+    context = trained if args.context is None else args.context
+    result = evaluate(model, variables, store, args.batch_size, context=context)
+    if context != trained:
+        past = "past" if context > trained else "short of"
+        report(f"windows of {context} tokens, {past} the {trained} it was trained with")
     report(
         f"validation loss {result.val_loss:.4f} nats a token, perplexity "
         f"{result.val_ppl:.3f}, {in_words(result.val_bits_per_byte)}, "
@@ -53,6 +61,7 @@ def main(argv: list[str]) -> None:
                 "val_ppl": result.val_ppl,
                 "val_bits_per_byte": result.val_bits_per_byte,
                 "tokens": result.tokens,
+                "context": context,
                 "step": resolve_step(directory, args.step),
                 "entropy": result.entropy,
                 "max_load": result.max_load,

@@ -1,7 +1,7 @@
 """`trix-jax export --checkpoint DIR --output DIR`."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from trix_jax.cli.common import print_json, say
 from trix_jax.lm.presets import parse
@@ -17,6 +17,8 @@ class Args:
     """Where model.safetensors, config.json and tokenizer.json go."""
     step: str = "latest"
     """latest (the newest good one), best, or a number."""
+    routes: Literal["signatures", "table"] = "signatures"
+    """A table of each token's tiles and gates scores nothing; it needs routes by token."""
     card: bool = False
     """Evaluate the packed model and write a model card, README.md, from it and the run."""
     stablehlo: bool = False
@@ -33,11 +35,12 @@ def main(argv: list[str]) -> None:
     args = parse(Args, argv, "export")
     report = say(args.json)
     model, variables, tokenizer = load_run(args.checkpoint, args.step)
-    sizes = export(model, variables, tokenizer, args.output)
+    sizes = export(model, variables, tokenizer, args.output, args.routes)
     ratio = sizes["ffn_float32"] / sizes["ffn_packed"]
     report(
         f"{args.output}: FFN weights {sizes['ffn_float32']:,} bytes in float32, "
-        f"{sizes['ffn_packed']:,} packed with their scales, {ratio:.2f} times fewer"
+        f"{sizes['ffn_packed']:,} packed with their scales, {ratio:.2f} times fewer; "
+        f"routing {sizes['routes']:,} bytes"
     )
     more = _change(args, model, variables, report)
     if args.card:

@@ -123,11 +123,17 @@ def _answer(args: Args, asked, store, report) -> dict[str, Any]:
 
 
 def _signature(seen, question: Question) -> list[float]:
+    from trix_jax.lm.inspect.routes import has_signatures
+
     states = list(layer_states(seen.routing).values())
     if question.layer >= len(states) or question.tile >= len(states[0]["signature"]):
         raise ValueError(
             f"--signature must name one of {len(states)} layers and of "
             f"{len(states[0]['signature'])} tiles. Got {question.layer}:{question.tile}."
+        )
+    if not has_signatures(states[question.layer]):
+        raise ValueError(
+            "--signature needs signatures: this export has a table of routes in their place."
         )
     return states[question.layer]["signature"][question.tile].tolist()
 
@@ -147,11 +153,11 @@ def _diff(args: Args, seen, tokenizer, ids, report) -> list[dict[str, Any]]:
         raise ValueError(f"--against must have the same tokenizer. Got {args.against}.")
     layers = diff(route(model, variables, ids), seen)
     for i, layer in enumerate(layers):
-        cosine = sum(layer["signature_cosine"]) / len(layer["signature_cosine"])
-        report(
-            f"block {i}: {layer['kept']:.1%} of the assignments are the same, "
-            f"mean cosine of a tile's two signatures {cosine:.3f}"
-        )
+        line = f"block {i}: {layer['kept']:.1%} of the assignments are the same"
+        if cosines := layer["signature_cosine"]:
+            mean = sum(cosines) / len(cosines)
+            line += f", mean cosine of a tile's two signatures {mean:.3f}"
+        report(line)
     return layers
 
 

@@ -1,6 +1,7 @@
 """`trix-jax train CONFIG.yaml --workdir DIR`."""
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -9,8 +10,9 @@ from trix_jax.cli.common import be_deterministic, print_json, say
 from trix_jax.lm import hosts
 from trix_jax.lm.config import RunConfig
 from trix_jax.lm.data import check_typed
-from trix_jax.lm.presets import parse_preset
+from trix_jax.lm.presets import parse_preset, value_of
 from trix_jax.lm.report.run import write_run_report
+from trix_jax.lm.train import initial
 from trix_jax.lm.train.loop import train
 
 
@@ -23,6 +25,10 @@ class Args:
     """The run directory."""
     resume: Literal["auto", "never", "must"] = "auto"
     """Go on with a run that is there; refuse one; demand one."""
+    init_from: str | None = None
+    """Start a new run from the weights of a run (its best step), of a step's folder in
+    its checkpoints, or of an export of real weights; the model is its own unless typed.
+    """
     other_data: bool = False
     """Go on with a run though the data is not what it was trained on."""
     deterministic: bool = False
@@ -43,7 +49,7 @@ class Args:
 
 def main(argv: list[str]) -> None:
     """Trains, or goes on with the run in the workdir, and writes its report."""
-    args = parse_preset(Args, argv, "train")
+    args = parse_preset(Args, argv, "train", _model_of(argv))
     check_typed(args.config.data, argv)
     if args.trace_steps < 0:
         raise ValueError(f"trace_steps must not be negative. Got {args.trace_steps}.")
@@ -56,6 +62,7 @@ def main(argv: list[str]) -> None:
         args.config,
         args.workdir,
         resume=args.resume,
+        init_from=args.init_from,
         other_data=args.other_data,
         shard_state=args.shard_state,
         shard_tiles=args.shard_tiles,
@@ -66,3 +73,12 @@ def main(argv: list[str]) -> None:
         report(f"read {write_run_report(args.workdir)}")
         if args.json:
             print_json(summary)
+
+
+def _model_of(argv: list[str]) -> RunConfig | None:
+    """The settings that a run with --init-from has where none are typed."""
+    flags = [
+        flag.replace("_", "-") if flag.startswith("--init_") else flag for flag in argv
+    ]
+    workdir = value_of("--workdir", argv) or Args.workdir
+    return initial.defaults(Path(workdir), value_of("--init-from", flags))

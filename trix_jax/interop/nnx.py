@@ -71,7 +71,8 @@ def freeze(model: nnx.Module, *args: Any, **how: Any) -> nnx.Module:
     """A copy of the model, in evaluation, whose ternary kernels are in two bits; see
     `trix_jax.freeze`.
 
-    Works on models whose TriX layers are `Layer` or `nnx.bridge.ToNNX`.
+    Works on models whose TriX layers are `Layer` or `nnx.bridge.ToNNX`, also where
+    `nnx.vmap` made them and `nnx.scan` calls them.
 
     Args:
         model: stays as it is.
@@ -99,8 +100,8 @@ def freeze(model: nnx.Module, *args: Any, **how: Any) -> nnx.Module:
 
 
 def _calls_of_packing_modules(model, args, how):
-    """Linen modules at the top that hold something to pack, and what they are called
-    with; found by tracing a call of the model.
+    """Linen modules at the top that hold something to pack, the axes of their first
+    parameter and what they are called with; found by tracing a call of the model.
     """
     calls, packing = [], []
 
@@ -111,7 +112,7 @@ def _calls_of_packing_modules(model, args, how):
                 packing.append(_top(module))
             if module is _top(module):
                 given = jax.tree.map(_shape, (call_args, call_kwargs))
-                calls.append((module, given))
+                calls.append((module, (_ndims(module.variables), *given)))
         return call(*call_args, **call_kwargs)
 
     graph, state = nnx.split(model)
@@ -146,14 +147,25 @@ def _same(one, other) -> bool:
     return all(getattr(one, n) == getattr(other, n) for n in names)
 
 
-def _pack(layer, args, how):
+def _ndims(variables) -> int:
+    """Axes of the first parameter: in a scanned model more outside a call than inside."""
+    return jax.tree.leaves(variables["params"])[0].ndim
+
+
+def _pack(layer, ndims, args, how):
     own = {
         name: value
         for name, value in vars(layer).items()
         if not name.startswith(("to_nnx__", "_pytree__"))
     }
     variables = bridge.nnx_attrs_to_linen_vars(own)
-    packed = frozen.freeze(layer.to_nnx__module, variables, *args, **how)
+
+    def pack(variables):
+        return frozen.freeze(layer.to_nnx__module, variables, *args, **how)
+
+    for _ in range(_ndims(variables) - ndims):  # layers that nnx.vmap made
+        pack = jax.vmap(pack)
+    packed = pack(variables)
     for name in own:
         delattr(layer, name)
     for name, value in bridge.linen_vars_to_nnx_attrs(packed).items():

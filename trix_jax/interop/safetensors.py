@@ -22,6 +22,12 @@ from safetensors.numpy import save
 from trix_jax import ops
 from trix_jax.files import write_whole
 from trix_jax.frozen import freeze
+from trix_jax.nn.route_table import (
+    TILES,
+    layers_by_token,
+    table_shapes,
+    tables_in,
+)
 from trix_jax.nn.transformer import TransformerLM
 from trix_jax.ops import PACKED
 from trix_jax.routing import MARGINS
@@ -109,7 +115,8 @@ def from_tensors(
                 raise ValueError(f"{name} must have a scale beside it. Got none.")
             ternary = Ternary(jnp.asarray(q, jnp.float32), jnp.asarray(scale))
             flat[path] = ops.pack(ternary).bits
-            if path[-2] == "up":
+            table = ".".join((*path[:-2], "router", TILES))
+            if path[-2] == "up" and table not in tensors:
                 flat[(*path[:-2], "signature_sums")] = jnp.asarray(
                     q.sum(axis=-1, dtype=np.int16)
                 )
@@ -134,13 +141,38 @@ def _abstract(model):
 
 def _is_idle(path, flat, model) -> bool:
     """Whether a leaf of the routing state does nothing in a frozen model: margins,
-    signatures and rows that nobody holds.
+    signatures and rows that nobody holds or that a table stands for.
     """
+    tables = tables_in(flat)
+    if (path[-1] == "signature" and path[1:-1] in tables) or (
+        path[-1] == "rows" and tables
+    ):
+        return True
     held = model.config.routing.source == "random" or any(
         np.any(flat.get((*path[:-1], name), False)) for name in ("frozen", "held")
     )
     kept = path[-1] in ("signature", "rows")
     return path[-1] in MARGINS or (kept and not held)
+
+
+def _expect_tables(need, flat, model):
+    """Adds the tables of routes that a file has to what is needed, and checks that they
+    name tiles that are there.
+    """
+    for path in tables_in(flat):
+        layer = (PACKED, *path[:-1])
+        by_token = layers_by_token(model.config)
+        known = [f"block_{i:02d}" for i in range(by_token)]
+        if path[0] not in known or ("routing", *path, "bias") not in need:
+            raise ValueError(f"{'.'.join(path)} must not have a table of routes.")
+        need.pop((*layer, "signature_sums"), None)
+        for name, shape in table_shapes(model.config).items():
+            need[(PACKED, *path, name)] = shape
+        tiles, count = flat[(PACKED, *path, TILES)], model.config.num_tiles
+        if tiles.size and int(tiles.max()) >= count:
+            raise ValueError(
+                f"{'.'.join(path)}.{TILES} must name tiles below {count}. Got {tiles.max()}."
+            )
 
 
 def _complete(model, flat):
@@ -155,6 +187,7 @@ def _complete(model, flat):
         else want
     )
     need: dict = flatten_dict(abstract)
+    _expect_tables(need, flat, model)
     for path in sorted(need.keys() - flat.keys()):
         if path[0] == "routing" and _is_idle(path, flat, model):
             flat[path] = jnp.zeros(need[path].shape, need[path].dtype)

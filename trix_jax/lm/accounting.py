@@ -3,16 +3,19 @@ from the config alone.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from trix_jax.nn.route_table import layers_by_token, table_shapes
 from trix_jax.nn.sparse_lookup_ffn import compress_width
 from trix_jax.nn.transformer import TransformerConfig, TransformerLM
 
 SCALE_BITS = 16
 FLOAT_BITS = 16
+
+Routes = Literal["signatures", "table"]  # how a served model finds a token's tiles
 
 
 class Costs(NamedTuple):
@@ -30,7 +33,8 @@ class Costs(NamedTuple):
         routing_bits: bits that routing stores beside the FFN weights as served, at 16 a
             number: signatures, biases, clusters and, where scores are held, the copy of
             the embedding's rows. A hash stores nothing, a learned router's rows are
-            FFN weights.
+            FFN weights. With tables of routes their bits as stored, in place of the
+            signatures and rows.
     """
 
     total: int
@@ -41,17 +45,25 @@ class Costs(NamedTuple):
     routing_bits: int = 0
 
 
-def costs(config: TransformerConfig) -> Costs:
-    """Counts a model's costs; the parameters are those that `init` would make."""
+def costs(config: TransformerConfig, routes: Routes = "signatures") -> Costs:
+    """Counts a model's costs; the parameters are those that `init` would make.
+
+    Args:
+        routes: "table" is served with `tabulate_routes`, whose layers score nothing.
+
+    Raises:
+        ValueError: a table for a model that does not route by single tokens.
+    """
+    tables = layers_by_token(config) if routes == "table" else 0
     params = _param_shapes(config)
     ffn = [layer["ffn"] for name, layer in params.items() if name.startswith("block_")]
     return Costs(
         total=_size(params),
         ffn=sum(_size(layer) for layer in ffn),
-        ffn_active=config.n_layers * _active(config),
+        ffn_active=config.n_layers * _active(config) - tables * _scoring(config),
         ffn_bits=sum(_bits(layer, config) for layer in ffn),
         ffn_active_training=config.n_layers * _active(config, training=True),
-        routing_bits=FLOAT_BITS * _routing_numbers(config),
+        routing_bits=_routing_bits(config, tables),
     )
 
 
@@ -89,9 +101,13 @@ MATCHES = {
 }
 
 
-def active_width(config: TransformerConfig) -> float:
-    """Hidden width of the dense FFN with the same multiply-accumulates per token."""
-    return _active(config) / (2 * config.d_model)
+def active_width(config: TransformerConfig, routes: Routes = "signatures") -> float:
+    """Hidden width of the dense FFN with the same multiply-accumulates per token, of
+    layers the mean.
+    """
+    tables = layers_by_token(config) if routes == "table" else 0
+    saved = tables * _scoring(config) / config.n_layers
+    return (_active(config) - saved) / (2 * config.d_model)
 
 
 def _param_shapes(config):
@@ -108,31 +124,42 @@ def _size(tree) -> int:
 def _active(c: TransformerConfig, training: bool = False) -> int:
     if c.ffn == "dense":
         return 2 * c.d_model * c.dense_width
-    scores = c.num_tiles
-    if c.ffn in ("hierarchical", "lookup"):
+    if c.ffn == "lookup":
+        hidden = compress_width(c.d_model, c.compress_hidden)
+        return _scoring(c, training) + (c.d_model + 2) * hidden + 2 + c.d_model
+    return _scoring(c, training) + 2 * c.d_model * c.tile_width * c.tiles_per_token
+
+
+def _scoring(c: TransformerConfig, training: bool = False) -> int:
+    """Multiply-accumulates of a layer's scores for a token."""
+    if c.ffn == "lookup" or c.ffn == "hierarchical":
         clusters = c.num_tiles // c.tiles_per_cluster
         top = c.top_k_clusters if c.ffn == "hierarchical" else 1
         scores = clusters + (clusters if training else top) * c.tiles_per_cluster
-    if c.ffn == "lookup":
-        hidden = compress_width(c.d_model, c.compress_hidden)
-        return c.d_model * (scores + hidden) + 2 * hidden + 2 + c.d_model
-    if c.routing.source == "hash":
-        scores = 0
-    return c.d_model * scores + 2 * c.d_model * c.tile_width * c.tiles_per_token
+    else:
+        scores = c.num_tiles
+    is_hash = c.routing.source == "hash" and c.ffn != "lookup"
+    return 0 if is_hash else c.d_model * scores
 
 
-def _routing_numbers(c: TransformerConfig) -> int:
-    """What the routers of all layers keep, and the rows that they share."""
+def _routing_bits(c: TransformerConfig, tables: int) -> int:
+    """What routing stores: a table in each of so many layers, in the others signatures,
+    and the rows that these share.
+    """
     if c.ffn == "dense" or c.routing.source == "hash":
         return 0
-    n, clusters = c.num_tiles, c.ffn in ("hierarchical", "lookup")
+    table = sum(
+        8 * shape.dtype.itemsize * shape.size for shape in table_shapes(c).values()
+    )
+    n, has_clusters = c.num_tiles, c.ffn in ("hierarchical", "lookup")
     # A lookup's signatures are read off its directions, which are FFN weights.
     is_read = c.ffn == "lookup" and c.routing.source == "weights"
     is_stored = c.routing.holds or not (is_read or c.routing.source == "learned")
-    layer = n + (n + n // c.tiles_per_cluster if clusters else 0)
+    layer = n + (n + n // c.tiles_per_cluster if has_clusters else 0)
     layer += n * c.d_model if is_stored else 0
-    rows = (c.vocab_size or 0) * c.d_model if c.routing.hold != "signatures" else 0
-    return c.n_layers * layer + rows
+    copied = c.routing.hold != "signatures" and not tables
+    rows = (c.vocab_size or 0) * c.d_model if copied else 0
+    return tables * table + FLOAT_BITS * ((c.n_layers - tables) * layer + rows)
 
 
 def _bits(layer, c: TransformerConfig) -> int:

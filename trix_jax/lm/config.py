@@ -17,6 +17,9 @@ from trix_jax.nn.transformer import TransformerConfig
 DEFAULT_ARM = "hierarchical"  # of no preset: the defaults of `TransformerConfig`
 BASE_ARM = "base"  # a preset as it stands
 
+Schedule = Literal["cosine", "constant", "wsd"]
+OptimizerKind = Literal["adamw", "muon"]
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
@@ -26,13 +29,17 @@ class TrainConfig:
         steps: optimizer steps.
         batch_size: sequences in a step, over all devices and accumulated micro-batches.
         accumulate: micro-batches a step is cut into.
-        learning_rate: peak rate, reached after `warmup_steps` (clipped to `steps`),
-            then cosine.
-        final_learning_rate: share of the peak rate at the last step.
+        schedule: of the rate after its linear warm-up. "cosine" falls from there to the
+            last step; "constant" stays; "wsd" (warm-up, stable, decay) stays, then
+            falls linearly over the last `decay_share` of the steps. A run of the last
+            two can be given more steps later (`trix_jax.lm.train.extend`).
+        learning_rate: peak rate, reached after `warmup_steps` (clipped to `steps`).
+        final_learning_rate: share of the peak rate that "cosine" and "wsd" end at.
         warmup_steps: linear warm-up.
+        decay_share: of the steps, over which the rate of "wsd" falls.
         weight_decay: AdamW's, on matrices only: never on norms, scales, embeddings,
             splines or directions.
-        decay_until: share of the run after which nothing is decayed.
+        decay_until: share of the run after which no weight is decayed.
         optimizer: "muon" updates the projections of FFNs, ternary or dense, by their
             orthogonalized momentum (a tile is a matrix), everything else by AdamW.
         beta1, beta2: AdamW's.
@@ -56,12 +63,14 @@ class TrainConfig:
     steps: int = 2000
     batch_size: int = 12
     accumulate: int = 1
+    schedule: Schedule = "cosine"
     learning_rate: float = 1e-3
     final_learning_rate: float = 0.1
     warmup_steps: int = 100
+    decay_share: float = 0.2
     weight_decay: float = 0.1
     decay_until: float = 1.0
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: OptimizerKind = "adamw"
     beta1: float = 0.9
     beta2: float = 0.99
     clip: float = 1.0
@@ -90,10 +99,11 @@ class TrainConfig:
             raise ValueError(
                 f"learning_rate must be positive and finite. Got {self.learning_rate}."
             )
-        if self.optimizer not in ("adamw", "muon"):
-            raise ValueError(
-                f"optimizer must be adamw or muon. Got {self.optimizer!r}."
-            )
+        for name, kind in (("optimizer", OptimizerKind), ("schedule", Schedule)):
+            if (value := getattr(self, name)) not in typing.get_args(kind):
+                raise ValueError(
+                    f"{name} must be {' or '.join(typing.get_args(kind))}. Got {value!r}."
+                )
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate={self.accumulate} must divide batch_size={self.batch_size}."
@@ -107,7 +117,7 @@ NOT_NEGATIVE = (
     "warmup_steps weight_decay clip rebuild_every checkpoint_every max_skipped".split()
 )
 SAMPLER_BEFORE = "offsets"  # of runs whose config does not name theirs
-SHARES = "decay_until beta1 beta2 final_learning_rate balance_rate".split()
+SHARES = "decay_share decay_until beta1 beta2 final_learning_rate balance_rate".split()
 
 
 @dataclasses.dataclass(frozen=True)

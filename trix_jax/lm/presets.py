@@ -89,26 +89,33 @@ def parse(kind: Any, argv: list[str], verb: str, default: Any = None) -> Any:
     return tyro.cli(kind, args=argv, prog=f"trix-jax {verb}", **extra)
 
 
-def parse_preset(kind: Any, argv: list[str], verb: str) -> Any:
+def parse_preset(
+    kind: Any, argv: list[str], verb: str, start: RunConfig | None = None
+) -> Any:
     """Parses `[CONFIG.yaml] --flags` into a dataclass with a field `config: RunConfig`.
 
     The preset comes first, then its `--arm` (without it the preset is taken as it
     stands), then the flags; each may override what came before. A dense width to be
     matched ("match-params") becomes a number: that of what the arm starts from, with
     the flags of its model.
+
+    Args:
+        start: whose model and arm are taken where neither preset nor flags say otherwise;
+            None: the defaults.
     """
+    begun = start or RunConfig(arm=DEFAULT_ARM)
     path, flags = (
         (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
     )
-    arm = _value_of("--arm", flags) or (BASE_ARM if path else DEFAULT_ARM)
-    start, own = preset_flags(path, arm) if path else ([], [])
-    default = kind(config=RunConfig(arm=arm))
-    args = parse(kind, [*start, *own, *flags], verb, default)
+    arm = value_of("--arm", flags) or (BASE_ARM if path else begun.arm)
+    base, own = preset_flags(path, arm) if path else ([], [])
+    default = kind(config=RunConfig(arm=arm, model=begun.model))
+    args = parse(kind, [*base, *own, *flags], verb, default)
     model = args.config.model
     if not isinstance(model.ffn_width, str):
         return args
     compared = [part for flag in _pairs(flags) if _is_shape(flag[0]) for part in flag]
-    reference = parse(RunConfig, [*start, *compared], verb).model
+    reference = parse(RunConfig, [*base, *compared], verb).model
     return _with_model(args, match_width(model, reference))
 
 
@@ -143,7 +150,8 @@ def _with_model(args: Any, model: TransformerConfig) -> Any:
     return dataclasses.replace(args, config=config)
 
 
-def _value_of(name: str, flags: list[str]) -> str | None:
+def value_of(name: str, flags: list[str]) -> str | None:
+    """What a flag is given, before the flags are parsed; None if it is not there."""
     for i, flag in enumerate(flags):
         if flag.startswith(f"{name}="):
             return flag.partition("=")[2]

@@ -12,6 +12,7 @@ from trix_jax.nn.block import SparseTriXBlock as SparseTriXBlock
 from trix_jax.nn.hierarchical_ffn import HierarchicalTriXFFN as HierarchicalTriXFFN
 from trix_jax.nn.kernel import TernaryKernel as TernaryKernel
 from trix_jax.nn.linear import TriXLinear as TriXLinear
+from trix_jax.nn.route_table import tabulate_routes as tabulate_routes
 from trix_jax.nn.router import Router as Router
 from trix_jax.nn.settings import TileSettings as TileSettings
 from trix_jax.nn.sparse_ffn import SparseTriXFFN as SparseTriXFFN

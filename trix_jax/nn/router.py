@@ -18,6 +18,7 @@ from trix_jax import balance, routing
 from trix_jax.hashing import hash_tiles
 from trix_jax.nn import misuse, steering
 from trix_jax.nn.settings import TileSettings
+from trix_jax.ops import PACKED
 from trix_jax.typing import Array, Bool, Float, Integer, Scalar
 
 
@@ -48,13 +49,15 @@ class Router(nn.Module):
     def __call__(
         self,
         h: Float[Array, "T D"],
-        signature: Float[Array, "N D"],
+        signature: Float[Array, "N D"] | None,
         train: bool = False,
         token_ids: Integer[Array, " T"] | None = None,
         mask: Bool[Array, " T"] | None = None,
         progress: Scalar | None = None,
     ) -> tuple[Route, routing.RoutingInfo, dict[str, Float[Array, ""]]]:
         n, config = self.settings.num_tiles, self.settings.routing
+        if self.has_variable(PACKED, "tiles"):
+            return self._look_up(token_ids, mask)
         self._check_collection(train)
         signature, used, state = self._signatures(signature, train, progress)
         state |= {"mask": mask}
@@ -85,6 +88,30 @@ class Router(nn.Module):
         misuse.check_state({"bias": shape}, self.settings.num_tiles)
         if train and not self.is_mutable_collection("routing"):
             misuse.warn_of_training_without_state()
+
+    def _look_up(self, token_ids, mask):
+        """Routes from the table that a frozen layer keeps (`trix_jax.nn.route_table`):
+        without scores there is nothing to lose or to steer.
+        """
+        if token_ids is None:
+            raise ValueError(
+                "token_ids must be given to a layer whose routes are a table. Got None."
+            )
+        if self.has_variable(steering.STEERING, "tiles"):
+            raise ValueError(
+                "steering must not be given to a layer whose routes are a table."
+            )
+        n = self.settings.num_tiles
+        tiles = self.get_variable(PACKED, "tiles")[token_ids].astype(jnp.int32)
+        gates = jnp.ones(tiles.shape, jnp.float32)
+        if self.has_variable(PACKED, "gates"):
+            gates = self.get_variable(PACKED, "gates")[token_ids]
+        counts = routing.count_tiles(tiles, n, mask)
+        none = jnp.zeros((1, n))
+        info = _info(tiles, gates, counts, none, none, mask)
+        info = info._replace(tie_rate=none[0, 0], signature_cosine=none[0, 0])
+        losses = dict.fromkeys(("balance", "diversity", "total_aux"), none[0, 0])
+        return Route(tiles, gates), info, losses
 
     def _signatures(self, signature, train, progress):
         """What clusters are addressed by, what tokens are matched with, and the state;

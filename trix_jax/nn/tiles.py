@@ -61,7 +61,9 @@ def _outputs(h, tiles, weights, *, tile_width, act, activations, mask=None):
     up, down = weights
     num_tiles = up[0].shape[0]
     rows = dispatch.block_rows(tiles.size, num_tiles)
-    plan = dispatch.make_plan(tiles, num_tiles, max(rows, ops.least_rows(up)), mask)
+    rows = max(rows, ops.least_rows(up))
+    with jax.named_scope("plan"):
+        plan = dispatch.make_plan(tiles, num_tiles, rows, mask)
     y = ops.tile_ffn(
         dispatch.to_blocks(h, plan),
         up,
@@ -114,9 +116,9 @@ class RoutedTiles(nn.Module):
         done = misuse.check_progress(progress, s.ternary, training)
         up, down = up(done), down(done)
         h = tokens.x.astype(s.dtype or x.dtype)
-        signature = routing.signatures(
-            self._signature_sums(up, axis), s.routing.signature
-        )
+        signature = self._signature_sums(up, axis)
+        if signature is not None:
+            signature = routing.signatures(signature, s.routing.signature)
         more: dict[str, Any] = {"progress": progress} if s.routing.holds else {}
         route, info, aux = Router(s, name="router")(
             router_tokens(h, tokens.router_input),
@@ -139,11 +141,15 @@ class RoutedTiles(nn.Module):
         up = ops.unpack(ops.Packed(**packed["up"]), self.tile_width)
         return {"signature_sums": up.q.sum(axis=-1).astype(jnp.int16)}
 
-    def _signature_sums(self, up: ops.Weights, axis: str | None) -> Float[Array, "N D"]:
+    def _signature_sums(
+        self, up: ops.Weights, axis: str | None
+    ) -> Float[Array, "N D"] | None:
         """The sums that signatures are made of, of all tiles, those of other devices
         included.
         """
         if isinstance(up, ops.Packed):
+            if not self.has_variable(PACKED, "signature_sums"):
+                return None  # routes are a table
             return self.get_variable(PACKED, "signature_sums").astype(jnp.float32)
         sums = up.q.sum(axis=-1)
         return sums if axis is None else jax.lax.all_gather(sums, axis, tiled=True)

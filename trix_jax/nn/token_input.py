@@ -12,7 +12,7 @@ and its segment.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,31 @@ from trix_jax.hashing import NONE_BEFORE
 from trix_jax.nn import misuse
 from trix_jax.routing import RoutingConfig
 from trix_jax.typing import Array, Bool, Float, Integer, Scalar
+
+
+def check_router_input(config: Any) -> None:
+    """Refuses a `TransformerConfig` whose settings of the routers' input make no sense.
+
+    Raises:
+        ValueError: a weight of pairs that is not positive, layers by hidden state that
+            are not there or are all of them, hidden states to be held.
+    """
+    c, by_hidden = config, config.router_input == "hidden"
+    if not 0 < c.pair_weight < float("inf"):
+        raise ValueError(
+            f"pair_weight must be positive and finite. Got {c.pair_weight}."
+        )
+    first = c.hidden_from
+    if first is not None and (by_hidden or not 0 < first < c.n_layers):
+        raise ValueError(
+            f"hidden_from={first} must be at least 1 and below n_layers={c.n_layers}, "
+            f"with a router_input by token. Got router_input={c.router_input!r}."
+        )
+    if by_hidden and c.routing.hold != "signatures":
+        raise ValueError(
+            f"routing.hold={c.routing.hold!r} needs a router_input by token, "
+            "'embedding' or 'pair': hidden states cannot be held. Got 'hidden'."
+        )
 
 
 class ByToken(NamedTuple):

@@ -24,7 +24,7 @@ from trix_jax.nn.positions import documents, positions_of
 from trix_jax.nn.settings import TileSettings, check_divides
 from trix_jax.nn.sparse_lookup_ffn import compress_width
 from trix_jax.nn.tiles import Aux
-from trix_jax.nn.token_input import TokenInput
+from trix_jax.nn.token_input import TokenInput, check_router_input
 from trix_jax.routing import RoutingConfig, RoutingInfo
 from trix_jax.ternary import TernaryConfig
 from trix_jax.typing import (
@@ -134,7 +134,8 @@ class TransformerConfig:
                 f"d_model / n_heads must be even with positions='rotary'. Got {head}."
             )
         self._check_tiles()
-        self._check_router_input()
+        if self.ffn != "dense":
+            check_router_input(self)
 
     def _check_sizes(self) -> None:
         sizes = "context d_model n_layers n_heads expansion num_tiles grid_size"
@@ -180,25 +181,6 @@ class TransformerConfig:
                 raise ValueError(
                     f"tiles_per_token must be 1 with ffn='lookup'. Got {k}."
                 )
-
-    def _check_router_input(self) -> None:
-        if not 0 < self.pair_weight < float("inf"):
-            raise ValueError(
-                f"pair_weight must be positive and finite. Got {self.pair_weight}."
-            )
-        if self.ffn == "dense":
-            return
-        first, by_hidden = self.hidden_from, self.router_input == "hidden"
-        if first is not None and (by_hidden or not 0 < first < self.n_layers):
-            raise ValueError(
-                f"hidden_from={first} must be at least 1 and below n_layers={self.n_layers}, "
-                f"with a router_input by token. Got router_input={self.router_input!r}."
-            )
-        if by_hidden and self.routing.hold != "signatures":
-            raise ValueError(
-                f"routing.hold={self.routing.hold!r} needs a router_input by token, "
-                "'embedding' or 'pair': hidden states cannot be held. Got 'hidden'."
-            )
 
     @property
     def tile_width(self) -> int:

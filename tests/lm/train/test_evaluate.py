@@ -5,6 +5,8 @@ with.
 import dataclasses
 import json
 
+import jax
+import numpy as np
 import pytest
 
 from trix_jax import freeze
@@ -14,6 +16,7 @@ from trix_jax.lm.serve.load import load_run
 from trix_jax.lm.train import metrics
 from trix_jax.lm.train.evaluate import evaluate
 from trix_jax.lm.train.loop import train
+from trix_jax.nn.transformer import TransformerLM
 from trix_jax.ternary import TernaryConfig, as_served, is_as_served
 
 
@@ -101,3 +104,55 @@ def test_soft_weights_are_evaluated_and_exported_with_what_packing_changes(
 def test_when_training_computes_with_what_is_served(config, progress, served):
     assert is_as_served(config, progress) == served
     assert is_as_served(as_served(config), 0.0)
+
+
+def by_hand(model, variables, tokens, context):
+    """Mean loss of the targets of disjoint windows, the last one shorter."""
+    last = (len(tokens) - 1) // context * context
+    windows = [tokens[start : start + context + 1] for start in range(0, last, context)]
+    losses = []
+    for rows in (np.stack(windows), tokens[None, last:]):
+        logits = jax.jit(model.apply)(variables, rows[:, :-1])[0]
+        logits = np.asarray(logits, np.float64)
+        targets = np.take_along_axis(logits, rows[:, 1:, None], -1)[..., 0]
+        losses += [(np.log(np.exp(logits).sum(-1)) - targets).ravel()]
+    return np.concatenate(losses).mean()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("positions", "context"), [("learned", 5), ("rotary", 40)])
+def test_loss_at_another_context_is_that_of_windows_of_its_length(
+    run_dir, tiny_config, positions, context
+):
+    trained, variables, _ = load_run(run_dir)
+    config = dataclasses.replace(trained.config, positions=positions)
+    if positions == "rotary":
+        params = {k: v for k, v in variables["params"].items() if k != "positions"}
+        variables = variables | {"params": params}
+    store = open_store(run_dir / "data")
+    model = TransformerLM(config)
+    result = evaluate(model, variables, store, 4, context=context)
+    # Of a model that is built for windows as long: it has the same weights.
+    longer = TransformerLM(dataclasses.replace(config, context=max(16, context)))
+    tokens = store.val.window(0, len(store.val))
+    wanted = by_hand(longer, variables, tokens, context)
+    assert result.val_loss == pytest.approx(wanted, rel=1e-5)
+    assert result.tokens == len(tokens) - 1
+    assert result.val_loss != evaluate(model, variables, store).val_loss
+
+
+@pytest.mark.parametrize("context", [0, 17])
+def test_context_that_a_model_learned_no_positions_for_is_refused(run_dir, context):
+    model, variables, _ = load_run(run_dir)
+    said = f"context must be 1 to 16: .* no positions beyond. Got {context}"
+    with pytest.raises(ValueError, match=said):
+        evaluate(model, variables, open_store(run_dir / "data"), context=context)
+
+
+@pytest.mark.slow
+def test_eval_says_that_windows_are_not_as_trained(run_dir, capsys):
+    flags = ["eval", "--checkpoint", str(run_dir), "--context", "8", "--json"]
+    assert main(flags) == 0
+    out = capsys.readouterr()
+    assert "windows of 8 tokens, short of the 16 it was trained with" in out.err
+    assert json.loads(out.out)["context"] == 8

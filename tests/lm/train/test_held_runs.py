@@ -11,13 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
-from trix_jax import RoutingConfig, freeze
-from trix_jax.lm.accounting import costs
+from trix_jax import RoutingConfig, freeze, routing
+from trix_jax.cli.main import main
+from trix_jax.lm.accounting import active_width, costs
 from trix_jax.lm.checkpoint import checkpoint
 from trix_jax.lm.data import open_store
+from trix_jax.lm.data.tokenizer import ByteTokenizer
 from trix_jax.lm.inspect import look
-from trix_jax.lm.serve.export import export
+from trix_jax.lm.serve.export import WEIGHTS, export
 from trix_jax.lm.serve.generate import SamplingConfig, generate
 from trix_jax.lm.serve.load import load_run
 from trix_jax.lm.train import metrics, parallel
@@ -70,6 +74,12 @@ def run(config, one_device, tmp_path_factory):
         patch.setattr(checkpoint, "save", keep_all)
         train(config, directory, devices=one_device, report=quiet)
     return directory
+
+
+def tensors_of(path):
+    with safe_open(path, "numpy") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, file.metadata()
 
 
 def states(run):
@@ -146,15 +156,10 @@ def test_inspect_shows_whether_signatures_are_held_and_holds_nothing(run, step, 
 
 @pytest.mark.slow
 def test_an_export_whose_held_signatures_are_missing_is_refused(run, tmp_path):
-    from safetensors import safe_open
-    from safetensors.numpy import save_file
-
     model, variables, tokenizer = load_run(run)
     export(model, variables, tokenizer, tmp_path)
-    path = tmp_path / "model.safetensors"
-    with safe_open(path, "numpy") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        metadata = file.metadata()
+    path = tmp_path / WEIGHTS
+    tensors, metadata = tensors_of(path)
     (name,) = (name for name in tensors if name.endswith("signature"))
     del tensors[name]
     save_file(tensors, path, metadata=metadata)
@@ -196,6 +201,7 @@ def test_many_devices_hold_what_one_holds(config, mapping):
 # What it costs, and what was before --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bits_of_routing_are_those_of_signatures_biases_and_held_rows(tiny_config):
     d, n, v = 16, 4, 40
     base = dataclasses.replace(tiny_config.model, vocab_size=v, n_layers=2)
@@ -215,6 +221,113 @@ def test_bits_of_routing_are_those_of_signatures_biases_and_held_rows(tiny_confi
     assert bits(**clusters) == bits() + 2 * 16 * (n + 2)
     lookup = {"ffn": "lookup", "tiles_per_token": 1, "tiles_per_cluster": 2}
     assert bits(**lookup) == bits(**clusters) - 2 * 16 * n * d
+
+
+def test_a_table_costs_its_bytes_and_saves_the_scores_of_its_layers(tiny_config):
+    d, n, v, k = 16, 4, 40, 2
+    base = dataclasses.replace(
+        tiny_config.model, vocab_size=v, n_layers=3, hidden_from=2
+    )
+    scored, tabled = costs(base), costs(base, "table")
+    assert scored.ffn_active - tabled.ffn_active == 2 * n * d
+    assert tabled.ffn_active_training == scored.ffn_active_training
+    assert tabled.ffn_bits == scored.ffn_bits
+    # Two tables of a byte and a float a tile, and the last layer's signatures.
+    assert tabled.routing_bits == 2 * v * k * (8 + 32) + 16 * (n * d + n)
+    widths = active_width(base), active_width(base, "table")
+    assert widths[0] - widths[1] == pytest.approx(2 / 3 * n / 2)
+    no_gates = dataclasses.replace(base, routing=RoutingConfig(gate="none"))
+    assert costs(no_gates, "table").routing_bits == 2 * v * k * 8 + 16 * (n * d + n)
+    with pytest.raises(ValueError, match="router_input='embedding'"):
+        costs(dataclasses.replace(base, router_input="pair"), "table")
+
+
+@pytest.fixture(scope="module")
+def by_token(tiny_config):
+    """A model with held scores, not trained, and a tokenizer that is its size."""
+    settings = holding(tiny_config, hold="scores").model
+    model = TransformerLM(dataclasses.replace(settings, vocab_size=257))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    rows = jax.random.normal(jax.random.key(1), (257, 16))
+    state = dict(variables["routing"])
+    state["router_input"] = {**state["router_input"], "rows": rows}
+    return model, {**variables, "routing": routing.hold_signatures(state)}
+
+
+@pytest.mark.slow
+def test_an_export_with_a_table_serves_as_the_scores_do(by_token, tmp_path):
+    model, variables = by_token
+    sizes = export(model, variables, ByteTokenizer(), tmp_path, routes="table")
+    again, packed, _ = load_run(tmp_path)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 257, (2, 16)))
+    logits, infos, _ = jax.jit(again.apply)(packed, tokens)
+    expected, scored, _ = jax.jit(model.apply)(variables, tokens)
+    np.testing.assert_array_equal(infos[0].tiles, scored[0].tiles)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    router = packed["packed"]["block_00"]["ffn"]["tiles"]
+    assert router.keys() == {"up", "down", "router"}
+    table = sum(leaf.nbytes for leaf in router["router"].values())
+    assert 8 * table == costs(model.config, "table").routing_bits
+    names = tensors_of(tmp_path / WEIGHTS)[0]
+    assert not {n for n in names if n.endswith(("signature", ".rows", "_sums"))}
+    # What is there beside the table: biases and two flags a layer, one of the rows.
+    assert sizes["routes"] == table + 4 * model.config.num_tiles + 2 + 1
+    greedy = SamplingConfig(temperature=0.0)
+    prompt = np.asarray([5, 6, 7])
+    texts = [
+        list(generate(m, v, prompt, 20, greedy))
+        for m, v in ((again, packed), (model, variables))
+    ]
+    assert texts[0] == texts[1]
+    export(again, packed, ByteTokenizer(), tmp_path / "twice")
+    first, second = (tensors_of(d / WEIGHTS)[0] for d in (tmp_path, tmp_path / "twice"))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        np.testing.assert_array_equal(tensor, second[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("tiles", lambda x: x + np.uint8(4), "must name tiles below 4. Got 7"),
+        ("tiles", lambda x: x[:-1].copy(), r"should be uint8\[257, 2\]"),
+        ("gates", lambda _: None, "gates should be .* Got nothing"),
+    ],
+)
+def test_a_damaged_table_is_refused(by_token, tmp_path, name, change, message):
+    export(*by_token, ByteTokenizer(), tmp_path, routes="table")
+    path = tmp_path / WEIGHTS
+    tensors, metadata = tensors_of(path)
+    key = f"packed.block_00.ffn.tiles.router.{name}"
+    tensors[key] = change(tensors[key])
+    kept = {k: v for k, v in tensors.items() if v is not None}
+    save_file(kept, path, metadata=metadata)
+    with pytest.raises(ValueError, match=message):
+        load_run(tmp_path)
+
+
+@pytest.mark.slow
+def test_inspect_shows_an_export_whose_routes_are_a_table(
+    run_dir, one_device, tiny_config, tmp_path, capsys
+):
+    model, variables, tokenizer = load_run(run_dir)
+    export(model, variables, tokenizer, tmp_path, routes="table")
+    scored, tabled = (
+        look(place, open_store(run_dir / "data")) for place in (run_dir, tmp_path)
+    )
+    (one,), (other,) = scored["layers"], tabled["layers"]
+    assert one["tiles"] == other["tiles"]
+    assert (one["routes"], other["routes"]) == ("signatures", "table")
+    assert other["similarity"] is None
+    saved = scored["model"]["ffn_active"] - tabled["model"]["ffn_active"]
+    assert saved == model.config.num_tiles * model.config.d_model
+    data = ["--data", str(run_dir / "data")]
+    ask = ["inspect", "--checkpoint", str(tmp_path), *data]
+    assert main([*ask, "--against", str(run_dir)]) == 0
+    assert "100.0% of the assignments" in capsys.readouterr().out
+    assert main([*ask, "--signature", "0:1"]) == 2
+    assert "--signature needs signatures" in capsys.readouterr().err
 
 
 @pytest.mark.slow

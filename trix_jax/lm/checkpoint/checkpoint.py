@@ -26,7 +26,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +55,20 @@ def _print(message: str) -> None:
 
 
 def save(
-    directory: Path, step: int, state: Any, meta: dict[str, Any], *, keep: int = 2
+    directory: Path,
+    step: int,
+    state: Any,
+    meta: dict[str, Any],
+    *,
+    keep: int = 2,
+    hold: Collection[int] = (),
 ) -> Path:
     """Writes a step, waits until it is on the disk, then removes the steps that are no
     longer needed.
 
     Several processes call it together, each with the whole state; the folder must be
-    one for all of them. The newest `keep` good steps, the best one and this one stay. A
-    step that exists is replaced.
+    one for all of them. The newest `keep` good steps, the best one, those of `hold` and
+    this one stay. A step that exists is replaced.
 
     Args:
         directory: the `checkpoints` folder of a run; made if missing.
@@ -72,6 +78,7 @@ def save(
         meta: what JSON can hold; a finite `val_loss` takes part in the choice of the
             best step.
         keep: at least 1.
+        hold: numbers of steps that stay.
 
     Returns:
         The folder of the step.
@@ -109,16 +116,19 @@ def save(
             f"{place} (earlier steps are as they were): {_reason(error)}"
         ) from error
     if hosts.is_first():
-        _prune(directory, step, keep)
+        _prune(directory, {step, *hold}, keep)
     hosts.wait_for_all("a step is saved")
     return final
 
 
-def newest_good(directory: Path, *, report: Report = _print) -> int | None:
-    """The newest undamaged step or None; `report` gets a sentence for each damaged one
-    that was passed over.
+def newest_good(
+    directory: Path, *, report: Report = _print, up_to: int | None = None
+) -> int | None:
+    """The newest undamaged step, of those up to number `up_to`, or None; `report` gets a
+    sentence for each damaged one that was passed over.
     """
-    return next(_good(directory, reversed(steps(directory)), report), None)
+    there = [s for s in steps(directory) if up_to is None or s <= up_to]
+    return next(_good(directory, reversed(there), report), None)
 
 
 def resolve(directory: Path, which: str | int, *, report: Report = _print) -> int:
@@ -219,13 +229,31 @@ def read_meta(directory: Path, step: int) -> dict[str, Any]:
     return read_json(step_files.step_path(directory, step) / "meta.json")
 
 
-def clear(directory: Path, *, keep: int = 2) -> None:
+def fingerprint(directory: Path, step: int) -> str:
+    """sha256 of a step: of its manifest, which has that of every file."""
+    return read_json(step_files.step_path(directory, step) / "manifest.json")["sha256"]
+
+
+def clear(directory: Path, *, keep: int = 2, hold: Collection[int] = ()) -> None:
     """Does what a `save` that was killed could not: removes its leavings, and steps no
     longer needed.
     """
     step_files.tidy(directory)
     if len(there := steps(directory)) > keep:
-        _prune(directory, there[-1], keep)
+        _prune(directory, {there[-1], *hold}, keep)
+
+
+def move(directory: Path, step: int, target: Path) -> None:
+    """Moves a step into another folder of checkpoints on the same disk, by one rename; a
+    step of its number there is replaced.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    final = target / f"{step:08d}"
+    if final.exists():
+        step_files.discard(final)
+    step_files.step_path(directory, step).rename(final)
+    sync(target)
+    sync(directory)
 
 
 def set_aside(directory: Path, step: int) -> Path:
@@ -296,9 +324,9 @@ def _write_notes(path: Path, step: int, notes: dict[str, str]) -> None:
     step_files.write_manifest(path, step)
 
 
-def _prune(directory: Path, saved: int, keep: int) -> None:
+def _prune(directory: Path, hold: Collection[int], keep: int) -> None:
     """Removes what is older than the newest `keep` good steps, but for the best step
-    and the one just saved.
+    and those to hold.
     """
 
     def quiet(_):
@@ -308,7 +336,7 @@ def _prune(directory: Path, saved: int, keep: int) -> None:
     newest = list(itertools.islice(good, keep))
     best = next(_good(directory, _by_loss(directory), quiet), None)
     for step in steps(directory) if len(newest) == keep else ():
-        if step < newest[-1] and step not in (saved, best):
+        if step < newest[-1] and step not in (*hold, best):
             step_files.discard(step_files.step_path(directory, step))
 
 

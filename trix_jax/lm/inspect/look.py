@@ -15,9 +15,9 @@ from trix_jax import ops
 from trix_jax.lm.accounting import costs
 from trix_jax.lm.checkpoint import checkpoint
 from trix_jax.lm.data import Store
-from trix_jax.lm.inspect.routes import layer_states, route
-from trix_jax.lm.serve import export
+from trix_jax.lm.inspect.routes import has_signatures, layer_states, route
 from trix_jax.lm.serve.load import load_run, resolve_step
+from trix_jax.lm.train.exported import is_export
 from trix_jax.ops import PACKED
 from trix_jax.ternary import TernaryConfig, hard_ternary
 from trix_jax.typing import Variables
@@ -55,7 +55,7 @@ def look(
     return {
         "name": directory.name,
         "step": resolve_step(directory, step),
-        "model": _model(model.config),
+        "model": _model(model.config, seen.routing),
         "history": _history(directory),
         "tokens": [tokenizer.decode([int(i)]) for i in ids[shown]],
         "context": model.config.context,
@@ -72,8 +72,9 @@ def look(
     }
 
 
-def _model(c) -> dict[str, Any]:
-    cost = costs(c)
+def _model(c, routing) -> dict[str, Any]:
+    stored = [has_signatures(state) for state in layer_states(routing).values()]
+    cost = costs(c, "signatures" if all(stored) else "table")
     return {
         "ffn": c.ffn,
         "d_model": c.d_model,
@@ -138,7 +139,10 @@ def _routing(state) -> dict[str, Any]:
     )
     members = np.asarray(state["members"]).tolist() if "members" in state else None
     return {
-        "similarity": np.round(unit @ unit.T, 3).tolist(),
+        "similarity": np.round(unit @ unit.T, 3).tolist()
+        if has_signatures(state)
+        else None,
+        "routes": "signatures" if has_signatures(state) else "table",
         "bias": np.round(np.asarray(state["bias"], np.float32), 4).tolist(),
         "clusters": members,
         "frozen": bool(state["frozen"]),
@@ -214,7 +218,7 @@ def _splines(config, variables, kernels, name):
 
 def _earlier(directory: Path, model, step) -> Variables | None:
     """Parameters at the step kept before the one that is shown."""
-    if export.is_export(directory):
+    if is_export(directory):
         return None
     checkpoints = directory / "checkpoints"
     number = checkpoint.resolve(checkpoints, step)

@@ -16,6 +16,11 @@ from trix_jax.typing import Variables
 WINDOWS = 8  # in one call
 
 
+def has_signatures(state: dict[str, Any]) -> bool:
+    """Whether a layer's state has signatures: one that serves a table has none."""
+    return bool(np.any(state["signature"]))
+
+
 class Seen(NamedTuple):
     """What a model did with a text, window by window of its context.
 
@@ -99,8 +104,8 @@ def diff(one: Seen, other: Seen) -> list[dict[str, Any]]:
 
     Returns:
         `kept`, the share of assignments in `other` that `one` has too;
-        `signature_cosine`, of each tile's signatures; `load_change`, of each tile's
-        share.
+        `signature_cosine`, of each tile's signatures (None where a table of routes
+        stands for them); `load_change`, of each tile's share.
     """
     if one.tiles.shape != other.tiles.shape:
         raise ValueError(
@@ -128,7 +133,9 @@ def diff(one: Seen, other: Seen) -> list[dict[str, Any]]:
                 "kept": float(
                     routing.stability(jnp.asarray(tiles), jnp.asarray(new_tiles))
                 ),
-                "signature_cosine": ((a * b).sum(1) / np.maximum(norms, 1e-6)).tolist(),
+                "signature_cosine": ((a * b).sum(1) / np.maximum(norms, 1e-6)).tolist()
+                if has_signatures(state) and has_signatures(new)
+                else None,
                 "load_change": ((loads[1] - loads[0]) / new_tiles.size).tolist(),
             }
         )

@@ -11,8 +11,9 @@ from typing import Any
 from trix_jax.lm import ngram
 from trix_jax.lm.accounting import active_width, costs
 from trix_jax.lm.data import Store, Tokenizer
-from trix_jax.lm.serve.export import CONFIG, TOKENIZER, WEIGHTS, load
+from trix_jax.lm.serve.export import load
 from trix_jax.lm.train.evaluate import Evaluation, evaluate
+from trix_jax.lm.train.exported import CONFIG, TOKENIZER, WEIGHTS
 from trix_jax.lm.train.metrics import bits
 from trix_jax.nn.transformer import TransformerConfig
 

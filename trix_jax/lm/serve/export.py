@@ -1,6 +1,5 @@
 """A trained language model as files: packed weights, config, tokenizer."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,49 +9,59 @@ from trix_jax.files import write_json
 from trix_jax.frozen import freeze
 from trix_jax.interop import safetensors
 from trix_jax.lm import config as run_config
-from trix_jax.lm.accounting import costs
+from trix_jax.lm.accounting import Routes, costs
 from trix_jax.lm.data import load_tokenizer
-from trix_jax.nn.transformer import TransformerConfig, TransformerLM
+from trix_jax.lm.train.exported import CONFIG, TOKENIZER, WEIGHTS, read_model_config
+from trix_jax.nn.route_table import tabulate_routes
+from trix_jax.nn.transformer import TransformerLM
 from trix_jax.ops import PACKED
 from trix_jax.typing import Variables
 
-WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
-
-
-def is_export(directory: Path) -> bool:
-    """Whether a directory holds an exported model."""
-    return (directory / WEIGHTS).is_file() and (directory / CONFIG).is_file()
+TABLES = (".router.tiles", ".router.gates")
 
 
 def export(
-    model: TransformerLM, variables: Variables, tokenizer: Any, directory: str | Path
+    model: TransformerLM,
+    variables: Variables,
+    tokenizer: Any,
+    directory: str | Path,
+    routes: Routes = "signatures",
 ) -> dict[str, int]:
     """Packs a trained model and writes `model.safetensors`, `config.json` and
     `tokenizer.json`.
 
     Args:
         directory: made if missing; files of these names are replaced.
+        routes: "table" stores the tiles and gates of each token (`tabulate_routes`);
+            "signatures" leaves the variables as they are.
 
     Returns:
         bytes of the FFN weights: `ffn_float32` as trained, `ffn_packed` as written,
-            scales included in both.
+            scales included in both; and `routes`, of what routing has in the file.
+
+    Raises:
+        ValueError: a table for a model that does not route by single tokens.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     is_done = model.config.ffn == "dense" or PACKED in variables
     sample = jnp.zeros((1, 1), jnp.int32)
     frozen = variables if is_done else freeze(model, variables, sample)
+    if routes == "table":
+        frozen = tabulate_routes(model, frozen)
     sizes = safetensors.write(directory / WEIGHTS, model, frozen)
     shape = run_config.to_tree(run_config.RunConfig(model=model.config))["model"]
     tree = {"model_type": "trix_jax", "model": shape}
     write_json(directory / CONFIG, tree)
     tokenizer.save(directory / TOKENIZER)
-    packed = sum(
-        size
-        for name, size in sizes.items()
-        if ".ffn." in name and not name.startswith("routing")
-    )
-    return {"ffn_float32": 4 * costs(model.config).ffn, "ffn_packed": packed}
+    table = {name for name in sizes if name.endswith(TABLES)}
+    routing = {name for name in sizes if name.startswith("routing")} | table
+    packed = {name for name in sizes if ".ffn." in name} - routing
+    return {
+        "ffn_float32": 4 * costs(model.config).ffn,
+        "ffn_packed": sum(sizes[name] for name in packed),
+        "routes": sum(sizes[name] for name in routing),
+    }
 
 
 def load(directory: str | Path) -> tuple[TransformerLM, dict[str, Any], Any]:
@@ -64,16 +73,6 @@ def load(directory: str | Path) -> tuple[TransformerLM, dict[str, Any], Any]:
             config; says which.
     """
     directory = Path(directory)
-    model = TransformerLM(_read_model_config(directory / CONFIG))
+    model = TransformerLM(read_model_config(directory / CONFIG))
     variables = safetensors.read(directory / WEIGHTS, model)
     return model, variables, load_tokenizer(directory / TOKENIZER)
-
-
-def _read_model_config(path: Path) -> TransformerConfig:
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        return run_config.from_tree({"model": tree["model"]}).model
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is not the config of an exported model: {error}"
-        ) from error

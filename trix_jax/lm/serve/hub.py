@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from trix_jax.lm.serve.card import CARD
-from trix_jax.lm.serve.export import CONFIG, TOKENIZER, WEIGHTS, is_export, load
+from trix_jax.lm.serve.export import load
+from trix_jax.lm.train.exported import CONFIG, TOKENIZER, WEIGHTS, is_export
 
 
 def push(

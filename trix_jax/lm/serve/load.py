@@ -18,6 +18,7 @@ from trix_jax.lm.data import (
 )
 from trix_jax.lm.serve import export
 from trix_jax.lm.train import provenance
+from trix_jax.lm.train.exported import is_export
 from trix_jax.nn.transformer import TransformerConfig, TransformerLM
 
 
@@ -38,7 +39,7 @@ def load_run(
             or does not fit; says which.
     """
     directory = Path(directory)
-    if export.is_export(directory):
+    if is_export(directory):
         return export.load(directory)
     run = read_config(directory)
     model = TransformerLM(run.model)
@@ -51,7 +52,8 @@ def load_run(
     )
     check_fits(run.model, arrays, what)
     loaded = load_tokenizer(tokenizer)
-    provenance.check(checkpoint.read_meta(checkpoints, number), run, tokenizer, what)
+    meta = checkpoint.read_meta(checkpoints, number)
+    provenance.check(meta, run, tokenizer, number, what)
     variables = {
         name: jax.tree.map(jnp.asarray, tree) for name, tree in arrays.items() if tree
     }
@@ -61,7 +63,7 @@ def load_run(
 def resolve_step(directory: str | Path, step: str | int) -> int | None:
     """The number of a run's step ("latest", "best" or a number); None for an export."""
     directory = Path(directory)
-    if export.is_export(directory):
+    if is_export(directory):
         return None
     return checkpoint.resolve(directory / "checkpoints", step)
 
@@ -75,7 +77,7 @@ def open_run_data(directory: str | Path, data: str | Path | None = None) -> Stor
     directory = Path(directory)
     if data is None:
         data = directory / "data"
-        if not data.is_dir() and not export.is_export(directory):
+        if not data.is_dir() and not is_export(directory):
             data = read_config(directory).data.path or data
     if not is_store(data):
         raise ValueError(

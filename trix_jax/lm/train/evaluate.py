@@ -62,17 +62,47 @@ def evaluate(
     store: Store,
     batch_size: int = 64,
     progress: float = 1.0,
+    context: int | None = None,
 ) -> Evaluation:
     """Evaluates on every token of the validation split but the first, in windows of the
     model's context, as the model will be served: ternary weights are ternary, whatever
     training computes with at `progress`.
+
+    Args:
+        context: length of the windows, L; None: the model's.
+
+    Raises:
+        ValueError: a context that the model has no positions for, or longer than the
+            split.
     """
-    config = model.config
-    result = _evaluate(_served(config), variables, store, batch_size, progress)
+    context = model.config.context if context is None else context
+    config = at_context(model.config, context)
+    how = variables, store, batch_size, context, progress
+    result = _evaluate(_served(config), *how)
     if PACKED in variables or trains_as_served(config, progress):
         return result
-    trained = _evaluate(config, variables, store, batch_size, progress)
+    trained = _evaluate(config, *how)
     return result._replace(val_loss_unquantized=trained.val_loss)
+
+
+def longest_context(config: TransformerConfig) -> int | None:
+    """The longest sequence that a model has positions for; None: any length."""
+    return config.context if config.positions == "learned" else None
+
+
+def at_context(config: TransformerConfig, context: int) -> TransformerConfig:
+    """The config with which a trained model takes sequences of `context` tokens.
+
+    Raises:
+        ValueError: it has no positions for them.
+    """
+    longest = longest_context(config)
+    if context < 1 or (longest is not None and context > longest):
+        rule = "be at least 1"
+        if longest is not None:
+            rule = f"be 1 to {longest}: the model learned no positions beyond"
+        raise ValueError(f"context must {rule}. Got {context}.")
+    return dataclasses.replace(config, context=max(context, config.context))
 
 
 def trains_as_served(config: TransformerConfig, progress: float) -> bool:
@@ -90,14 +120,13 @@ def _evaluate(
     variables: Any,
     store: Store,
     batch_size: int,
+    context: int,
     progress: float,
 ) -> Evaluation:
     step = _compiled(config)
     loss, tokens, routes, kept = 0.0, 0.0, [], 0
     total = np.zeros((), np.float64)
-    for batch, mask in eval_batches(
-        store.val, batch_size=batch_size, context=config.context
-    ):
+    for batch, mask in eval_batches(store.val, batch_size=batch_size, context=context):
         sums = jax.device_get(step(variables, batch, mask, progress))
         loss, tokens = loss + float(sums.loss), tokens + float(sums.tokens)
         total = total + sums.counts

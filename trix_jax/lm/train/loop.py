@@ -5,41 +5,37 @@ step; it is removed once that is on the disk.
 """
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from trix_jax import routing
 from trix_jax.lm import allocator, hosts
 from trix_jax.lm.config import RunConfig, TrainConfig, resolve
 from trix_jax.lm.data import check_context, train_batches
 from trix_jax.lm.signals import Interrupted, Signals
-from trix_jax.lm.train import metrics, parallel
+from trix_jax.lm.train import extend, initial, metrics, milestone, parallel
 from trix_jax.lm.train.display import Display
-from trix_jax.lm.train.evaluate import Evaluation, evaluate
 from trix_jax.lm.train.optimizer import make_optimizer
+from trix_jax.lm.train.position import Position, check_data, restore
 from trix_jax.lm.train.run import (
-    Position,
+    Report,
     Resume,
     Run,
     as_made,
+    check_same,
     held,
     open_data,
     read_config,
-    restore,
     resume_step,
-    save,
     settle,
 )
 from trix_jax.lm.train.step import make_train_step
-from trix_jax.lm.train.step_log import Diverged, StepLog
+from trix_jax.lm.train.step_log import StepLog
 from trix_jax.lm.train.summary import write_summary
 from trix_jax.lm.train.trace import StepTrace
 from trix_jax.nn.transformer import TransformerConfig, TransformerLM
@@ -53,6 +49,7 @@ def train(
     *,
     resume: Resume = "auto",
     devices: Sequence[jax.Device] | None = None,
+    init_from: str | None = None,
     other_data: bool = False,
     shard_state: bool = False,
     shard_tiles: int = 1,
@@ -60,7 +57,7 @@ def train(
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Trains a run in `workdir`, or goes on with the one that is there, and returns its
-    summary.
+    summary. A run that is there may have had fewer steps (`trix_jax.lm.train.extend`).
 
     The process keeps the memory that it frees (`trix_jax.lm.allocator`).
 
@@ -71,6 +68,9 @@ def train(
             holds one, "must" an empty one.
         devices: what to train on, `jax.pmap` over several; None takes all,
             `jax.shard_map` over those of several processes.
+        init_from: a run directory (its best step), a step's folder or an export of real
+            weights that a new run takes its first weights from; a run begun so goes on
+            without it.
         other_data: go on with a run though the data is not what it was trained on.
         shard_state: slice parameters and optimizer state over the devices.
         shard_tiles: devices that the tiles of a layer are spread over.
@@ -83,23 +83,16 @@ def train(
         Diverged: too many steps in a row without a finite loss and gradient, or a
             validation loss that is not finite; the last checkpoint is kept.
     """
-    workdir = Path(workdir)
+    workdir, devices = Path(workdir), list(devices or jax.devices())
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"workdir must be a folder, or new. Got {workdir}, a file.")
     allocator.keep_freed_memory()  # before JAX starts its threads
-    parallel.check_spread(config.model, shard_tiles, devices or jax.devices())
+    parallel.check_spread(config.model, shard_tiles, devices)
+    mapping = parallel.mapping_over(devices, shard_state, shard_tiles)
+    start = Start(resume, init_from, other_data, devices, mapping)
     with Signals() as signals, contextlib.ExitStack() as lock:
-        is_there = workdir.is_dir()
-        if is_there and hosts.is_first():
-            lock.enter_context(held(workdir, report))
         with signals.at_once(f"before its first step; {workdir} is as it was"):
-            step = _resume_step(workdir, resume, report)
-            run = _open(config, workdir, step, devices, report)
-            if not is_there and hosts.is_first():
-                lock.enter_context(held(workdir, report))
-            mapping = parallel.mapping_over(run.devices, shard_state, shard_tiles)
-            run = run._replace(mapping=mapping)
-            position = restore(run, step, report, other_data)
+            run, position = _begin(config, workdir, start, lock, report)
         with (
             metrics.open_log(workdir, position.step, hosts.is_first()) as log,
             Display(run.config.train.steps, position.step, report) as display,
@@ -110,21 +103,63 @@ def train(
         return write_summary(run, seconds)
 
 
-def _resume_step(workdir: Path, resume: Resume, report: Callable) -> int | None:
-    """The first process looks, tells the others, and is the only one that moves
-    anything.
+class Start(NamedTuple):
+    """How a run starts, beside its config: see `train`."""
+
+    resume: Resume
+    init_from: str | None
+    other_data: bool
+    devices: list[jax.Device]
+    mapping: parallel.Mapping
+
+
+def _begin(
+    config: RunConfig,
+    workdir: Path,
+    start: Start,
+    lock: contextlib.ExitStack,
+    report: Report,
+) -> tuple[Run, Position]:
+    """Everything before the first step. What is wrong is said before anything of a run
+    that is there changes; `lock` keeps other processes out of it.
     """
-    step = resume_step(workdir, resume, report) if hosts.is_first() else None
+    is_there = workdir.is_dir()
+    if is_there and hosts.is_first():
+        lock.enter_context(held(workdir, report))
+    step = _resume_step(config, workdir, start, report)
+    is_new = step is None
+    source = initial.find(start.init_from) if start.init_from and is_new else None
+    hosts.check_same("what it starts from", source.sha256 if source else "00")
+    run = _open(config, workdir, step, start, report)
+    weights = initial.weights(source, run.config, run.store, report) if source else None
+    if hosts.is_first():
+        _settle(run, step, source, start.other_data, report)
+        if not is_there:
+            lock.enter_context(held(workdir, report))
+    hosts.wait_for_all("the run directory is settled")
+    run = run._replace(init_from=initial.read_record(workdir))
+    return run, restore(run, step, report, weights)
+
+
+def _resume_step(
+    config: RunConfig, workdir: Path, start: Start, report: Report
+) -> int | None:
+    """The step to go on from, None for a new run. The first process looks, tells the
+    others, and is the only one that moves anything.
+    """
+    step = None
+    if hosts.is_first():
+        step = resume_step(workdir, start.resume, report)
+        initial.check_workdir(workdir, start.init_from, step)
+        before = read_config(workdir)
+        if step is not None and before:
+            step = extend.first_step(workdir, before, config.train.steps, step)
     step = hosts.from_first(-1 if step is None else step)
     return None if step < 0 else step
 
 
 def _open(
-    config: RunConfig,
-    workdir: Path,
-    step: int | None,
-    devices: Sequence[jax.Device] | None,
-    report: Callable[[str], None],
+    config: RunConfig, workdir: Path, step: int | None, start: Start, report: Report
 ) -> Run:
     """Checks and prepares everything that stays the same from the first step on."""
     store = hosts.first_then_others(
@@ -138,20 +173,38 @@ def _open(
     config = resolve(config, vocabulary, before, end)
     for name, split in (("training", store.train), ("validation", store.val)):
         check_context(name, split, config.model.context)
-    devices = list(devices or jax.devices())
-    parallel.check_batch(config.train.batch_size, config.train.accumulate, devices)
-    if hosts.is_first():
-        settle(config, workdir, store, devices, is_new=step is None)
-    hosts.wait_for_all("the run directory is settled")
+    size, parts = config.train.batch_size, config.train.accumulate
+    parallel.check_batch(size, parts, start.devices)
     model, optimizer = TransformerLM(config.model), make_optimizer(config.train)
-    mapping = parallel.mapping_over(devices)
-    return Run(config, workdir, store, model, optimizer, devices, mapping)
+    return Run(config, workdir, store, model, optimizer, start.devices, start.mapping)
+
+
+def _settle(
+    run: Run,
+    step: int | None,
+    source: initial.Source | None,
+    other_data: bool,
+    report: Report,
+) -> None:
+    """Writes the run's files, once what is there fits them; a run that gets more steps
+    is extended.
+    """
+    if step is not None:
+        check_same(run.config, run.workdir, run.store)
+        if not other_data:
+            check_data(run.workdir, step, run.store)
+        before, steps = read_config(run.workdir), run.config.train.steps
+        if before and steps > before.train.steps:
+            extend.extend(run.workdir, before, steps, step, report)
+    if source:
+        initial.write_record(run.workdir, source)
+    settle(run.config, run.workdir, run.store, run.devices)
 
 
 def _loop(
     run: Run,
     position: Position,
-    log: metrics.MetricsFile | metrics.NoFile,
+    log: milestone.Log,
     display: Display,
     signals: Signals,
     trace: StepTrace,
@@ -163,40 +216,59 @@ def _loop(
     began = time.perf_counter() - position.seconds
     step_fn = _compiled_step(run.config.model, config, devices, mapping)
     state = parallel.place(position.state, devices, mapping)
-    batches = _batches(run, position.step)
+    batches, held = _batches(run, position.step), extend.held_steps(run.config)
     logger = StepLog(run, log, display, position.skipped)
-    trigger = run.workdir / TRIGGER
     for step in range(position.step + 1, config.steps + 1):
-        if _is_multiple(step - 1, config.rebuild_every):
+        if milestone.is_multiple(step - 1, config.rebuild_every):
             state = parallel.rebuild_clusters(state, devices, mapping)
         trace.before(step)
         state, values = step_fn(state, next(batches))
         trace.after(step, values)
         logger.after(step, values)
-        is_last = step == config.steps
-        wants_eval = is_last or _is_multiple(step, config.eval_every)
-        wants_save = wants_eval or _is_multiple(step, config.checkpoint_every)
-        is_asked, must_stop = hosts.any_asks(
-            step % hosts.AGREE_EVERY == 0, trigger.exists(), bool(signals.caught)
-        )
-        if not (wants_save or is_asked or must_stop):
+        asked = _asked(run, step, signals)
+        is_due = step in held or milestone.wants_checkpoint(config, step)
+        if not (is_due or any(asked)):
             continue
         logger.flush()
         whole = parallel.fetch(state, devices, mapping)
         position = position._replace(step=step, state=whole, skipped=logger.skipped)
-        position = _keep(run, position, wants_eval, began, log, display)
+        position = milestone.keep(run, position, began, log, display)
         logger.restart_clock()
-        if is_asked:
-            trigger.unlink(missing_ok=True)
-            display.say(f"step {step} is saved, as {TRIGGER} asked")
-        (must_stop,) = hosts.any_asks(True, must_stop or bool(signals.caught))
-        if must_stop and not is_last:
-            raise Interrupted(
-                f"stopped by {signals.caught or 'another process'} after step {step}, saved. "
-                "The same command goes on.",
-                signals.caught,
-            )
+        _answer(run, step, asked, signals, display)
     return time.perf_counter() - began
+
+
+class Asked(NamedTuple):
+    """What is asked of a run from outside, the same in all processes."""
+
+    to_save: bool
+    to_stop: bool
+
+
+def _asked(run: Run, step: int, signals: Signals) -> Asked:
+    is_time = step % hosts.AGREE_EVERY == 0
+    is_there = (run.workdir / TRIGGER).exists()
+    return Asked(*hosts.any_asks(is_time, is_there, bool(signals.caught)))
+
+
+def _answer(
+    run: Run, step: int, asked: Asked, signals: Signals, display: Display
+) -> None:
+    """Says that a step is saved, and stops if that is asked and it is not the last.
+
+    Raises:
+        Interrupted: it stops.
+    """
+    if asked.to_save:
+        (run.workdir / TRIGGER).unlink(missing_ok=True)
+        display.say(f"step {step} is saved, as {TRIGGER} asked")
+    (must_stop,) = hosts.any_asks(True, asked.to_stop or bool(signals.caught))
+    if must_stop and step < run.config.train.steps:
+        raise Interrupted(
+            f"stopped by {signals.caught or 'another process'} after step {step}, saved. "
+            "The same command goes on.",
+            signals.caught,
+        )
 
 
 def _batches(run: Run, start: int) -> Iterator[np.ndarray]:
@@ -214,24 +286,6 @@ def _batches(run: Run, start: int) -> Iterator[np.ndarray]:
     return (batch.reshape(shape) for batch in batches)
 
 
-def _keep(
-    run: Run,
-    position: Position,
-    wants_eval: bool,
-    began: float,
-    log: metrics.MetricsFile | metrics.NoFile,
-    display: Display,
-) -> Position:
-    """Evaluates if that is due, and saves."""
-    val_loss = None
-    if wants_eval:
-        position, val_loss = _evaluate(run, position, log, display)
-    position = position._replace(seconds=time.perf_counter() - began)
-    save(run, position, val_loss)
-    allocator.trim_memory()
-    return position
-
-
 @lru_cache(maxsize=4)
 def _compiled_step(
     model: TransformerConfig,
@@ -243,65 +297,3 @@ def _compiled_step(
     optimizer = make_optimizer(config)
     make_step = partial(make_train_step, TransformerLM(model), optimizer, config)
     return parallel.compile_step(make_step, devices, mapping)
-
-
-def _evaluate(
-    run: Run,
-    position: Position,
-    log: metrics.MetricsFile | metrics.NoFile,
-    display: Display,
-) -> tuple[Position, float]:
-    """Evaluates and logs; returns the position with its new routes and best loss, and
-    the loss.
-
-    Raises:
-        Diverged: the loss is not finite, so that this step must not become a
-            checkpoint.
-    """
-    config, step, state = run.config.train, position.step, position.state
-    variables = {"params": state.params}
-    if state.routing:
-        variables["routing"] = state.routing
-    batch_size, progressed = config.eval_batch_size, step / config.steps
-    result = evaluate(run.model, variables, run.store, batch_size, progressed)
-    if not math.isfinite(result.val_loss):
-        raise Diverged(
-            f"validation loss ({result.val_loss}) is not finite after step {step}: "
-            "stopped, and not saved. The newest good checkpoint is as it was."
-        )
-    log.write(**_eval_line(run, step, result, position.routes))
-    display.evaluation(step, result)
-    best = min(position.best, result.val_loss)
-    return position._replace(routes=result.routes, best=best), result.val_loss
-
-
-def _is_multiple(step: int, every: int) -> bool:
-    return bool(every) and step > 0 and step % every == 0
-
-
-def _eval_line(
-    run: Run, step: int, result: Evaluation, routes: np.ndarray
-) -> dict[str, Any]:
-    kept = []
-    if step > run.config.train.eval_every:
-        pairs = zip(jnp.asarray(routes), jnp.asarray(result.routes), strict=True)
-        kept = [float(routing.stability(before, after)) for before, after in pairs]
-    return {
-        "event": "eval",
-        "step": step,
-        "tokens": step * run.tokens_per_step,
-        "val_loss": result.val_loss,
-        **_unquantized(result),
-        "val_ppl": result.val_ppl,
-        "val_bits_per_byte": result.val_bits_per_byte,
-        "tile_usage": result.tile_usage,
-        "routing_entropy": result.entropy,
-        "routing_stability": kept,
-        "dead_tiles": result.dead_tiles,
-    }
-
-
-def _unquantized(result: Evaluation) -> dict[str, float]:
-    """The loss of the weights that training computes with, where they are others."""
-    value = result.val_loss_unquantized
-    return {} if value is None else {"val_loss_unquantized": value}

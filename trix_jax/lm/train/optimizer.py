@@ -1,5 +1,5 @@
-"""AdamW, or Muon for the FFN's matrices, with warm-up and cosine decay, clipping, and
-a mask that says what is decayed.
+"""AdamW, or Muon for the FFN's matrices, with a schedule of the learning rate, clipping,
+and a mask that says what is decayed.
 """
 
 from typing import Any
@@ -15,16 +15,46 @@ PROJECTIONS = (("up", "kernel"), ("down", "kernel"))
 
 
 def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
-    """Linear from 0 to the peak over the warm-up, then cosine to `final_learning_rate`
-    of it at the last step.
+    """Computes the rate of update u, counted from 0, with W updates of warm-up, S steps
+    and D of decay:
+
+    `peak * (u + 1) / W` below W, then `peak` times
+    - cosine: `f + (1 - f) * (1 + cos(pi * (u - W) / (S - W))) / 2`,
+    - constant: 1,
+    - wsd: 1 below S - D, then `1 - (1 - f) * (u - S + D) / D`.
+
+    f is `final_learning_rate`, which an update S would have; D is `decay_share` of S.
+
+    References:
+        Loshchilov and Hutter, 2017, "SGDR", https://arxiv.org/abs/1608.03983 (cosine).
+        Hu et al., 2024, "MiniCPM", https://arxiv.org/abs/2404.06395 (WSD). Hägele et
+        al., 2024, "Scaling Laws and Compute-Optimal Training Beyond Fixed Training
+        Durations", https://arxiv.org/abs/2405.18392 (a fifth of the steps to decay).
     """
     warmup = min(config.warmup_steps, config.steps)
     peak, last = config.learning_rate, config.learning_rate * config.final_learning_rate
     rise = optax.linear_schedule(0.0, peak, max(warmup, 1))
-    fall = optax.cosine_decay_schedule(peak, max(config.steps - warmup, 1), last / peak)
-    if warmup == 0:
-        return fall
-    return optax.join_schedules([lambda step: rise(step + 1), fall], [warmup])
+    constant = optax.constant_schedule(peak)
+    match config.schedule:
+        case "cosine":
+            rest = max(config.steps - warmup, 1)
+            parts, ends = [optax.cosine_decay_schedule(peak, rest, last / peak)], []
+        case "constant":
+            parts, ends = [constant], []
+        case "wsd":
+            begin = decay_begins(config)
+            rest = max(config.steps - begin, 1)
+            parts = [constant, optax.linear_schedule(peak, last, rest)]
+            ends = [begin]
+    if warmup:
+        parts, ends = [lambda step: rise(step + 1), *parts], [warmup, *ends]
+    return optax.join_schedules(parts, ends) if ends else parts[0]
+
+
+def decay_begins(config: TrainConfig) -> int:
+    """Updates of a "wsd" run before its rate begins to fall."""
+    warmup = min(config.warmup_steps, config.steps)
+    return max(warmup, config.steps - round(config.decay_share * config.steps))
 
 
 def updates_done(opt_state: optax.OptState) -> Any:

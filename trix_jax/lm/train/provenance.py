@@ -12,6 +12,7 @@ from typing import Any
 from trix_jax.files import file_sha256
 from trix_jax.lm.config import SAMPLER_BEFORE, RunConfig, fingerprint, to_tree
 from trix_jax.lm.data import Store
+from trix_jax.lm.train.extend import is_part_of
 
 DATA = "data."  # how a store was made; its fingerprint says whether it is the same
 
@@ -26,11 +27,14 @@ def notes(config: RunConfig, store: Store) -> dict[str, Any]:
     }
 
 
-def check(meta: dict[str, Any], config: RunConfig, tokenizer: Path, what: str) -> None:
+def check(
+    meta: dict[str, Any], config: RunConfig, tokenizer: Path, step: int, what: str
+) -> None:
     """Compares what a checkpoint was trained with to what lies beside it.
 
     Settings that only one side knows are of another version of this program, and pass;
-    so do notes that an older one did not write.
+    so do notes that an older one did not write. A step of a shorter run that was
+    extended since is one of the longer run too, up to where that changes nothing.
 
     Raises:
         ValueError: another setting or tokenizer; names them.
@@ -38,6 +42,9 @@ def check(meta: dict[str, Any], config: RunConfig, tokenizer: Path, what: str) -
     before, now = meta.get("settings", {}), flat(to_tree(config))
     if before:
         before = {"train.sampler": SAMPLER_BEFORE} | before
+        steps = before.get("train.steps", config.train.steps)
+        if is_part_of(step, steps, config):
+            before["train.steps"] = config.train.steps
     if lines := changes(before, now):
         raise ValueError(f"{what} was trained with other settings: {'; '.join(lines)}.")
     wanted = meta.get("tokenizer_sha256")
@@ -65,3 +72,15 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         inner = isinstance(value, dict)
         values |= flat(value, f"{prefix}{name}.") if inner else {prefix + name: value}
     return values
+
+
+def nested(values: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `flat`."""
+    tree: dict[str, Any] = {}
+    for name, value in values.items():
+        *parents, last = name.split(".")
+        here = tree
+        for parent in parents:
+            here = here.setdefault(parent, {})
+        here[last] = value
+    return tree

@@ -7,13 +7,11 @@
 import contextlib
 import dataclasses
 import fcntl
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
-import numpy as np
 import optax
 import yaml
 
@@ -22,10 +20,8 @@ from trix_jax.lm import config as run_config
 from trix_jax.lm.checkpoint import checkpoint
 from trix_jax.lm.config import RunConfig, to_tree
 from trix_jax.lm.data import Store, is_store, made_with, open_store, prepare
-from trix_jax.lm.train import metrics, provenance
-from trix_jax.lm.train.evaluate import ROUTES_KEPT
+from trix_jax.lm.train import extend, metrics, provenance
 from trix_jax.lm.train.parallel import Mapping
-from trix_jax.lm.train.step import TrainState, init_state
 from trix_jax.nn.transformer import TransformerLM
 
 Resume = Literal["auto", "never", "must"]
@@ -33,7 +29,11 @@ Report = Callable[[str], None]
 
 
 class Run(NamedTuple):
-    """What stays the same from the first step to the last."""
+    """What stays the same from the first step to the last.
+
+    Attributes:
+        init_from: where its first weights came from (`initial.read_record`); None: drawn.
+    """
 
     config: RunConfig
     workdir: Path
@@ -42,6 +42,7 @@ class Run(NamedTuple):
     optimizer: optax.GradientTransformation
     devices: list[jax.Device]
     mapping: Mapping
+    init_from: dict[str, Any] | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -50,24 +51,6 @@ class Run(NamedTuple):
     @property
     def tokens_per_step(self) -> int:
         return self.config.train.batch_size * self.config.model.context
-
-
-class Position(NamedTuple):
-    """Where a run is.
-
-    Attributes:
-        routes: tiles of the validation tokens at the last evaluation.
-        best: lowest validation loss.
-        seconds: trained so far.
-        skipped: steps in a row, up to this one, without a finite loss and gradient.
-    """
-
-    step: int
-    state: TrainState
-    routes: np.ndarray
-    best: float
-    seconds: float
-    skipped: int
 
 
 def open_data(
@@ -128,7 +111,7 @@ def resume_step(workdir: Path, resume: Resume, report: Report) -> int | None:
                 f"{reason} It is set aside as {checkpoint.set_aside(checkpoints, step).name}."
             )
     if good is not None:
-        checkpoint.clear(checkpoints)
+        checkpoint.clear(checkpoints, hold=extend.held_steps(read_config(workdir)))
     if resume == "must" and good is None:
         raise ValueError(
             f"resume='must' needs a workdir with a checkpoint. Got {workdir}, which has none."
@@ -165,97 +148,39 @@ def held(workdir: Path, report: Report) -> Iterator[None]:
         yield
 
 
-def settle(
-    config: RunConfig,
-    workdir: Path,
-    store: Store,
-    devices: list[jax.Device],
-    is_new: bool,
-) -> None:
-    """Writes the resolved config, the tokenizer and the environment; a run that is
-    there must have the same config and tokenizer, since without it nobody can read its
-    steps again.
-
-    Raises:
-        ValueError: it has another; says which, and nothing is written.
+def check_same(config: RunConfig, workdir: Path, store: Store) -> None:
+    """Raises a ValueError unless a run that is there has the same config and
+    tokenizer, since without it nobody can read its steps again. It may have had fewer
+    steps.
     """
     path, own = workdir / "config.yaml", workdir / "tokenizer.json"
     tokenizer = (store.directory / "tokenizer.json").read_bytes()
-    if not is_new and own.is_file() and own.read_bytes() != tokenizer:
+    if own.is_file() and own.read_bytes() != tokenizer:
         raise ValueError(
             f"{store.directory} must have the tokenizer of {workdir}, {own}: with "
             "another one its steps could not be read again. Use another workdir."
         )
-    if path.exists():
-        written = run_config.load(path)
-        before, now = (provenance.flat(to_tree(c)) for c in (written, config))
-        if (lines := provenance.changes(before, now)) and not is_new:
-            raise ValueError(
-                f"{workdir} holds a run with other settings: {'; '.join(lines)}. Use "
-                "another workdir, or the same settings."
-            )
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_whole(path, yaml.safe_dump(to_tree(config), sort_keys=False))
-    write_whole(own, tokenizer)
-    write_json(workdir / "env.json", metrics.environment(devices))
-
-
-def restore(
-    run: Run, step: int | None, report: Report, other_data: bool = False
-) -> Position:
-    """Where training starts: a fresh state, or that of a checkpoint.
-
-    Args:
-        other_data: whether to go on though the data is not what the run was trained on.
-
-    Raises:
-        ValueError: the checkpoint is of another model or was trained on other data.
-    """
-    state = init_state(run.model, run.optimizer, run.config.seed)
-    routes = np.zeros(_routes_shape(run), np.uint16)
-    if step is None:
-        return Position(0, state, routes, math.inf, 0.0, 0)
-    tree, meta = checkpoint.restore(
-        run.checkpoints, step, {**state._asdict(), "routes": routes}
-    )
-    before, now = meta["data_fingerprint"], run.store.fingerprint
-    if before != now and not other_data:
+    if not path.exists():
+        return
+    written, steps = run_config.load(path), config.train.steps
+    if steps > written.train.steps:
+        written = extend.with_steps(written, steps)
+    before, now = (provenance.flat(to_tree(c)) for c in (written, config))
+    if lines := provenance.changes(before, now):
         raise ValueError(
-            f"{run.workdir} was trained on other data: its fingerprint is {before[:12]}, "
-            f"that of {run.store.directory} is {now[:12]}. To go on all the same: --other-data."
+            f"{workdir} holds a run with other settings: {'; '.join(lines)}. Use "
+            "another workdir, or the same settings."
         )
-    if before == now:
-        tokenizer, what = (
-            run.workdir / "tokenizer.json",
-            f"step {step} of {run.workdir}",
-        )
-        provenance.check(meta, run.config, tokenizer, what)
-    routes = np.asarray(tree.pop("routes"))
-    report(f"resuming {run.workdir} from step {step}")
-    best = meta["best_val_loss"] if meta["best_val_loss"] is not None else math.inf
-    seconds, skipped = meta["seconds"], meta.get("skipped", 0)
-    return Position(step, TrainState(**tree), routes, best, seconds, skipped)
 
 
-def save(run: Run, position: Position, val_loss: float | None) -> None:
-    """Writes a checkpoint: everything that goes on, and notes on what it belongs to."""
-    meta = {
-        "val_loss": val_loss,
-        "best_val_loss": position.best if math.isfinite(position.best) else None,
-        "seconds": position.seconds,
-        "skipped": position.skipped,
-        **provenance.notes(run.config, run.store),
-    }
-    state = {**position.state._asdict(), "routes": position.routes}
-    checkpoint.save(run.checkpoints, position.step, state, meta)
-
-
-def _routes_shape(run: Run) -> tuple[int, int, int]:
-    model = run.model.config
-    if model.ffn == "dense":
-        return (0, min(ROUTES_KEPT, len(run.store.val) - 1), 1)
-    return (
-        model.n_layers,
-        min(ROUTES_KEPT, len(run.store.val) - 1),
-        model.tiles_per_token,
+def settle(
+    config: RunConfig, workdir: Path, store: Store, devices: list[jax.Device]
+) -> None:
+    """Writes the resolved config, the tokenizer and the environment."""
+    tokenizer = (store.directory / "tokenizer.json").read_bytes()
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_whole(
+        workdir / "config.yaml", yaml.safe_dump(to_tree(config), sort_keys=False)
     )
+    write_whole(workdir / "tokenizer.json", tokenizer)
+    write_json(workdir / "env.json", metrics.environment(devices))

@@ -122,33 +122,19 @@ def make_train_step(
     tile_axis = layout.tile_axis if layout else None
     model = model.clone(axis_name=axis_name, tile_axis=tile_axis)
     schedule = learning_rate_schedule(config)
-    mean = partial(_mean, axis_name)
-    mean_grads = layout.mean if layout else mean
     norm = layout.norm if layout else optax.tree.norm
 
     def step(state: TrainState, batch) -> tuple[TrainState, Metrics]:
         keys = _dropout_keys(state, batch.shape[0], axis_name)
-        progress = state.step / config.steps
-        losses = partial(_losses, model, layout, progress)
-        routing_state, (grads, loss, aux, counts) = _over_micro_batches(
-            losses, state, batch, keys
-        )
-        grads, (loss, aux) = mean_grads(grads), mean((loss, aux))
-        counts = jax.lax.psum(counts, axis_name) if axis_name else counts
-        grad_norm = norm(grads)
-        grads = clip(grads, grad_norm, config.clip)
+        losses = partial(_losses, model, layout, state.step / config.steps)
+        routing_state, own = _over_micro_batches(losses, state, batch, keys)
+        found = _over_devices(own, axis_name, layout)
+        grad_norm = norm(found.grads)
+        grads = clip(found.grads, grad_norm, config.clip)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        finite = jnp.isfinite(found.loss) & jnp.isfinite(grad_norm)
         rate = schedule(updates_done(state.opt_state))
-        metrics = Metrics(
-            loss=loss,
-            grad_norm=grad_norm,
-            learning_rate=jnp.asarray(rate, jnp.float32),
-            aux_balance=aux.get("balance", jnp.zeros(())),
-            aux_diversity=aux.get("diversity", jnp.zeros(())),
-            entropy=routing.usage_entropy(counts),
-            finite=finite,
-        )
+        metrics = _metrics(found, grad_norm, rate, finite)
         new = state._replace(
             params=optax.apply_updates(state.params, updates),
             opt_state=opt_state,
@@ -160,6 +146,35 @@ def make_train_step(
         return kept._replace(step=state.step + 1), metrics
 
     return step
+
+
+class Found(NamedTuple):
+    """What a batch gives: means, and summed counts of assignments `[layers, N]`."""
+
+    grads: Any
+    loss: Float[Array, ""]
+    aux: Any
+    counts: Float[Array, "layers N"]
+
+
+def _over_devices(own: Found, axis_name: AxisName | None, layout: Layout | None):
+    """What all devices found, of what each did."""
+    grads = layout.mean(own.grads) if layout else _mean(axis_name, own.grads)
+    loss, aux = _mean(axis_name, (own.loss, own.aux))
+    counts = jax.lax.psum(own.counts, axis_name) if axis_name else own.counts
+    return Found(grads, loss, aux, counts)
+
+
+def _metrics(found: Found, grad_norm: Array, rate: Any, finite: Any) -> Metrics:
+    return Metrics(
+        loss=found.loss,
+        grad_norm=grad_norm,
+        learning_rate=jnp.asarray(rate, jnp.float32),
+        aux_balance=found.aux.get("balance", jnp.zeros(())),
+        aux_diversity=found.aux.get("diversity", jnp.zeros(())),
+        entropy=routing.usage_entropy(found.counts),
+        finite=finite,
+    )
 
 
 def _losses(model, layout, progress, params, routing_state, tokens, key):
@@ -179,9 +194,7 @@ def _losses(model, layout, progress, params, routing_state, tokens, key):
 
 
 def _over_micro_batches(losses, state: TrainState, batch, keys):
-    """The routing state after all micro-batches, means of gradients, loss and auxiliary
-    losses over them, and their summed counts.
-    """
+    """The routing state after all micro-batches, and what they gave together."""
 
     def micro(routing_state, inputs):
         (_, out), grads = jax.value_and_grad(losses, has_aux=True)(
@@ -191,8 +204,8 @@ def _over_micro_batches(losses, state: TrainState, batch, keys):
         return routing_state, (grads, loss, aux, counts)
 
     routing_state, outputs = jax.lax.scan(micro, state.routing, (batch, keys))
-    means = jax.tree.map(lambda x: x.mean(axis=0), outputs[:3])
-    return routing_state, (*means, outputs[3].sum(axis=0))
+    grads, loss, aux = jax.tree.map(lambda x: x.mean(axis=0), outputs[:3])
+    return routing_state, Found(grads, loss, aux, outputs[3].sum(axis=0))
 
 
 def _dropout_keys(state: TrainState, count: int, axis_name: AxisName | None):

@@ -44,6 +44,8 @@ def write_summary(run: Run, seconds: float) -> dict[str, Any]:
         "config_sha256": fingerprint(run.config),
         "git_commit": metrics.git_commit(),
     }
+    if run.init_from:
+        summary["init_from"] = run.init_from
     if hosts.is_first():
         write_json(run.workdir / "summary.json", summary)
     return summary

@@ -1,0 +1,103 @@
+"""The steps at which a run is evaluated and saved, and what happens there."""
+
+import math
+import time
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from trix_jax import routing
+from trix_jax.lm import allocator
+from trix_jax.lm.config import TrainConfig
+from trix_jax.lm.train import metrics
+from trix_jax.lm.train.display import Display
+from trix_jax.lm.train.evaluate import Evaluation, evaluate
+from trix_jax.lm.train.position import Position, save
+from trix_jax.lm.train.run import Run
+from trix_jax.lm.train.step_log import Diverged
+
+Log = metrics.MetricsFile | metrics.NoFile
+
+
+def is_multiple(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps, 0 never, happens after one."""
+    return bool(every) and step > 0 and step % every == 0
+
+
+def wants_evaluation(config: TrainConfig, step: int) -> bool:
+    """Whether the validation loss is due; the last step always is."""
+    return step == config.steps or is_multiple(step, config.eval_every)
+
+
+def wants_checkpoint(config: TrainConfig, step: int) -> bool:
+    """Whether a checkpoint is due: with every evaluation, and in between."""
+    return wants_evaluation(config, step) or is_multiple(step, config.checkpoint_every)
+
+
+def keep(
+    run: Run, position: Position, began: float, log: Log, display: Display
+) -> Position:
+    """Evaluates if that is due, and saves."""
+    val_loss = None
+    if wants_evaluation(run.config.train, position.step):
+        position, val_loss = _evaluate(run, position, log, display)
+    position = position._replace(seconds=time.perf_counter() - began)
+    save(run, position, val_loss)
+    allocator.trim_memory()
+    return position
+
+
+def _evaluate(
+    run: Run, position: Position, log: Log, display: Display
+) -> tuple[Position, float]:
+    """Evaluates and logs; returns the position with its new routes and best loss, and
+    the loss.
+
+    Raises:
+        Diverged: the loss is not finite, so that this step must not become a
+            checkpoint.
+    """
+    config, step, state = run.config.train, position.step, position.state
+    variables = {"params": state.params}
+    if state.routing:
+        variables["routing"] = state.routing
+    batch_size, progressed = config.eval_batch_size, step / config.steps
+    result = evaluate(run.model, variables, run.store, batch_size, progressed)
+    if not math.isfinite(result.val_loss):
+        raise Diverged(
+            f"validation loss ({result.val_loss}) is not finite after step {step}: "
+            "stopped, and not saved. The newest good checkpoint is as it was."
+        )
+    log.write(**_eval_line(run, step, result, position.routes))
+    display.evaluation(step, result)
+    best = min(position.best, result.val_loss)
+    return position._replace(routes=result.routes, best=best), result.val_loss
+
+
+def _eval_line(
+    run: Run, step: int, result: Evaluation, routes: np.ndarray
+) -> dict[str, Any]:
+    kept = []
+    if step > run.config.train.eval_every:
+        pairs = zip(jnp.asarray(routes), jnp.asarray(result.routes), strict=True)
+        kept = [float(routing.stability(before, after)) for before, after in pairs]
+    return {
+        "event": "eval",
+        "step": step,
+        "tokens": step * run.tokens_per_step,
+        "val_loss": result.val_loss,
+        **_unquantized(result),
+        "val_ppl": result.val_ppl,
+        "val_bits_per_byte": result.val_bits_per_byte,
+        "tile_usage": result.tile_usage,
+        "routing_entropy": result.entropy,
+        "routing_stability": kept,
+        "dead_tiles": result.dead_tiles,
+    }
+
+
+def _unquantized(result: Evaluation) -> dict[str, float]:
+    """The loss of the weights that training computes with, where they are others."""
+    value = result.val_loss_unquantized
+    return {} if value is None else {"val_loss_unquantized": value}

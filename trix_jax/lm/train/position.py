@@ -1,0 +1,115 @@
+"""Where a run is: its state and what goes with it, restored and saved."""
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trix_jax.lm.checkpoint import checkpoint
+from trix_jax.lm.data import Store
+from trix_jax.lm.train import extend, provenance
+from trix_jax.lm.train.evaluate import ROUTES_KEPT
+from trix_jax.lm.train.run import Report, Run
+from trix_jax.lm.train.step import TrainState, init_state
+
+
+class Position(NamedTuple):
+    """Where a run is.
+
+    Attributes:
+        routes: tiles of the validation tokens at the last evaluation.
+        best: lowest validation loss.
+        seconds: trained so far.
+        skipped: steps in a row, up to this one, without a finite loss and gradient.
+    """
+
+    step: int
+    state: TrainState
+    routes: np.ndarray
+    best: float
+    seconds: float
+    skipped: int
+
+
+def check_data(workdir: Path, step: int, store: Store) -> None:
+    """Raises a ValueError unless the store is what a step was trained on."""
+    meta = checkpoint.read_meta(workdir / "checkpoints", step)
+    before, now = meta["data_fingerprint"], store.fingerprint
+    if before != now:
+        raise ValueError(
+            f"{workdir} was trained on other data: its fingerprint is {before[:12]}, "
+            f"that of {store.directory} is {now[:12]}. To go on all the same: --other-data."
+        )
+
+
+def restore(
+    run: Run,
+    step: int | None,
+    report: Report,
+    weights: dict[str, Any] | None = None,
+) -> Position:
+    """Where training starts: a fresh state, or that of a checkpoint.
+
+    Args:
+        weights: of a new run, in place of random ones (`initial.read`).
+
+    Raises:
+        ValueError: the checkpoint is of another model.
+    """
+    state = init_state(run.model, run.optimizer, run.config.seed)
+    routes = np.zeros(_routes_shape(run), np.uint16)
+    if step is None:
+        state = state if weights is None else _started_from(run, state, weights)
+        return Position(0, state, routes, math.inf, 0.0, 0)
+    tree, meta = checkpoint.restore(
+        run.checkpoints, step, {**state._asdict(), "routes": routes}
+    )
+    if meta["data_fingerprint"] == run.store.fingerprint:
+        tokenizer, what = (
+            run.workdir / "tokenizer.json",
+            f"step {step} of {run.workdir}",
+        )
+        provenance.check(meta, run.config, tokenizer, step, what)
+    routes = np.asarray(tree.pop("routes"))
+    report(f"resuming {run.workdir} from step {step}")
+    best = meta["best_val_loss"] if meta["best_val_loss"] is not None else math.inf
+    seconds, skipped = meta["seconds"], meta.get("skipped", 0)
+    return Position(step, TrainState(**tree), routes, best, seconds, skipped)
+
+
+def _started_from(run: Run, state: TrainState, weights: dict[str, Any]) -> TrainState:
+    params, routing = (
+        jax.tree.map(jnp.asarray, weights[name]) for name in ("params", "routing")
+    )
+    opt_state = run.optimizer.init(params)
+    return state._replace(params=params, opt_state=opt_state, routing=routing)
+
+
+def save(run: Run, position: Position, val_loss: float | None) -> None:
+    """Writes a checkpoint: everything that goes on, and notes on what it belongs to."""
+    meta = {
+        "val_loss": val_loss,
+        "best_val_loss": position.best if math.isfinite(position.best) else None,
+        "seconds": position.seconds,
+        "skipped": position.skipped,
+        **provenance.notes(run.config, run.store),
+    }
+    if run.init_from:
+        meta["init_from"] = run.init_from
+    state = {**position.state._asdict(), "routes": position.routes}
+    held = extend.held_steps(run.config)
+    checkpoint.save(run.checkpoints, position.step, state, meta, hold=held)
+
+
+def _routes_shape(run: Run) -> tuple[int, int, int]:
+    model = run.model.config
+    if model.ffn == "dense":
+        return (0, min(ROUTES_KEPT, len(run.store.val) - 1), 1)
+    return (
+        model.n_layers,
+        min(ROUTES_KEPT, len(run.store.val) - 1),
+        model.tiles_per_token,
+    )
