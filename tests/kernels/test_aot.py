@@ -63,6 +63,40 @@ for activations in ("float", "int8"):
         print("compiled", len(compiled.as_text()) > 1000)
 """
 
+GRADIENT_ON_HOPPER = """
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec as P
+from trix_kernels import device, grouped_matmul
+from trix_kernels.gpu_specs import GPUS, target_config
+
+device.unsupported_reason, device.arch = lambda: None, lambda: "sm_90a"
+topology = topologies.get_topology_desc(
+    platform="cuda", target_config=target_config(GPUS["h100"]), topology="1x1x1"
+)
+mesh = topologies.make_mesh(topology, (1,), ("d",))
+shape = lambda *s, dtype=jnp.float32: jax.ShapeDtypeStruct(
+    s, dtype, sharding=NamedSharding(mesh, P())
+)
+
+def loss(x, up, down, tile, filled):
+    h = jax.nn.relu(grouped_matmul(x, up, tile, filled))
+    return jnp.sum(grouped_matmul(h, down, tile, filled).astype(jnp.float32) ** 2)
+
+gradients = lambda *args: jax.grad(loss, (0, 1, 2))(*args)
+rows = P("d")
+shared = jax.shard_map(
+    gradients, mesh=mesh, in_specs=(rows, P(), P(), rows, rows), out_specs=(rows, P(), P())
+)
+index = shape(575, dtype=jnp.int32)
+args = shape(575, 128, 1024, dtype=jnp.bfloat16), shape(64, 1024, 256), shape(64, 256, 1024)
+for function in (gradients, shared):
+    compiled = jax.jit(function).lower(*args, index, index).compile()
+    text = compiled.as_text()
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    print(text.count('custom_call_target="mosaic_gpu'), text.count(" while("), temporaries)
+"""
+
 
 @pytest.fixture(scope="module")
 def python():
@@ -133,3 +167,10 @@ def test_blackwell_compiles_no_grouped_product(python):
 def test_the_layers_compile_for_a_gpu_without_our_kernels(python):
     # In training and frozen, with float and with int8 activations.
     assert run(python, "-c", XLA_ON_THOR).split() == 4 * ["compiled", "True"]
+
+
+def test_an_ffns_gradient_is_six_kernels_without_a_loop_in_a_shard_map_too(python):
+    for line in run(python, "-c", GRADIENT_ON_HOPPER).splitlines():
+        kernels, loops, temporaries = map(int, line.split())
+        assert (kernels, loops) == (6, 0)
+        assert temporaries <= 128 * 2**20

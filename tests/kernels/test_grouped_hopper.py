@@ -132,21 +132,18 @@ def test_gradients_and_tangents_are_those_of_the_xla_path():
     x, dy = jnp.asarray(x, jnp.bfloat16), jnp.asarray(dy, jnp.bfloat16)
     at, w = (jnp.asarray(tile), jnp.asarray(filled)), jnp.asarray(w)
 
-    def derivatives(implementation):
+    def derivatives(x, w, dy, implementation):
         call = functools.partial(grouped_matmul, implementation=implementation)
-        (y, pull), (_, tangent) = (
-            jax.vjp(lambda x, w: call(x, w, *at), x, w),
-            jax.jvp(lambda w: call(x, w, *at), (w,), (w + 1,)),
-        )
-        return y, *pull(dy), tangent
+        y, pull = jax.vjp(lambda x, w: call(x, w, *at), x, w)
+        _, tangent = jax.jvp(lambda w: call(x, w, *at), (w,), (w + 1,))
+        return y, tangent, *pull(dy)
 
     rows = counted(filled)
-    ours, theirs = derivatives("mosaic_gpu"), derivatives("xla")
-    for found, expected in zip(ours, theirs, strict=True):
-        assert found.dtype == expected.dtype
-        is_blocks = found.shape[0] == len(filled) and found.ndim == 3
-        is_blocks &= found.shape != w.shape
-        pick = rows if is_blocks else slice(None)
+    ours, theirs = (derivatives(x, w, dy, how) for how in ("mosaic_gpu", "xla"))
+    assert [a.dtype for a in ours] == [a.dtype for a in theirs]
+    *blocks, dw = zip(ours, theirs, strict=True)
+    for found, expected in blocks:
         np.testing.assert_array_equal(
-            np.asarray(found, np.float32)[pick], np.asarray(expected, np.float32)[pick]
+            np.asarray(found, np.float32)[rows], np.asarray(expected, np.float32)[rows]
         )
+    np.testing.assert_array_equal(*dw)

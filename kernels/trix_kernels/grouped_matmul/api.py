@@ -19,7 +19,7 @@ from trix_kernels.grouped_matmul.products import (
     differentiable,
     summed,
 )
-from trix_kernels.varying import vary_alike
+from trix_kernels.varying import vary_alike, vary_like
 
 Implementation = Literal["xla", "mosaic_gpu", "reference"]
 
@@ -169,25 +169,28 @@ def _products(implementation: Implementation | None, x: Any, weights: Any) -> Pr
 
 
 # Hopper's file is imported when it is needed: Mosaic GPU takes longer than jax itself.
+# `jax.shard_map` takes what a kernel returns for the same on all devices: hence the casts.
 
 
 def _forward(x, w, groups):
     from trix_kernels.grouped_matmul import hopper
 
-    return hopper.grouped_matmul(x, w.astype(x.dtype), groups.tile, _used(groups))
+    y = hopper.grouped_matmul(x, w.astype(x.dtype), groups.tile, _used(groups))
+    return vary_like(y, x)
 
 
 def _transposed(dy, w, groups):
     from trix_kernels.grouped_matmul import hopper
 
     w, used = w.astype(dy.dtype), _used(groups)
-    return hopper.grouped_matmul(dy, w, groups.tile, used, transposed=True)
+    dx = hopper.grouped_matmul(dy, w, groups.tile, used, transposed=True)
+    return vary_like(dx, dy)
 
 
 def _outer(x, dy, groups):
     from trix_kernels.grouped_matmul import hopper
 
-    return hopper.grouped_outer(x, dy, *runs(groups))
+    return vary_like(hopper.grouped_outer(x, dy, *runs(groups)), x)
 
 
 _MOSAIC = Products(_forward, _transposed, _outer)
