@@ -11,7 +11,6 @@ from experiments.quality.design import Setting, Step
 
 PRESET = "experiments/quality/wikipedia.yaml"
 HEADS = 32  # width of one
-CHOSEN = ""  # what `BODY` chose, as flags
 
 # The body ----------------------------------------------------------------------------
 
@@ -24,6 +23,7 @@ def body(name: str, *flags: str) -> Arm:
 ROTARY, RMS = "--model.positions rotary", "--model.norm rms"
 QK, FAN_IN = "--model.qk-norm", "--model.init fan_in"
 MODERN = f"{ROTARY} {RMS} {QK}"
+CHOSEN = MODERN  # 0.09 nats ahead of GPT-2's body at the first rate
 CONTEXT_256 = "--model.context 256 --train.batch-size 8"  # as many tokens a step
 
 
@@ -37,26 +37,26 @@ BODY = Setting(
     PRESET,
     flags=width_flags(64),
     groups={
-        "first": (
-            body("gpt2"),
-            body("modern", MODERN),
-            body("fan-in", FAN_IN),
-            body("modern-fan-in", MODERN, FAN_IN),
-        ),
         "parts": (body("rotary", ROTARY), body("qk", QK), body("rms", RMS)),
         "documents": (
             body("modern-256", MODERN, CONTEXT_256),
             body("modern-256-apart", MODERN, CONTEXT_256, "--model.document-mask"),
         ),
         "finalists": (body("gpt2"), body("modern", MODERN)),
+        "bodies": (
+            body("gpt2"),
+            body("modern", MODERN),
+            body("fan-in", FAN_IN),
+            body("modern-fan-in", MODERN, FAN_IN),
+        ),
     },
     order=(
-        Step("first", 0),
+        Step("bodies", 0),
         Step("documents", 0),
         Step("finalists", 1),
         Step("finalists", 3),
         Step("documents", 3),
-        Step("first", 1),
+        Step("bodies", 1),
         Step("parts", 1),
     ),
 )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.quality import curve, measure
+from experiments.quality import claim, curve, measure
 from experiments.quality.arms import best, hidden, lookup
 from experiments.quality.design import SEEDS, SETTINGS, Setting
 from experiments.quality.widths import (
@@ -57,6 +57,7 @@ COMPARISONS = (
         "hidden state; the hash gives each token id a set of tiles and has no gate.",
     ),
     Comparison("floats", best.name, "Ternary against float weights"),
+    Comparison("bodies", "body-gpt2", "The body around the FFN, chosen by a dense one"),
     Comparison(
         "ablations",
         best.name,
@@ -91,7 +92,7 @@ def write(folder: Path = HERE) -> Path:
         "# Does it win?\n",
         "Made by `python -m experiments.report` from `results/`; what is asked, and in which order, is `design.py`.\n",
     ]
-    for setting in SETTINGS.values():
+    for setting in (*SETTINGS.values(), claim.BODY):
         runs = results.read(folder / "results" / f"{setting.name}.json")
         for alike in results.by_sampler(runs).values():
             parts += section(setting, alike, folder / "results")
@@ -211,7 +212,7 @@ def sweeps(setting: Setting, runs: Sequence[Result], folder: Path) -> list[str]:
     have = {run.arm for run in runs if run.seed == SEEDS[0]}
     arms = itertools.chain(*setting.groups.values())
     names = [n for n in dict.fromkeys(arm.name for arm in arms) if n in have]
-    groups = [setting.groups.get(group, ()) for group in ("arms", "routes")]
+    groups = [setting.groups.get(group, ()) for group in ("arms", "routes", "bodies")]
     panels = [
         [name for name in names if name.startswith("dense-")],
         *([arm.name for arm in group if arm.name in have] for group in groups),

@@ -75,26 +75,20 @@ def width_of(model: TransformerConfig) -> Width:
 
 
 def forms(model: TransformerConfig) -> dict[str, Width]:
-    """What each form in which an arm can be served takes."""
-    cost, layers = costs(model), 2 * model.d_model * model.n_layers
-    bits = cost.ffn_bits + cost.routing_bits
-    found = {"scored": Width(cost.ffn_active / layers, bits / FLOAT_BITS / layers)}
-    is_by_token = model.router_input == "embedding" and model.hidden_from is None
-    if model.ffn == "sparse" and is_by_token and model.routing.source != "hash":
-        scores = model.n_layers * model.num_tiles * model.d_model
-        table = model.n_layers * table_bits(model) + cost.ffn_bits
-        active = cost.ffn_active - scores
-        found["table"] = Width(active / layers, table / FLOAT_BITS / layers)
-    return found
-
-
-def table_bits(model: TransformerConfig) -> int:
-    """Bits of a layer's table of routes: a tile's number and a 16-bit gate for each
-    token of the vocabulary and each chosen tile.
+    """What each form in which an arm can be served takes: with signatures that are
+    scored, or with tables of routes.
     """
-    number = 8 if model.num_tiles <= 256 else 16
-    gate = 0 if model.routing.gate == "none" else FLOAT_BITS
-    return (model.vocab_size or 0) * model.tiles_per_token * (number + gate)
+    found, layers = {"scored": costs(model)}, 2 * model.d_model * model.n_layers
+    is_scored = model.ffn != "dense" and model.routing.source != "hash"
+    if is_scored and model.router_input == "embedding":
+        found["table"] = costs(model, "table")
+    return {
+        name: Width(
+            cost.ffn_active / layers,
+            (cost.ffn_bits + cost.routing_bits) / FLOAT_BITS / layers,
+        )
+        for name, cost in found.items()
+    }
 
 
 def model_of(setting: Setting, arm: Arm, vocab_size: int) -> TransformerConfig:

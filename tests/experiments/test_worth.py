@@ -1,5 +1,7 @@
 """What an arm is worth: widths counted by hand, places on a curve that is known."""
 
+import dataclasses
+
 import pytest
 
 from experiments.quality import worth
@@ -31,7 +33,7 @@ def test_widths_are_those_counted_by_hand():
         assert found.memory == pytest.approx(memory, rel=0.01)
     table = worth.forms(model)["table"]
     assert table.compute == 128
-    assert table.memory == pytest.approx(256 + 4096 * 4 * (8 + 16) / 16 / 256, rel=0.01)
+    assert table.memory == pytest.approx(256 + 4096 * 4 * (8 + 32) / 16 / 256, rel=0.01)
     hashed = worth.model_of(setting, setting.groups["hash"][1], VOCABULARY)
     assert set(worth.forms(hashed)) == {"scored"}
     assert worth.width_of(hashed).compute == 128
@@ -99,4 +101,5 @@ def test_every_arm_of_the_claim_is_a_model_that_can_be(name):
         if arm.name.startswith("tiles-") and "fine" not in arm.name:
             assert config.model.tile_width == config.model.d_model // 4
             assert config.model.tiles_per_token == 4
+        assert worth.width_of(dataclasses.replace(config.model, vocab_size=9)).greater
     assert {f"tiles-{n}-held" for n in LADDER} <= set(arms) or "body" in name
