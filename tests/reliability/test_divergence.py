@@ -13,7 +13,7 @@ import pytest
 
 from trix_jax.lm.checkpoint import checkpoint
 from trix_jax.lm.data import open_store, read_window, train_batches
-from trix_jax.lm.train import loop, metrics, parallel
+from trix_jax.lm.train import loop, metrics, milestone, parallel
 from trix_jax.lm.train.optimizer import make_optimizer
 from trix_jax.lm.train.step import init_state, make_train_step
 from trix_jax.nn.transformer import TransformerLM
@@ -211,13 +211,13 @@ def test_more_bad_steps_in_a_row_than_allowed_stop_the_run(
 def test_validation_loss_that_is_not_finite_stops_and_is_not_saved(
     tiny_config, one_device, tmp_path, monkeypatch
 ):
-    sound = loop.evaluate
+    sound = milestone.evaluate
 
     def evaluate(model, variables, store, batch_size, progress):
         result = sound(model, variables, store, batch_size, progress)
         return result if progress < 1 else result._replace(val_loss=float("nan"))
 
-    monkeypatch.setattr(loop, "evaluate", evaluate)
+    monkeypatch.setattr(milestone, "evaluate", evaluate)
     with pytest.raises(ArithmeticError, match=r"validation loss \(nan\)"):
         loop.train(tiny_config, tmp_path / "run", devices=one_device, report=quiet)
     kept = tmp_path / "run" / "checkpoints"

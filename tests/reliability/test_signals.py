@@ -15,7 +15,7 @@ from trix_jax.cli import main
 from trix_jax.lm.checkpoint import checkpoint
 from trix_jax.lm.data import store
 from trix_jax.lm.signals import Interrupted, Signals
-from trix_jax.lm.train import loop, metrics
+from trix_jax.lm.train import loop, metrics, milestone
 
 pytestmark = pytest.mark.slow
 
@@ -78,14 +78,14 @@ def test_signal_in_warmup_or_training_saves_and_the_same_call_goes_on(
 def test_signal_in_an_evaluation_saves_and_the_same_call_goes_on(
     tiny_config, one_device, run_dir, tmp_path, monkeypatch, number
 ):
-    run, sound = tmp_path / "run", loop.evaluate
+    run, sound = tmp_path / "run", milestone.evaluate
 
     def evaluate(*args):
         send(number)
         return sound(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "evaluate", evaluate)
+        patch.setattr(milestone, "evaluate", evaluate)
         with pytest.raises(Interrupted, match="after step 5, saved"):
             loop.train(tiny_config, run, devices=one_device, report=quiet)
     loop.train(tiny_config, run, devices=one_device, report=quiet)
