@@ -238,3 +238,21 @@ def test_model_is_the_source_s_unless_typed(source, tuned, tmp_path):
         }
         assert config.arm == "sparse"
     assert initial.defaults(tmp_path / "new", None) is None
+
+
+def test_run_that_holds_addresses_starts_from_one_that_does_not(source, tiny_config):
+    routing = dataclasses.replace(
+        tiny_config.model.routing, hold_after=0.5, hold="scores"
+    )
+    store = open_store(source / "data")
+    vocabulary = store.tokenizer.vocab_size
+    config = with_model(tiny_config, routing=routing, vocab_size=vocabulary)
+    found = initial.weights(initial.find(str(source)), config, store, quiet)
+    before = state(source, 10)
+    added = found["routing"].pop("router_input")
+    assert not added["held"]
+    np.testing.assert_array_equal(added["rows"], before["params"]["embed"]["embedding"])
+    router = found["routing"]["block_00"]["ffn"]["tiles"]["router"]
+    assert not router.pop("held")
+    assert_same(found["routing"], before["routing"])
+    assert_same(found["params"], before["params"])

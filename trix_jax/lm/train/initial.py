@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from trix_jax.files import file_sha256, read_json, write_json
 from trix_jax.interop import safetensors
@@ -108,7 +110,7 @@ def weights(
             tokenizer, or arrays of other names, shapes or types, which are listed.
     """
     _check_tokenizer(source, store)
-    found = _read(source)
+    found = _with_places_to_hold(_read(source), config.model)
     check_shapes(source.given, found, config.model)
     what = (
         source.given if source.step is None else f"step {source.step} of {source.given}"
@@ -136,6 +138,24 @@ def _read(source: Source) -> dict[str, Any]:
     return {"params": found["params"], "routing": found.get("routing", {})}
 
 
+def _with_places_to_hold(
+    found: dict[str, Any], model: TransformerConfig
+) -> dict[str, Any]:
+    """The state with what a model that holds addresses keeps besides, nothing held yet,
+    where the source is of one that does not.
+    """
+    if not model.routing.holds:
+        return found
+    flat: dict[tuple[str, ...], Any] = flatten_dict(dict(found["routing"]))
+    rows = found["params"]["embed"]["embedding"]
+    for path in flatten_dict(_shapes_of(model)["routing"]):
+        if path[-1] == "held":
+            flat.setdefault(path, np.zeros((), bool))
+        elif path[-1] == "rows":
+            flat.setdefault(path, rows)
+    return {**found, "routing": unflatten_dict(flat)}
+
+
 def _check_tokenizer(source: Source, store: Store) -> None:
     own = store.manifest["files"]["tokenizer.json"]["sha256"]
     if own != source.tokenizer_sha256:
@@ -151,13 +171,17 @@ def check_shapes(given: str, found: dict[str, Any], model: TransformerConfig) ->
     """Raises a ValueError that lists the leaves unless the arrays have the names, shapes
     and types of a model's.
     """
-    tokens = jnp.zeros((1, model.context), jnp.int32)
-    init = TransformerLM(model).init
-    expected = jax.eval_shape(lambda: init(jax.random.key(0), tokens))
-    wanted = {name: expected.get(name, {}) for name in ("params", "routing")}
-    if lines := arrays.difference(_described(wanted), _described(found)):
+    if lines := arrays.difference(_described(_shapes_of(model)), _described(found)):
         listed = "\n  ".join(lines)
         raise ValueError(f"{given} does not fit the model of this run:\n  {listed}")
+
+
+def _shapes_of(model: TransformerConfig) -> dict[str, Any]:
+    """What a model's parameters and routing state look like."""
+    tokens = jnp.zeros((1, model.context), jnp.int32)
+    init = TransformerLM(model).init
+    shapes = jax.eval_shape(lambda: init(jax.random.key(0), tokens))
+    return {name: shapes.get(name, {}) for name in ("params", "routing")}
 
 
 def _described(tree: Any) -> dict[str, str]:
