@@ -20,6 +20,7 @@ from trix_jax.lm.data import check_context, train_batches
 from trix_jax.lm.signals import Interrupted, Signals
 from trix_jax.lm.train import extend, initial, metrics, milestone, parallel
 from trix_jax.lm.train.display import Display
+from trix_jax.lm.train.header import header
 from trix_jax.lm.train.optimizer import make_optimizer
 from trix_jax.lm.train.position import Position, check_data, restore
 from trix_jax.lm.train.run import (
@@ -214,7 +215,11 @@ def _loop(
     """
     config, devices, mapping = run.config.train, tuple(run.devices), run.mapping
     began = time.perf_counter() - position.seconds
+    display.say("\n".join(header(run.config, devices, run.workdir, position.step)))
+    misses = _compiled_step.cache_info().misses
     step_fn = _compiled_step(run.config.model, config, devices, mapping)
+    if _compiled_step.cache_info().misses > misses:
+        display.say("compiling the training step")
     state = parallel.place(position.state, devices, mapping)
     batches, held = _batches(run, position.step), extend.held_steps(run.config)
     logger = StepLog(run, log, display, position.skipped)

@@ -45,7 +45,9 @@ class StepLog:
         self.restart_clock()
 
     def restart_clock(self) -> None:
+        """What was done since the last step is none."""
         self._clock = time.perf_counter()
+        self._display.restart_clock()
 
     def after(self, step: int, values: Metrics) -> None:
         """Takes what a step returned, and writes the one before."""

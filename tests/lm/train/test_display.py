@@ -1,0 +1,91 @@
+"""What a run says: what it is, ten lines at least, how fast it goes."""
+
+import dataclasses
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from trix_jax.lm.accounting import costs
+from trix_jax.lm.train import display
+from trix_jax.lm.train.display import Display, clock
+from trix_jax.lm.train.header import header
+
+
+@pytest.fixture
+def now(monkeypatch):
+    """A clock that the test moves."""
+    time = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(display.time, "monotonic", lambda: time.seconds)
+    return time
+
+
+def line(step, loss):
+    return {"step": step, "tokens": 100 * step, "loss": loss, "lr": 1e-3}
+
+
+def test_a_quiet_terminal_has_ten_lines_with_the_pace_of_all_steps_but_the_first(now):
+    said = []
+    with Display(100, 0, said.append) as shown:
+        now.seconds = 60.0  # the first step compiles
+        shown.step(line(1, 4.0))
+        for step in range(2, 51):
+            now.seconds += 0.5
+            shown.step(line(step, 3.0))
+        now.seconds += 100.0  # an evaluation
+        shown.restart_clock()
+        shown.evaluation(
+            50,
+            SimpleNamespace(
+                val_loss=3.25,
+                val_ppl=25.79,
+                entropy=[1.5, 1.25],
+                dead_tiles=[0, 1],
+                val_loss_unquantized=None,
+            ),
+        )
+        for step in range(51, 101):
+            now.seconds += 0.5
+            shown.step(line(step, 2.0))
+    steps = [int(re.match(r"step (\d+)/100  ", text).group(1)) for text in said]
+    assert steps == sorted(steps)
+    assert {1, *range(10, 101, 10)} <= set(steps)
+    assert "step 1/100  loss 4.0000  rate 1.00e-03" in said
+    expected = (
+        "step 50/100  loss 3.0000  rate 1.00e-03  200 tokens/s  1:24 elapsed  0:25 left"
+    )
+    assert expected in said or expected.replace("1:24", "1:25") in said
+    assert (
+        "step 50/100  validation loss 3.2500 (training 3.0200), perplexity 25.790  "
+        "entropy 1.25 nats, 1 dead tiles" in said
+    )
+    assert said[-1].endswith("200 tokens/s  3:30 elapsed  0:00 left")
+
+
+def test_slow_steps_are_told_every_quarter_of_a_minute(now):
+    said = []
+    shown = Display(1000, 0, said.append)
+    for step in range(1, 9):
+        now.seconds += 8.0
+        shown.step(line(step, 1.0))
+    assert [text.split("/")[0] for text in said] == [
+        "step 1",
+        *map("step {}".format, (3, 5, 7)),
+    ]
+
+
+def test_clock():
+    assert [clock(s) for s in (0.0, 59.6, 3661.0)] == ["0:00", "1:00", "1:01:01"]
+
+
+def test_header_says_what_a_run_is(tiny_config, one_device, tmp_path):
+    model = dataclasses.replace(tiny_config.model, vocab_size=7)
+    config = dataclasses.replace(tiny_config, model=model)
+    text = "\n".join(header(config, one_device * 2, tmp_path, 5))
+    cost = costs(model)
+    assert "sparse FFN, 4 tiles of 16, 2 a token; D=16, layers 1" in text
+    assert f"{cost.total:,} parameters" in text
+    assert "compute of a dense one 34 wide" in text  # two tiles of 16 and four scores
+    assert "2 x cpu, float32; 10 steps of 128 tokens, 1,280 in all" in text
+    assert f"{tmp_path}: from step 5" in text
+    assert header(config, one_device, tmp_path, 0)[-1].endswith("from the start")

@@ -1,0 +1,48 @@
+"""What a run is, in the lines that it begins with."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from trix_jax.lm.accounting import costs
+from trix_jax.lm.config import RunConfig
+from trix_jax.nn.transformer import TransformerConfig
+
+
+def header(
+    config: RunConfig, devices: Sequence[jax.Device], workdir: Path, start: int
+) -> list[str]:
+    """A model's shape and size, what it trains on, and where it starts.
+
+    Args:
+        config: with its vocabulary.
+        start: steps that are done.
+    """
+    model, tokens = config.model, config.train.batch_size * config.model.context
+    cost, steps = costs(model), config.train.steps
+    shape = f"D={model.d_model}, layers {model.n_layers}, context {model.context}"
+    width = cost.ffn_active / (2 * model.d_model * model.n_layers)
+    bits = cost.ffn_bits + cost.routing_bits
+    device, many = devices[0].device_kind, len(devices)
+    on = f"{many} x {device}" if many > 1 else device
+    where = f"from step {start}" if start else "from the start"
+    return [
+        f"arm {config.arm}: {ffn_text(model)}; {shape}; {cost.total:,} parameters",
+        f"FFN: {cost.ffn:,} parameters, compute of a dense one {width:.0f} wide, "
+        f"{bits / 8 / 2**10:,.0f} KiB as served",
+        f"{on}, {model.dtype}; "
+        f"{steps:,} steps of {tokens:,} tokens, {steps * tokens:,} in all; "
+        f"{config.train.optimizer}, rate {config.train.learning_rate:g}",
+        f"{workdir}: {where}",
+    ]
+
+
+def ffn_text(model: TransformerConfig) -> str:
+    """The FFN in a few words."""
+    if model.ffn == "dense":
+        return f"dense FFN, {model.dense_width} wide"
+    if model.ffn == "lookup":
+        return f"lookup FFN, {model.num_tiles} tiles"
+    chosen = f"{model.tiles_per_token} a token"
+    return f"{model.ffn} FFN, {model.num_tiles} tiles of {model.tile_width}, {chosen}"
