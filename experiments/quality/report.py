@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.quality import claim, curve, measure
+from experiments.quality import claim, claim_page, curve, measure
 from experiments.quality.arms import best, hidden, lookup
 from experiments.quality.design import SEEDS, SETTINGS, Setting
 from experiments.quality.widths import (
@@ -92,7 +92,8 @@ def write(folder: Path = HERE) -> Path:
         "# Does it win?\n",
         "Made by `python -m experiments.report` from `results/`; what is asked, and in which order, is `design.py`.\n",
     ]
-    for setting in (*SETTINGS.values(), claim.BODY):
+    parts += claim_page.section(folder)
+    for setting in (claim.BODY, *SETTINGS.values()):
         runs = results.read(folder / "results" / f"{setting.name}.json")
         for alike in results.by_sampler(runs).values():
             parts += section(setting, alike, folder / "results")

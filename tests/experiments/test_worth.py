@@ -1,13 +1,15 @@
 """What an arm is worth: widths counted by hand, places on a curve that is known."""
 
 import dataclasses
+import json
 
 import pytest
 
-from experiments.quality import worth
+from experiments.quality import claim_page, worth
 from experiments.quality.claim import LADDER, SETTINGS, claim, held
 from experiments.quality.schedule import spec_of
 from trix_jax.cli.experiment import parse_run
+from trix_jax.lm.experiment import results
 from trix_jax.lm.experiment.results import Result
 
 VOCABULARY = 4096
@@ -88,6 +90,7 @@ def test_the_hash_is_compared_by_seed_without_the_one_that_chose():
     assert worth.signatures_less_hash(runs[:6]) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_arm_of_the_claim_is_a_model_that_can_be(name):
     setting = SETTINGS[name]
@@ -103,3 +106,27 @@ def test_every_arm_of_the_claim_is_a_model_that_can_be(name):
             assert config.model.tiles_per_token == 4
         assert worth.width_of(dataclasses.replace(config.model, vocab_size=9)).greater
     assert {f"tiles-{n}-held" for n in LADDER} <= set(arms) or "body" in name
+
+
+def test_the_page_opens_with_a_figure_and_a_table_of_what_is_there(tmp_path):
+    assert claim_page.section(tmp_path) == []
+    (tmp_path / "results").mkdir()
+    for d in (64, 128):
+        runs = [
+            run._replace(
+                steps=10, seconds=5.0, params_total=1, ffn_active=1, ffn_bits=1
+            )
+            for run in runs_at(d, {64: 4.7, 32: 4.85})
+        ]
+        results.write(tmp_path / "results" / f"wikipedia-{d}.json", runs)
+    text = "\n".join(claim_page.section(tmp_path))
+    assert (
+        "| tiles-64-held | 0.002* | 3 | 4.7000 | 96 | 162 | 512 | 3.17 | 0.50 |" in text
+    )
+    assert (
+        "| tiles-64-held | 0.002* | 3 | 4.7000 | 160 | 289 | 1024 | 3.55 | 0.50 |"
+        in text
+    )
+    assert (tmp_path / "results" / "claim.png").stat().st_size > 10_000
+    found = json.loads((tmp_path / "results" / "claim.json").read_text())
+    assert [row["width"] for row in found["settings"]] == [64, 128]

@@ -84,10 +84,11 @@ def train(
         Diverged: too many steps in a row without a finite loss and gradient, or a
             validation loss that is not finite; the last checkpoint is kept.
     """
-    workdir, devices = Path(workdir), list(devices or jax.devices())
+    workdir = Path(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"workdir must be a folder, or new. Got {workdir}, a file.")
     allocator.keep_freed_memory()  # before JAX starts its threads
+    devices = list(devices or jax.devices())
     parallel.check_spread(config.model, shard_tiles, devices)
     mapping = parallel.mapping_over(devices, shard_state, shard_tiles)
     start = Start(resume, init_from, other_data, devices, mapping)

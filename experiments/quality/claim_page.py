@@ -1,0 +1,153 @@
+"""What opens the report: the claim in one figure and one table, from the results of
+`claim.py`; and `claim.json`.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from matplotlib.figure import Figure
+
+from experiments.quality import curve
+from experiments.quality.arms import Arm
+from experiments.quality.claim import LADDER, WIDTHS, claim, held, tiles
+from experiments.quality.design import SEEDS
+from experiments.quality.worth import (
+    Worth,
+    claim_tree,
+    concluding,
+    dense_curve,
+    worth,
+)
+from trix_jax.files import write_whole
+from trix_jax.lm.experiment import results
+from trix_jax.lm.experiment.plots import STYLES, finish
+from trix_jax.lm.experiment.results import Result
+from trix_jax.lm.experiment.tables import table
+from trix_jax.lm.experiment.tuning import Tuned, tuned
+
+VOCABULARY = 4096
+FIGURE = "claim.png"
+OTHERS = (tiles(64, "hash", "--model.routing.source hash"), tiles(64, "moving"))
+NOTE = (
+    "W: the greater of the compute width (multiply-accumulates a token as served over 2 D, routing included) "
+    "and the memory width (served FFN bits, and what routing stores, over 16 bits a weight). Equivalent width: "
+    "the dense width of equal loss, read off the dense curve, 95% by bootstrap over seeds, never extrapolated. "
+    f"Seed {SEEDS[0]} chose the rates; where others have run, they alone conclude. A star marks a rate whose "
+    "neighbours have not both been run.\n"
+)
+
+Runs = Mapping[int, Sequence[Result]]  # by the model's width
+
+
+def read(folder: Path) -> dict[int, list[Result]]:
+    """The results of every width that has some."""
+    found = {
+        d: results.read(folder / "results" / f"{claim(d).name}.json") for d in WIDTHS
+    }
+    return {d: runs for d, runs in found.items() if runs}
+
+
+def section(folder: Path) -> list[str]:
+    """The figure and the table, and `claim.json` beside the results; nothing before
+    there are a curve and tiles on it.
+    """
+    runs = read(folder)
+    if not any(places(d, found) for d, found in runs.items()):
+        return []
+    tree = claim_tree(runs, VOCABULARY)
+    write_whole(
+        folder / "results" / "claim.json",
+        json.dumps(tree, indent=1, allow_nan=False) + "\n",
+    )
+    draw(runs, folder / "results" / FIGURE)
+    return [
+        "## What are tiles worth?\n",
+        f"![Loss over W](results/{FIGURE})\n",
+        *(text for d, found in runs.items() for text in width_section(d, found)),
+        NOTE,
+    ]
+
+
+def places(d: int, runs: Sequence[Result]) -> list[tuple[Arm, Tuned, Worth]]:
+    """The ladder's arms and the others of 64 tiles that have a place on the curve."""
+    setting, found = claim(d), []
+    for arm in (*map(held, LADDER), *OTHERS):
+        one, place = tuned(runs, arm.name), worth(setting, runs, arm, VOCABULARY)
+        if one is not None and place is not None:
+            found.append((arm, one, place))
+    return found
+
+
+def width_section(d: int, runs: Sequence[Result]) -> list[str]:
+    """A table of one width of the model."""
+    found = places(d, runs)
+    if not found:
+        return []
+    rows = []
+    for arm, one, place in found:
+        losses = list(concluding(one).values())
+        seconds = [run.seconds / run.steps for run in one.runs.values() if run.seconds]
+        rows.append(
+            [
+                arm.name,
+                f"{one.rate:g}" + ("" if one.is_bracketed else "*"),
+                str(place.seeds),
+                f"{fmean(losses):.4f}",
+                f"{place.width.compute:.0f}",
+                f"{place.width.memory:.0f}",
+                estimate_text(place.equivalent, 0),
+                estimate_text(place.multiplier, 2),
+                f"{fmean(seconds):.2f}" if seconds else "",
+            ]
+        )
+    head = "arm,rate,seeds,validation loss,compute width,memory width,equivalent width,multiplier,seconds a step"
+    dense = dense_curve(claim(d), runs)
+    widths = ", ".join(f"{w}: {fmean(dense[w]):.4f}" for w in sorted(dense))
+    return [f"### D = {d}\n", table(head.split(","), rows), f"Dense: {widths}.\n"]
+
+
+def estimate_text(found: curve.Estimate, digits: int) -> str:
+    """A number with its interval; "below" and "above" for what is off the curve."""
+
+    def text(value: float) -> str:
+        if value == curve.BELOW:
+            return "below"
+        return "above" if value == curve.ABOVE else f"{value:.{digits}f}"
+
+    middle, low, high = map(text, found)
+    return middle if low == middle == high else f"{middle} ({low} to {high})"
+
+
+def draw(runs: Runs, path: Path) -> None:
+    """Loss over W, a panel a width of the model: the dense curve and what is on it."""
+    figure = Figure(figsize=(5 * len(runs), 4), dpi=150, layout="constrained")
+    panels = figure.subplots(1, len(runs), squeeze=False)[0]
+    for axes, (d, found) in zip(panels, runs.items(), strict=True):
+        dense = dense_curve(claim(d), found)
+        line = sorted((w, fmean(losses)) for w, losses in dense.items())
+        axes.plot(*zip(*line, strict=True), "o-", color="black", label="dense")
+        on_it = places(d, found)
+        ladder = [(p.width.greater, one) for arm, one, p in on_it if "held" in arm.name]
+        colour = STYLES[0][0]
+        points = [(w, fmean(concluding(one).values())) for w, one in ladder]
+        if points:
+            axes.plot(
+                *zip(*points, strict=True), "D-", color=colour, label="tiles, held"
+            )
+        for (arm, one, place), (colour, _) in zip(
+            [row for row in on_it if "held" not in row[0].name],
+            STYLES[1:],
+            strict=False,
+        ):
+            loss = fmean(concluding(one).values())
+            axes.plot(place.width.greater, loss, "s", color=colour, label=arm.name)
+        axes.set_xscale("log", base=2)
+        ticks = [w for w, _ in line]
+        axes.set_xticks(ticks, [str(w) for w in ticks])
+        axes.minorticks_off()
+        axes.set_title(f"D = {d}")
+        axes.set_xlabel("W, as the width of a dense FFN of 16 bits")
+        finish(axes)
+    figure.savefig(path)
