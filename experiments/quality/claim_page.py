@@ -147,7 +147,6 @@ def draw(runs: Runs, path: Path) -> None:
         ticks = [w for w, _ in line]
         axes.set_xticks(ticks, [str(w) for w in ticks])
         axes.minorticks_off()
-        axes.set_title(f"D = {d}")
-        axes.set_xlabel("W, as the width of a dense FFN of 16 bits")
+        axes.set_xlabel(f"D = {d}: W, as the width of a dense FFN of 16 bits")
         finish(axes)
     figure.savefig(path)
