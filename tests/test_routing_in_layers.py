@@ -127,6 +127,7 @@ def test_evaluation_takes_the_tiles_that_training_takes(top_k_clusters, gate):
         np.testing.assert_allclose(value, aux_all[name], rtol=32 * EPS, atol=EPS)
 
 
+@pytest.mark.slow
 def test_evaluation_of_clusters_makes_no_score_for_every_tile():
     layer = HierarchicalTriXFFN(16, d_hidden=4, num_tiles=24, tiles_per_cluster=4)
     x = normal(56, 16)
@@ -254,6 +255,7 @@ def test_hash_control_gives_tokens_their_own_sets_of_tiles_evenly():
     assert abs(counts - expected).max() < 5 * expected**0.5
 
 
+@pytest.mark.slow
 def test_random_control_does_not_look_at_the_weights():
     layer = control("random")
     before, other = initialized(layer), initialized(layer, seed=1)

@@ -11,6 +11,7 @@ of lower W. One seed chooses rates and arms, the others conclude.
 """
 
 import dataclasses
+import functools
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -94,8 +95,13 @@ def forms(model: TransformerConfig) -> dict[str, Width]:
 def model_of(setting: Setting, arm: Arm, vocab_size: int) -> TransformerConfig:
     """The model that an arm trains."""
     flags = shlex.split(f"{arm.flags} {setting.flags}")
-    model = parse_run([setting.preset, *flags]).model
+    model = _parsed(setting.preset, *flags)
     return dataclasses.replace(model, vocab_size=vocab_size)
+
+
+@functools.cache
+def _parsed(*flags: str) -> TransformerConfig:
+    return parse_run(list(flags)).model
 
 
 def concluding(arm: Tuned) -> dict[int, float]:

@@ -91,6 +91,7 @@ def test_a_padded_prompt_decodes_as_the_prompts_without_padding(body):
         assert_near(together[i, mask[i]], alone)
 
 
+@pytest.mark.slow
 def test_attention_keeps_a_mask_and_segments_for_later_calls():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, D)), jnp.float32)
     mask = np.asarray([[False, True, True, True, True, True], [True] * 6])

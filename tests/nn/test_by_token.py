@@ -233,6 +233,7 @@ def test_hash_control_hashes_the_pair_where_the_router_input_is_one():
 # Later layers by hidden state ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_layers_from_hidden_from_on_route_by_hidden_state():
     # The first token is another, the others are not: only by hidden state that shows.
     model = lm("embedding", 2, hidden_from=1)
@@ -286,6 +287,7 @@ slowly = pytest.param("embedding", marks=pytest.mark.slow)
 both_inputs = pytest.mark.parametrize("router_input", [slowly, "pair"])
 
 
+@pytest.mark.slow
 @both_inputs
 def test_held_scores_come_from_the_rows_of_the_moment_while_the_table_learns(
     router_input,

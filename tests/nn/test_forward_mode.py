@@ -154,6 +154,7 @@ def test_jacfwd_is_jacrev(name):
     assert_same(forward, reverse)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [n if n == "sparse" else pytest.param(n, marks=pytest.mark.slow) for n in MODULES],

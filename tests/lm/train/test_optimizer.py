@@ -73,6 +73,7 @@ def test_muon_orthogonalizes_every_tile_by_itself_at_the_size_of_adamw():
     assert int(updates_done(state)) == 1
 
 
+@pytest.mark.slow
 def test_muon_leaves_everything_else_to_adamw():
     settings = {"steps": 10, "warmup_steps": 0, "weight_decay": 0.1}
     adamw, _ = run(TrainConfig(**settings), GRADS, 3)
