@@ -36,7 +36,8 @@ def main(argv: list[str]) -> None:
     args = parse(Args, argv, "eval")
     report = say(args.json)
     directory = Path(args.checkpoint)
-    model, variables, _ = load_run(directory, args.step)
+    number = resolve_step(directory, args.step)
+    model, variables, _ = load_run(directory, args.step if number is None else number)
     store = open_run_data(directory, args.data)
     trained = model.config.context
     context = trained if args.context is None else args.context
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> None:
                 "val_bits_per_byte": result.val_bits_per_byte,
                 "tokens": result.tokens,
                 "context": context,
-                "step": resolve_step(directory, args.step),
+                "step": number,
                 "entropy": result.entropy,
                 "max_load": result.max_load,
                 "dead_tiles": result.dead_tiles,

@@ -1,6 +1,7 @@
 """`trix-jax export --checkpoint DIR --output DIR`."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any, Literal
 
 from trix_jax.cli.common import print_json, say
@@ -30,11 +31,17 @@ class Args:
 def main(argv: list[str]) -> None:
     """Exports a run."""
     from trix_jax.lm.serve.export import export
-    from trix_jax.lm.serve.load import load_run
+    from trix_jax.lm.serve.load import load_run, resolve_step
 
     args = parse(Args, argv, "export")
     report = say(args.json)
-    model, variables, tokenizer = load_run(args.checkpoint, args.step)
+    if (Path(args.output) / "config.yaml").exists():
+        raise ValueError(
+            f"output must be a folder of its own, not that of a run. Got {args.output}."
+        )
+    number = resolve_step(args.checkpoint, args.step)
+    step = args.step if number is None else number
+    model, variables, tokenizer = load_run(args.checkpoint, step)
     sizes = export(model, variables, tokenizer, args.output, args.routes)
     ratio = sizes["ffn_float32"] / sizes["ffn_packed"]
     report(
@@ -49,7 +56,8 @@ def main(argv: list[str]) -> None:
         from trix_jax.lm.serve.load import open_run_data
 
         store = open_run_data(args.checkpoint)
-        card = write_card(args.output, store, read_run(args.checkpoint).summary)
+        about = _about(read_run(args.checkpoint).summary, args.checkpoint, number)
+        card = write_card(args.output, store, about)
         more["card"] = str(card)
         report(f"read {card}")
     if args.stablehlo:
@@ -61,6 +69,19 @@ def main(argv: list[str]) -> None:
         report(f"{program}: {program.stat().st_size:,} bytes, tokens to logits")
     if args.json:
         print_json({"output": args.output, **sizes, "ratio": ratio, **more})
+
+
+def _about(
+    summary: dict[str, Any], directory: str, number: int | None
+) -> dict[str, Any]:
+    """A run's summary with the steps, tokens and seconds of the step that is exported."""
+    from trix_jax.lm.checkpoint.checkpoint import read_meta
+
+    if number is None or number == summary["steps"]:
+        return summary
+    tokens = summary["tokens"] // summary["steps"] * number
+    seconds = read_meta(Path(directory) / "checkpoints", number)["seconds"]
+    return summary | {"steps": number, "tokens": tokens, "seconds": seconds}
 
 
 def _change(args: Args, model, variables, report) -> dict[str, Any]:

@@ -78,7 +78,8 @@ def main(argv: list[str]) -> None:
 def _model_of(argv: list[str]) -> RunConfig | None:
     """The settings that a run with --init-from has where none are typed."""
     flags = [
-        flag.replace("_", "-") if flag.startswith("--init_") else flag for flag in argv
+        flag.replace("_", "-", 1) if flag.startswith("--init_from") else flag
+        for flag in argv
     ]
     workdir = value_of("--workdir", argv) or Args.workdir
     return initial.defaults(Path(workdir), value_of("--init-from", flags))

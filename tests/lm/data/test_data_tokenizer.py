@@ -1,5 +1,6 @@
 """Tokenizers: round trips, what each refuses, and their files."""
 
+import concurrent.futures
 import json
 import random
 import signal
@@ -173,3 +174,20 @@ def test_signal_is_heard_while_a_library_s_call_lasts():
     assert interruptible(lambda: 3) == 3
     with pytest.raises(ZeroDivisionError):
         interruptible(lambda: 1 // 0)
+
+
+def test_a_call_that_ends_while_it_is_waited_for_gives_its_result(monkeypatch):
+    sound = concurrent.futures.wait
+
+    def late(futures, timeout):
+        done = sound(futures, timeout=0)
+        return sound(futures) if done.done else done
+
+    monkeypatch.setattr(concurrent.futures, "wait", late)
+    assert interruptible(lambda: time.sleep(0.05) or 3) == 3
+
+    def action():
+        raise TimeoutError("its own")
+
+    with pytest.raises(TimeoutError, match="its own"):
+        interruptible(action)

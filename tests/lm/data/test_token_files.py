@@ -99,6 +99,7 @@ def test_llm_c_s_header_is_no_token(magic, version, kind, tmp_path):
         ("a.bin", b"", "holds no tokens"),
         ("a.bin", IDS.astype("<u4").tobytes(), "as in a file of wider integers"),
         ("a.bin", IDS.astype("<i8").tobytes(), "as in a file of wider integers"),
+        ("a.bin", (IDS * 2000).astype("<u4").tobytes(), "as in a file of wider"),
         ("a.bin.gz", b"packed", "must be a .bin or .npy file of tokens, not packed"),
         ("a.bin", b"PK\x03\x04" + bytes(60), "it is a PyTorch or zip file"),
         (
@@ -259,3 +260,36 @@ def test_evaluation_without_text_has_no_bits_per_byte(nanogpt, tmp_path):
     assert _bits_per_byte(1.0, store) is None
     manifest = {**store.manifest, "splits": {"val": {"tokens": 40, "bytes": 160}}}
     assert _bits_per_byte(math.log(2), store._replace(manifest=manifest)) == 0.25
+
+
+@pytest.mark.parametrize("is_by_folder", [True, False])
+def test_validation_is_no_training_whatever_its_path_is_called(
+    is_by_folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    inside = {"train": "train/0.bin", "val": "val/0.bin"}
+    names = inside if is_by_folder else {"train": "a.bin", "val": "b.bin"}
+    for side, part in (("train", IDS[:160]), ("val", IDS[160:])):
+        file = tmp_path / "d" / names[side]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part.astype(np.uint16).tofile(file)
+    val = None if is_by_folder else str(tmp_path / "d" / "b.bin")
+    config = DataConfig(source="tokens", path="d", val_path=val)
+    store = prepare(config, tmp_path / "store", quiet)
+    assert whole(store.train) == IDS[:160].tolist()
+    assert whole(store.val) == IDS[160:].tolist()
+
+
+def test_a_validation_text_inside_of_the_training_texts_is_refused(tmp_path):
+    for name in ("a.txt", "val.txt"):
+        (tmp_path / name).write_text("some text " * 99)
+    config = DataConfig(path=str(tmp_path), val_path=str(tmp_path / "val.txt"))
+    with pytest.raises(ValueError, match=r"val_path=.* must lie outside of path="):
+        prepare(config, tmp_path / "store", quiet)
+
+
+def test_a_folder_of_text_and_training_tokens_is_named_by_its_user(tmp_path):
+    IDS.astype(np.uint16).tofile(tmp_path / "fineweb_train_000001.bin")
+    (tmp_path / "README.txt").write_text("about them")
+    with pytest.raises(ValueError, match=r"holds text .* and tokens"):
+        prepare(DataConfig(path=str(tmp_path)), tmp_path / "store", quiet)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -98,6 +99,17 @@ def test_collect_takes_what_came_to_its_end_in_the_order_asked(write_run, tmp_pa
     (folder / specs[1].name / "REPORT.md").unlink()
     assert [result.seed for result in collect(specs, folder, path)] == [3, 2]
     assert [result.seed for result in read(path)] == [3, 2]
+
+
+def test_collect_keeps_the_records_of_runs_whose_directories_are_gone(
+    write_run, tmp_path
+):
+    folder, path = tmp_path / "runs", tmp_path / "metrics.json"
+    specs = [write_run(folder, "s", "sparse", n, 1.5 + n) for n in (1, 2, 3)]
+    before = collect(specs, folder, path)
+    shutil.rmtree(folder / specs[1].name)
+    (folder / specs[2].name / "REPORT.md").unlink()  # trains anew
+    assert collect(specs, folder, path) == before[:2] == read(path)
 
 
 def test_results_file_replaces_a_run_and_stays_in_order(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 
@@ -15,8 +16,11 @@ from safetensors.numpy import save_file
 
 import trix_jax
 from trix_jax import TransformerConfig, TransformerLM, freeze
+from trix_jax.cli.export import _about
+from trix_jax.cli.main import main
 from trix_jax.interop import safetensors
 from trix_jax.lm.data import open_store
+from trix_jax.lm.serve import load
 from trix_jax.lm.serve.export import export
 from trix_jax.lm.serve.generate import SamplingConfig, cut, generate, sample
 from trix_jax.lm.serve.load import load_run, open_run_data, resolve_step
@@ -308,3 +312,33 @@ def test_an_export_does_not_depend_on_the_layout_that_kernels_want(monkeypatch):
         jax.tree.leaves(back["packed"]), jax.tree.leaves(frozen["packed"]), strict=True
     ):
         np.testing.assert_array_equal(a, b)
+
+
+def test_data_that_were_made_again_since_are_no_longer_the_runs_own(run_dir, tmp_path):
+    run = shutil.copytree(run_dir, tmp_path / "run")
+    manifest = json.loads((run / "data" / "manifest.json").read_text())
+    store = open_run_data(run)._replace(manifest={**manifest, "fingerprint": "0"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load, "open_store", lambda _: store)
+        with pytest.raises(ValueError, match="it was made again since"):
+            open_run_data(run)
+        assert open_run_data(run, run / "data") is store
+
+
+def test_export_into_a_run_and_a_step_of_an_export_are_refused(
+    run_dir, exported, capsys
+):
+    argv = ["export", "--checkpoint", str(run_dir), "--output", str(run_dir)]
+    assert main(argv) == 2
+    assert "a folder of its own" in capsys.readouterr().err
+    assert not (run_dir / "model.safetensors").exists()
+    with pytest.raises(ValueError, match="has no steps"):
+        load_run(exported[0], "best")
+
+
+def test_card_of_an_earlier_step_tells_its_own_steps_and_tokens(run_dir):
+    summary = json.loads((run_dir / "summary.json").read_text())
+    about = _about(summary, str(run_dir), 5)
+    assert (about["steps"], about["tokens"] * 2) == (5, summary["tokens"])
+    assert about["seconds"] < summary["seconds"]
+    assert _about(summary, str(run_dir), 10) is summary

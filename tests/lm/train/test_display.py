@@ -10,6 +10,7 @@ from trix_jax.lm.accounting import costs
 from trix_jax.lm.train import display
 from trix_jax.lm.train.display import Display, clock
 from trix_jax.lm.train.header import header
+from trix_jax.lm.train.summary import _routing
 
 
 @pytest.fixture
@@ -89,3 +90,10 @@ def test_header_says_what_a_run_is(tiny_config, one_device, tmp_path):
     assert "2 x cpu, float32; 10 steps of 128 tokens, 1,280 in all" in text
     assert f"{tmp_path}: from step 5" in text
     assert header(config, one_device, tmp_path, 0)[-1].endswith("from the start")
+
+
+def test_one_tile_has_all_of_its_entropy():
+    line = {"routing_entropy": [-0.0], "tile_usage": [[1.0]], "dead_tiles": [0]}
+    found = _routing([line])
+    assert found["min_entropy_share"] == 1
+    assert found["routing"] == [{"entropy": -0.0, "max_load": 1.0, "dead_tiles": 0}]

@@ -11,6 +11,7 @@ import optax
 import pytest
 import yaml
 
+from trix_jax.cli.train import _model_of
 from trix_jax.files import read_json
 from trix_jax.lm.checkpoint import checkpoint
 from trix_jax.lm.config import RunConfig
@@ -256,3 +257,12 @@ def test_run_that_holds_addresses_starts_from_one_that_does_not(source, tiny_con
     assert not router.pop("held")
     assert_same(found["routing"], before["routing"])
     assert_same(found["params"], before["params"])
+
+
+def test_init_from_keeps_the_underscores_of_its_path(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_run").symlink_to(source)
+    for flag in ("--init_from=my_run", "--init-from=my_run"):
+        found = _model_of([flag, "--workdir", str(tmp_path / "new")])
+        assert found is not None
+        assert found.model.d_model == 16

@@ -113,6 +113,11 @@ def check_source(config: DataConfig) -> None:
                 raise ValueError(
                     f"{name} is of text, and {config.path} holds tokens. Got {value}."
                 )
+    elif config.path and config.val_path and _is_in(config.val_path, config.path):
+        raise ValueError(
+            f"val_path={config.val_path!r} must lie outside of path={config.path!r}, all "
+            "of which is training."
+        )
     elif config.tokenizer == NONE:
         raise ValueError(f"tokenizer=none is of token files. Got {config.source} text.")
     elif config.end_of_text is not None and not is_file:
@@ -120,6 +125,10 @@ def check_source(config: DataConfig) -> None:
             f"end_of_text={config.end_of_text!r} is a token of a tokenizer.json, and "
             f"tokenizer={config.tokenizer} has its own."
         )
+
+
+def _is_in(inner: str, outer: str) -> bool:
+    return Path(inner).resolve().is_relative_to(Path(outer).resolve())
 
 
 def for_tokens(config: DataConfig) -> DataConfig:

@@ -21,8 +21,5 @@ def interruptible[Result](action: Callable[[], Result]) -> Result:
 
     threading.Thread(target=run, daemon=True).start()
     while True:
-        try:
-            return future.result(timeout=0.1)
-        except TimeoutError:
-            if future.done():
-                raise
+        if concurrent.futures.wait([future], timeout=0.1).done:
+            return future.result()

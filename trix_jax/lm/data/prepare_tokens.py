@@ -90,7 +90,8 @@ def _sides(config: DataConfig, report: Report) -> Sides:
     if config.val_path is None:
         return found
     val = token_files.all_of(Path(config.val_path), report)
-    return Sides([file for file in found.train if file not in val], val)
+    own = {file.resolve() for file in val}
+    return Sides([file for file in found.train if file.resolve() not in own], val)
 
 
 def _base(config: DataConfig) -> Path:

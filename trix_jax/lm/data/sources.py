@@ -31,7 +31,7 @@ from trix_jax.lm.data.datasets import DATASETS, Dataset
 from trix_jax.lm.data.download import fetch
 from trix_jax.lm.data.files import files_of, json_texts, read, suffix_of, walk
 from trix_jax.lm.data.origin import Opened
-from trix_jax.lm.data.token_files import SUFFIXES
+from trix_jax.lm.data.token_files import SUFFIXES, words
 
 Source = Literal[
     "stdlib",
@@ -138,11 +138,14 @@ def infer_source(path: str | Path) -> Source:
         ".txt": "text",
         ".json": "jsonl",
     }
-    held = {suffix_of(file) for file in walk(path)} if path.is_dir() else set()
-    tokens = [path / f"train{suffix}" for suffix in SUFFIXES]
+    files = walk(path) if path.is_dir() else []
+    held = {suffix_of(file) for file in files}
+    tokens = [
+        f for f in files if suffix_of(f) in SUFFIXES and "train" in words(Path(f.name))
+    ]
     for suffix, source in kinds.items():
         if suffix in (held or {suffix_of(path)}):
-            if found := [file.name for file in tokens if file.is_file()]:
+            if found := [file.name for file in tokens if file.parent == path]:
                 raise ValueError(
                     f"path={str(path)!r} holds text ({suffix}) and tokens ({found[0]}): "
                     f"say which, --data.source {source} or --data.source tokens."

@@ -56,8 +56,9 @@ def find(path: Path, report: Callable[[str], None]) -> Sides:
         return Sides([path], [p for p in beside if is_train and p.is_file()])
     everything = walk(path)
     files = [p for p in everything if p.suffix.lower() in SUFFIXES and p.is_file()]
-    val = [p for p in files if VAL & words(p)]
-    train = [p for p in files if not (VAL | {"test"}) & words(p)]
+    named = {p: words(p.relative_to(path)) for p in files}
+    val = [p for p in files if VAL & named[p]]
+    train = [p for p in files if not (VAL | {"test"}) & named[p]]
     taken = {*train, *val}
     tell_passed_over("tokens", path, [p for p in everything if p not in taken], report)
     if not train:
@@ -76,8 +77,8 @@ def _check_suffix(file: Path) -> None:
 
 
 def words(file: Path) -> set[str]:
-    """Those of its name."""
-    return set(re.split(r"[^a-z]+", file.stem.lower()))
+    """Those of its name, and of the folders before it."""
+    return set(re.split(r"[^a-z]+", file.with_suffix("").as_posix().lower()))
 
 
 def all_of(path: Path, report: Callable[[str], None]) -> list[Path]:
@@ -148,10 +149,10 @@ def _open_bin(file: Path) -> Integer[np.ndarray, " T"]:
         )
     found = np.memmap(file, "<u2", "r") if size else np.zeros(0, np.uint16)
     head = found[:SAMPLE]
-    if len(head) > 32 and head.any() and not head[1::2].any():
+    if len(head) > 32 and head[1::2].max() < 4 <= head.max():
         raise ValueError(
             f"{file} must hold uint16, as nanoGPT writes it. Every second of its first "
-            f"{len(head)} is 0, as in a file of wider integers: give these as .npy."
+            f"{len(head)} is below 4, as in a file of wider integers: give these as .npy."
         )
     return found
 

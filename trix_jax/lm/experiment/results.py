@@ -119,18 +119,19 @@ def add(path: Path, result: Result, folder: Path) -> None:
 
 def collect(specs: Sequence[Spec], folder: Path, path: Path) -> list[Result]:
     """Writes and returns the results of an experiment, from the directories of its runs
-    in `folder`.
+    in `folder`; of a run whose directory is gone its record stays.
 
     Raises:
         ValueError: the directory of a finished run is damaged.
     """
     with held(folder / LOCK):
-        ended = [
-            spec
-            for spec in specs
-            if is_done(spec, folder) or is_diverged(folder / spec.name)
-        ]
-        found = [result_of(spec, folder) for spec in ended]
+        known, found = {one.name: one for one in read(path)}, []
+        for spec in specs:
+            directory = folder / spec.name
+            if is_done(spec, folder) or is_diverged(directory):
+                found.append(result_of(spec, folder))
+            elif spec.name in known and not directory.exists():
+                found.append(known[spec.name])
         write(path, found)
     return found
 

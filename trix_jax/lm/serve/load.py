@@ -40,6 +40,10 @@ def load_run(
     """
     directory = Path(directory)
     if is_export(directory):
+        if step != "latest":
+            raise ValueError(
+                f"{directory} is an export, which has no steps. Got {step}."
+            )
         return export.load(directory)
     run = read_config(directory)
     model = TransformerLM(run.model)
@@ -72,9 +76,10 @@ def open_run_data(directory: str | Path, data: str | Path | None = None) -> Stor
     """The token store to evaluate a run on: `data`, or the one it was trained on.
 
     Raises:
-        ValueError: there is none, or its tokens are not the model's.
+        ValueError: there is none, its tokens are not the model's, or the one it was
+            trained on was made again since.
     """
-    directory = Path(directory)
+    directory, is_own = Path(directory), data is None
     if data is None:
         data = directory / "data"
         if not data.is_dir() and not is_export(directory):
@@ -88,7 +93,20 @@ def open_run_data(directory: str | Path, data: str | Path | None = None) -> Stor
     own, other = (folder / "tokenizer.json" for folder in (directory, store.directory))
     if own.read_bytes() != other.read_bytes():
         raise ValueError(f"{data} was made with another tokenizer than {directory}'s.")
+    if is_own:
+        _check_unchanged(directory, store)
     return store
+
+
+def _check_unchanged(directory: Path, store: Store) -> None:
+    checkpoints = directory / "checkpoints"
+    steps = checkpoint.steps(checkpoints) if checkpoints.is_dir() else []
+    meta = checkpoint.read_meta(checkpoints, steps[-1]) if steps else {}
+    if meta.get("data_fingerprint", store.fingerprint) != store.fingerprint:
+        raise ValueError(
+            f"{store.directory} is not the data that {directory} was trained on: it was "
+            f"made again since. To evaluate on it all the same: --data {store.directory}."
+        )
 
 
 def read_config(directory: Path) -> config.RunConfig:

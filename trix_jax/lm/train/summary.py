@@ -62,7 +62,7 @@ def _routing(evals: list[dict[str, Any]]) -> dict[str, Any]:
         for entropy, usage, dead in zip(*columns, strict=True)
     ]
     shares = (
-        entropy / math.log(len(usage))
+        entropy / math.log(len(usage)) if len(usage) > 1 else 1.0
         for line in evals
         for entropy, usage in zip(
             line["routing_entropy"], line["tile_usage"], strict=True
