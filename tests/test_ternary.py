@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from trix_jax import routing, ternary
 from trix_jax.ternary import (
     TernaryConfig,
     expand_scale,
@@ -280,3 +281,31 @@ def test_config_with_a_bad_value_names_argument_rule_and_value(
 ):
     with pytest.raises(ValueError, match=message):
         TernaryConfig(**wrong)
+
+
+@pytest.mark.parametrize("is_sign", [True, False])
+def test_second_derivatives_through_the_straight_path_are_those_of_what_it_follows(
+    is_sign,
+):
+    x = jnp.asarray([0.3, -1.2, 0.7])
+    v = jnp.asarray([1.0, 2.0, -1.0])
+
+    def written_out(x):
+        u = routing.rms_unit(x) if is_sign else x
+        q = jnp.sign(x) if is_sign else jnp.round(x)
+        return u + jax.lax.stop_gradient(q - u)
+
+    def ours(x):
+        if is_sign:
+            return routing.signatures(x, "sign")
+        return ternary.straight_through(jnp.round(x), x)
+
+    def product(function):
+        def loss(x):
+            return jnp.sum(function(x) ** 3)
+
+        return jax.jvp(jax.grad(loss), (x,), (v,))[1]
+
+    expected = product(written_out)
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(product(ours), expected, rtol=1e-6)

@@ -39,6 +39,7 @@ _HOMES = dict.fromkeys(_NN.split(), "trix_jax.nn") | {
     "TernaryConfig": "trix_jax.ternary",
 }
 _MODULES = "balance clusters dispatch expert_parallel frozen hashing labels matching nn ops routing routing_state ternary typing".split()
+__all__ = sorted([*_HOMES, "load_run", "routing"])
 
 
 def __getattr__(name: str) -> Any:

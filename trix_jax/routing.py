@@ -332,4 +332,4 @@ def _sign_through(x):
 
 @_sign_through.defjvp
 def _sign_through_jvp(primals, tangents):
-    return jnp.sign(primals[0]), jax.jvp(rms_unit, primals, tangents)[1]
+    return _sign_through(*primals), jax.jvp(rms_unit, primals, tangents)[1]

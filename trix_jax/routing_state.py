@@ -69,7 +69,9 @@ def hold_signatures(routing: Variables, held: bool = True) -> Variables:
     """Holds (or releases) the signatures as last seen in training, and the rows that a
     model's routers see by token if it keeps them; balance goes on, weights train.
 
-    With `hold="routes"` the next training call holds the biases too.
+    With `hold="routes"` the next training call holds the biases too; to release those,
+    `freeze_routing(routing, False)` as well. Past a `hold_after` below 1 a release lasts
+    until the next training call.
 
     Raises:
         ValueError: the layers were built without `RoutingConfig(hold_after=...)`, so

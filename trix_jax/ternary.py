@@ -276,4 +276,4 @@ def straight_through(q, u):
 
 @straight_through.defjvp
 def _straight_through_jvp(primals, tangents):
-    return primals[0], tangents[1]
+    return straight_through(*primals), tangents[1]  # itself, for second derivatives

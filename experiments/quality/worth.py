@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments.quality import curve
@@ -30,6 +30,7 @@ from trix_jax.nn.transformer import TransformerConfig
 
 FLOAT_BITS = 16
 LEAST_SEEDS = 3
+Seeds = Callable[[Tuned], dict[int, float]]  # an arm's losses of some seeds
 CLAIM_WIDTHS = (64, 128)
 AIM_WIDTH = 128  # of signatures against the hash
 
@@ -104,6 +105,11 @@ def _parsed(*flags: str) -> TransformerConfig:
     return parse_run(list(flags)).model
 
 
+def choosing(arm: Tuned) -> dict[int, float]:
+    """The loss of the seed that chooses."""
+    return {s: x for s, x in arm.losses.items() if s == SEEDS[0]} or dict(arm.losses)
+
+
 def concluding(arm: Tuned) -> dict[int, float]:
     """Losses of the seeds that did not choose; of the one that did, where there is no
     other yet.
@@ -112,26 +118,33 @@ def concluding(arm: Tuned) -> dict[int, float]:
     return others or dict(arm.losses)
 
 
-def dense_curve(setting: Setting, runs: Sequence[Result]) -> dict[int, list[float]]:
-    """Width to the losses of the seeds that conclude, of the dense FFNs that have
-    runs.
-    """
+def dense_curve(
+    setting: Setting, runs: Sequence[Result], seeds: Seeds = concluding
+) -> dict[int, list[float]]:
+    """Width to the losses of some seeds, of the dense FFNs that have runs."""
     found = (tuned(runs, arm.name) for arm in setting.groups["dense-curve"])
     return {
-        arm.one.width: list(concluding(arm).values())
+        arm.one.width: list(seeds(arm).values())
         for arm in found
         if arm is not None and arm.one.width
     }
 
 
 def worth(
-    setting: Setting, runs: Sequence[Result], arm: Arm, vocab_size: int
+    setting: Setting,
+    runs: Sequence[Result],
+    arm: Arm,
+    vocab_size: int,
+    seeds: Seeds = concluding,
 ) -> Worth | None:
     """An arm's place on the curve; None before both have runs."""
-    dense, one = dense_curve(setting, runs), tuned(runs, arm.name, arm.rate_of)
+    dense, one = (
+        dense_curve(setting, runs, seeds),
+        tuned(runs, arm.name, arm.rate_of),
+    )
     if one is None or len(dense) < 2:
         return None
-    losses = list(concluding(one).values())
+    losses = list(seeds(one).values())
     place = curve.equivalent_interval(dense, losses)
     return Worth(
         arm.name, width_of(model_of(setting, arm, vocab_size)), place, len(losses)
@@ -141,8 +154,8 @@ def worth(
 def best_of_ladder(
     runs: Mapping[int, Sequence[Result]], vocab_size: int
 ) -> dict[int, Worth]:
-    """The number of tiles whose least multiplier over the widths is greatest, as the
-    estimates have it; by width of the model.
+    """The number of tiles whose least multiplier over the widths is greatest for the seed
+    that chooses, with what the others conclude; by width of the model.
     """
     found: dict[int, dict[int, Worth]] = {}
     for number in LADDER:
@@ -156,7 +169,11 @@ def best_of_ladder(
             found[number] = whole
 
     def least(number: int) -> float:
-        return min(row.multiplier.value for row in found[number].values())
+        chosen = (
+            worth(claim(d), runs[d], held(number), vocab_size, choosing)
+            for d in found[number]
+        )
+        return min(row.multiplier.value for row in chosen if row is not None)
 
     return found[max(found, key=least)] if found else {}
 
@@ -181,14 +198,14 @@ def claim_tree(runs: Mapping[int, Sequence[Result]], vocab_size: int) -> dict[st
     rows = [
         {
             "width": d,
-            "multiplier": row.multiplier.value,
-            "low": row.multiplier.low,
+            "multiplier": finite(row.multiplier.value),
+            "low": finite(row.multiplier.low),
             "high": finite(row.multiplier.high),
             "arm": row.arm,
             "seeds": row.seeds,
         }
         for d, row in best_of_ladder(runs, vocab_size).items()
-        if row.seeds >= LEAST_SEEDS and math.isfinite(row.multiplier.value)
+        if row.seeds >= LEAST_SEEDS
     ]
     difference = signatures_less_hash(runs.get(AIM_WIDTH, ()))
     return {"settings": rows, "signature_minus_hash": difference}

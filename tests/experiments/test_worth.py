@@ -77,6 +77,24 @@ def test_the_claim_is_the_number_of_tiles_whose_least_multiplier_is_greatest():
     assert not worth.claim_tree({128: runs[128]}, VOCABULARY)["settings"]
 
 
+def test_one_seed_chooses_the_arm_and_the_others_conclude():
+    runs = {d: runs_at(d, {64: 4.7, 32: 4.85}) for d in (64, 128)}
+    other = {64: 4.95, 32: 4.6}  # what the other seeds would have chosen by
+
+    def moved(run):
+        number = int(run.arm.split("-")[1]) if run.arm.endswith("held") else None
+        if number is None or run.seed == SEEDS[0]:
+            return run
+        return run._replace(val_loss=other[number])
+
+    found = worth.claim_tree({d: [*map(moved, r)] for d, r in runs.items()}, VOCABULARY)
+    for row in found["settings"]:
+        assert row["arm"] == "tiles-64-held"
+        model = worth.model_of(claim(row["width"]), held(64), VOCABULARY)
+        width = row["width"] * 2**0.5 / worth.width_of(model).greater
+        assert row["multiplier"] == pytest.approx(width)
+
+
 def test_the_hash_is_compared_by_seed_without_the_one_that_chose():
     setting = claim(128)
     ours, hashed = setting.groups["hash"]

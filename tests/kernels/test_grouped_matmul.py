@@ -177,6 +177,25 @@ def test_rows_that_do_not_count_do_not_reach_a_gradient_of_weights():
     np.testing.assert_array_equal(dw, expected)
 
 
+@pytest.mark.parametrize("which", [0, 1], ids=["x", "dy"])
+def test_rows_that_do_not_count_have_no_gradient_of_an_outer_product(which):
+    tile, filled = jnp.asarray([0, 1]), jnp.asarray([4, 2])
+    rng = np.random.default_rng(0)
+    rows = [jnp.asarray(rng.normal(size=(2, 4, n)), jnp.float32) for n in (3, 5)]
+    rows[1 - which] = rows[1 - which].at[1, 2:].set(jnp.nan)
+
+    def total(given):
+        both = [given if i == which else r for i, r in enumerate(rows)]
+        return grouped_outer(*both, tile, 2, filled).sum()
+
+    gradient = jax.grad(total)(rows[which])
+    np.testing.assert_array_equal(gradient[1, 2:], 0)
+    other = rows[1 - which].sum(axis=-1)
+    expected = jnp.broadcast_to(other[..., None], gradient.shape)
+    np.testing.assert_allclose(gradient[0], expected[0], rtol=1e-6)
+    np.testing.assert_allclose(gradient[1, :2], expected[1, :2], rtol=1e-6)
+
+
 def test_a_gradient_not_asked_for_costs_no_product():
     x, _, w, tile, filled = made()
 

@@ -187,3 +187,21 @@ def test_documents_without_a_mark_are_refused():
     model = TransformerLM(TransformerConfig(**SIZES, document_mask=True))
     with pytest.raises(ValueError, match="end_token must be set"):
         model.init(jax.random.key(0), LINE)
+
+
+def test_segments_are_refused_where_later_calls_count_documents():
+    model, variables = model_and_variables("dense")
+    with pytest.raises(ValueError, match="must be left out to decode"):
+        model.apply(
+            variables,
+            LINE,
+            decode=True,
+            mutable=["cache"],
+            segment_ids=np.ones(LINE.shape, int),
+        )
+
+
+def test_an_empty_sequence_gives_an_empty_output():
+    layer = CausalSelfAttention(D, 2, rotary=True)
+    variables = jit(layer.init)(jax.random.key(0), np.zeros((2, 3, D)))
+    assert jit(layer.apply)(variables, np.zeros((2, 0, D))).shape == (2, 0, D)

@@ -385,3 +385,13 @@ def test_models_that_hold_nothing_have_the_state_that_they_had():
 def test_settings_that_make_no_sense_are_refused(wrong, message, no_type_hook):
     with pytest.raises(ValueError, match=message):
         lm(**wrong)
+
+
+@pytest.mark.slow
+def test_state_of_an_eager_init_can_be_donated():
+    routing = RoutingConfig(source="learned", hold_after=0.5, hold="scores")
+    variables = lm(routing=routing).init(jax.random.key(0), TOKENS)
+    double = jax.jit(lambda tree: jax.tree.map(lambda x: x + x, tree), donate_argnums=0)
+    expected = 2 * np.asarray(variables["params"]["embed"]["embedding"])
+    found = double(variables)
+    np.testing.assert_array_equal(found["params"]["embed"]["embedding"], expected)

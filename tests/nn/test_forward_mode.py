@@ -181,3 +181,28 @@ def test_hessian_vector_product_is_the_difference_of_gradients(name):
     bound = 2e-3 * np.abs(expected).max()
     assert bound > 0
     np.testing.assert_allclose(product, expected, rtol=0, atol=bound)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1], ids=["parameters", "input"])
+def test_a_gradient_penalty_has_the_gradient_that_forward_mode_gives(which):
+    call, at = of_params_and_input(MODULES["sparse"], variables_of("sparse"))
+    v = drawn_like(at[which], 3)
+
+    def loss(part):
+        y, _ = call(*at[:which], part, *at[which + 1 :])
+        return jnp.sum(y**2)
+
+    def along(part):
+        pairs = zip(
+            jax.tree.leaves(jax.grad(loss)(part)), jax.tree.leaves(v), strict=True
+        )
+        return sum(jnp.vdot(g, d) for g, d in pairs)
+
+    by_reverse = jit(jax.grad(along))(at[which])
+    by_forward = jit(lambda part: jax.jvp(jax.grad(loss), (part,), (v,))[1])(at[which])
+    for found, expected in zip(
+        jax.tree.leaves(by_reverse), jax.tree.leaves(by_forward), strict=True
+    ):
+        assert np.abs(expected).max() > 0
+        assert_same(found, np.asarray(expected))

@@ -148,8 +148,11 @@ def _same(one, other) -> bool:
 
 
 def _ndims(variables) -> int:
-    """Axes of the first parameter: in a scanned model more outside a call than inside."""
-    return jax.tree.leaves(variables["params"])[0].ndim
+    """Axes of the first parameter: in a scanned model more outside a call than inside; 0
+    without parameters.
+    """
+    leaves = jax.tree.leaves(variables.get("params", {}))
+    return leaves[0].ndim if leaves else 0
 
 
 def _pack(layer, ndims, args, how):

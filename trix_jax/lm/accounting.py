@@ -154,7 +154,8 @@ def _routing_bits(c: TransformerConfig, tables: int) -> int:
     n, has_clusters = c.num_tiles, c.ffn in ("hierarchical", "lookup")
     # A lookup's signatures are read off its directions, which are FFN weights.
     is_read = c.ffn == "lookup" and c.routing.source == "weights"
-    is_stored = c.routing.holds or not (is_read or c.routing.source == "learned")
+    is_learned = c.routing.source == "learned"  # its rows are FFN weights too
+    is_stored = not is_learned and (c.routing.holds or not is_read)
     layer = n + (n + n // c.tiles_per_cluster if has_clusters else 0)
     layer += n * c.d_model if is_stored else 0
     copied = c.routing.hold != "signatures" and not tables

@@ -93,15 +93,15 @@ def rotate(
     base: float = ROTARY_BASE,
 ) -> Float[Array, "B L H E"]:
     """Turns each pair `(x_i, x_{i + E/2})` of a head by `position * base^(-2i / E)`, so
-    that a product of two depends on how far apart they stand; in float32.
+    that a product of two depends on how far apart they stand; in float32 or wider.
 
     References:
         Su et al., 2021, "RoFormer", https://arxiv.org/abs/2104.09864.
     """
-    half = x.shape[-1] // 2
-    speed = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None, None].astype(jnp.float32) * speed[None, None, None]
+    half, wide = x.shape[-1] // 2, jnp.promote_types(x.dtype, jnp.float32)
+    speed = base ** (-jnp.arange(half, dtype=wide) / half)
+    angle = positions[..., None, None].astype(wide) * speed[None, None, None]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    first, second = jnp.split(x.astype(wide), 2, axis=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)

@@ -149,7 +149,7 @@ class Router(nn.Module):
     def _variables(self, signature) -> dict[str, Any]:
         n, config = self.settings.num_tiles, self.settings.routing
         first = (
-            (lambda: signature)
+            (lambda: jnp.array(signature))  # a buffer of its own: states are donated
             if config.source != "random"
             else lambda: routing.rms_unit(
                 jax.random.normal(self.make_rng("params"), signature.shape)

@@ -101,7 +101,7 @@ class TokenInput(nn.Module):
         if self.config.hold == "signatures":
             return lambda rows, _: rows
         table = embed.embedding
-        rows = self.variable("routing", "rows", lambda: table)
+        rows = self.variable("routing", "rows", lambda: jnp.array(table))
         held = self.variable("routing", "held", jnp.zeros, (), bool)
         kept, was_held = rows.value, held.value
         is_held = was_held

@@ -130,9 +130,8 @@ class TransformerConfig:
         self._check_choices()
         head = check_divides("d_model", self.d_model, "n_heads", self.n_heads)
         if self.positions == "rotary" and head % 2:
-            raise ValueError(
-                f"d_model / n_heads must be even with positions='rotary'. Got {head}."
-            )
+            what = "d_model / n_heads must be even with positions='rotary'"
+            raise ValueError(f"{what}. Got {head}.")
         self._check_tiles()
         if self.ffn != "dense":
             check_router_input(self)
@@ -293,6 +292,10 @@ class TransformerLM(nn.Module):
         apart.
         """
         segment_ids = check_segments(segment_ids, tokens.shape)
+        if decode and segment_ids is not None and self.config.document_mask:
+            raise ValueError(
+                "segment_ids must be left out to decode with document_mask=True, which counts documents."
+            )
         if segment_ids is not None or not self.config.document_mask:
             return segment_ids
         end = self.config.end_token
@@ -335,10 +338,8 @@ def _vocabulary(config: TransformerConfig, length: int) -> int:
     """
     if config.vocab_size is None:
         raise ValueError("vocab_size must be set to build a model. Got None.")
-    if length > config.context:
-        raise ValueError(
-            f"tokens must be at most context={config.context} long. Got {length}."
-        )
+    if length > (most := config.context):
+        raise ValueError(f"tokens must be at most context={most} long. Got {length}.")
     return config.vocab_size
 
 

@@ -59,7 +59,7 @@ def differentiable(plain: Products) -> Products:
 
     def y_of_w(fixed, w):
         x, groups = fixed
-        return products.forward(x, w, groups)
+        return _counted(products.forward(x, w, groups), groups)
 
     def w_of_y(fixed, dy):
         x, groups = fixed
@@ -67,7 +67,7 @@ def differentiable(plain: Products) -> Products:
 
     def x_of_w(fixed, w):
         dy, groups = fixed
-        return products.transposed(dy, w, groups)
+        return _counted(products.transposed(dy, w, groups), groups)
 
     def w_of_x(fixed, x):
         dy, groups = fixed
@@ -79,6 +79,13 @@ def differentiable(plain: Products) -> Products:
         _bilinear(plain.outer, (w_of_x, x_of_w), (w_of_y, y_of_w), jnp.dtype),
     )
     return products
+
+
+def _counted(rows, groups):
+    """Zero in rows that do not count: they have no part in an outer product."""
+    row = jnp.arange(rows.shape[1], dtype=jnp.int32)
+    is_counted = row[None] < groups.filled[:, None]
+    return jnp.where(is_counted[..., None], rows, 0)
 
 
 def summed(dtype: Any) -> Any:

@@ -99,8 +99,8 @@ def _batched(rows, weights, shape, act):
 
 def _loop_unless_vmapped(loop, batched):
     """`loop(inputs, fixed)`, but `batched` under `vmap`, where the loops of the batch
-    would wait for each other. Its derivative to `inputs` is of the same kind. (That of
-    `custom_vmap` itself has wrong shapes where only tangents are batched.)
+    would wait for each other. Its derivative to `inputs` is that of `batched`: a loop of
+    unknown length has no transpose, and `custom_vmap` none of its own.
     """
     by_loop = custom_vmap(loop)
 
@@ -116,15 +116,10 @@ def _loop_unless_vmapped(loop, batched):
 
     @run.defjvp
     def _(primals, tangents):
-        both = _loop_unless_vmapped(_tangent_too(loop), _tangent_too(batched))
-        return both((primals[0], tangents[0]), primals[1])
+        inputs, fixed = primals
+        _, tangent = jax.jvp(
+            lambda inputs: batched(inputs, fixed), (inputs,), tangents[:1]
+        )
+        return run(inputs, fixed), tangent
 
     return run
-
-
-def _tangent_too(function):
-    def both(given, fixed):
-        inputs, tangent = given
-        return jax.jvp(lambda inputs: function(inputs, fixed), (inputs,), (tangent,))
-
-    return both
