@@ -163,8 +163,9 @@ def test_hessian_vector_product_is_the_difference_of_gradients(name):
     """Forward over reverse, against central differences in the input. Scores and norms
     are float32 in float64 too, to which the step fits.
     """
+    variables = variables_of(name)  # shared by all tests: float32
     with jax.enable_x64(True):
-        call, (params, x) = of_params_and_input(MODULES[name], variables_of(name))
+        call, (params, x) = of_params_and_input(MODULES[name], variables)
         x, u = np.float64(x), np.random.default_rng(1).normal(size=x.shape)
 
         def loss(x):
