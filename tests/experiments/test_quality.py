@@ -192,7 +192,7 @@ def _measure_and_report(folder: Path, found, base, hashed):
     )
     assert all(heading in page for heading in headings)
     assert "nan" not in page
-    width = folder / "results" / "shakespeare-char-width.png"
+    width = folder / "results" / "shakespeare-char-epochs-width.png"
     assert width.stat().st_size > 10_000
 
 
