@@ -69,6 +69,7 @@ def resolve_step(directory: str | Path, step: str | int) -> int | None:
     directory = Path(directory)
     if is_export(directory):
         return None
+    read_config(directory)  # says so where there is no run
     return checkpoint.resolve(directory / "checkpoints", step)
 
 
