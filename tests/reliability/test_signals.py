@@ -144,8 +144,9 @@ def test_second_signal_ends_a_real_run_that_does_not_come_to_its_save(
 ):
     """A step of a process that is stuck: the first signal is noted, the second kills."""
     stuck = (
-        "import sys, time; from trix_jax.lm.train import loop as train; from trix_jax.cli import main\n"
-        "train._compiled_step = lambda *_: lambda *_: (print('stuck', flush=True), time.sleep(60))\n"
+        "import functools, sys, time; from trix_jax.lm.train import loop as train; from trix_jax.cli import main\n"
+        "stuck = lambda *_: lambda *_: (print('stuck', flush=True), time.sleep(60))\n"
+        "train._compiled_step = functools.lru_cache(stuck)\n"
         "sys.exit(main())"
     )
     argv = ["train", "--workdir", tmp_path / "run", "--data.path", corpus]
