@@ -183,6 +183,12 @@ def test_a_body_that_cannot_be_is_refused_by_name(no_type_hook, values, message)
         TransformerConfig(**values)
 
 
+def test_rotary_attention_of_an_odd_head_is_refused_by_name():
+    layer = CausalSelfAttention(6, 2, rotary=True)
+    with pytest.raises(ValueError, match=r"must be even with rotary=True\. Got 3"):
+        layer.init(jax.random.key(0), jnp.zeros((1, 2, 6)))
+
+
 def test_documents_without_a_mark_are_refused():
     model = TransformerLM(TransformerConfig(**SIZES, document_mask=True))
     with pytest.raises(ValueError, match="end_token must be set"):

@@ -106,6 +106,10 @@ class CausalSelfAttention(nn.Module):
     def _project(self, x):
         """Queries, keys and values, `[B, L, H, E]`."""
         width = check_divides("d_model", self.d_model, "n_heads", self.n_heads)
+        if self.rotary and width % 2:
+            raise ValueError(
+                f"d_model / n_heads must be even with rotary=True. Got {width}."
+            )
         qkv = nn.DenseGeneral(
             (3, self.n_heads, width),
             use_bias=False,

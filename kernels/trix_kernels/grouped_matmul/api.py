@@ -46,8 +46,8 @@ def grouped_matmul(
         block_tile: the blocks of a tile come one after the other.
         filled: rows of each block that count, its first ones. Blocks without any come
             last, all blocks of a tile but its last one are full. None counts all rows.
-            In rows that do not count `x` may hold anything, NaN too, and `y` is
-            undefined; no gradient of `w` comes from them.
+            In rows that do not count `x` may hold anything, NaN too, and `y` and the
+            gradient of `x` are undefined; no gradient of `w` comes from them.
         implementation: None takes "mosaic_gpu" where it runs and "xla" elsewhere; a
             name runs exactly that. "reference" is numpy, on concrete arrays, without
             derivatives.

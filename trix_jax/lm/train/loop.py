@@ -93,7 +93,7 @@ def train(
     mapping = parallel.mapping_over(devices, shard_state, shard_tiles)
     start = Start(resume, init_from, other_data, devices, mapping)
     with Signals() as signals, contextlib.ExitStack() as lock:
-        with signals.at_once(f"before its first step; {workdir} is as it was"):
+        with signals.at_once(f"before its first step; nothing of {workdir} is lost"):
             run, position = _begin(config, workdir, start, lock, report)
         with (
             metrics.open_log(workdir, position.step, hosts.is_first()) as log,
