@@ -45,8 +45,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file."""
-    return json.loads(path.read_bytes())
+    """The content of a JSON file.
+
+    Raises:
+        ValueError: it is not JSON; the message names the file.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
 
 
 @contextlib.contextmanager

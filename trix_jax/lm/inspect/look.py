@@ -2,7 +2,6 @@
 hold.
 """
 
-import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -17,6 +16,7 @@ from trix_jax.lm.checkpoint import checkpoint
 from trix_jax.lm.data import Store
 from trix_jax.lm.inspect.routes import has_signatures, layer_states, route
 from trix_jax.lm.serve.load import load_run, resolve_step
+from trix_jax.lm.train import metrics
 from trix_jax.lm.train.exported import is_export
 from trix_jax.ops import PACKED
 from trix_jax.ternary import TernaryConfig, hard_ternary
@@ -96,11 +96,10 @@ def _history(directory: Path) -> list[dict[str, Any]]:
     path = directory / "metrics.jsonl"
     if not path.is_file():
         return []
-    lines = (json.loads(line) for line in path.read_text("utf-8").splitlines())
     keys = ("val_loss", "tile_usage", "routing_stability")
     evals = {
         e["step"]: {"step": e["step"], **{k: _finite(e[k]) for k in keys}}
-        for e in lines
+        for e in metrics.read(path)
         if e["event"] == "eval"
     }
     return [evals[step] for step in sorted(evals)]

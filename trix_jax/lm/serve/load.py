@@ -102,7 +102,8 @@ def open_run_data(directory: str | Path, data: str | Path | None = None) -> Stor
 def _check_unchanged(directory: Path, store: Store) -> None:
     checkpoints = directory / "checkpoints"
     steps = checkpoint.steps(checkpoints) if checkpoints.is_dir() else []
-    meta = checkpoint.read_meta(checkpoints, steps[-1]) if steps else {}
+    good = checkpoint.newest_good(checkpoints, report=lambda _: None) if steps else None
+    meta = {} if good is None else checkpoint.read_meta(checkpoints, good)
     if meta.get("data_fingerprint", store.fingerprint) != store.fingerprint:
         raise ValueError(
             f"{store.directory} is not the data that {directory} was trained on: it was "
