@@ -27,9 +27,12 @@ def _is_key(leaf: Any) -> bool:
 def to_stored(state: Any) -> tuple[Any, dict[str, str]]:
     """The pytree for Orbax, of numpy arrays and Python numbers, and the description of
     every leaf by its path.
+
+    An array of which devices have parts stays as it lies: Orbax writes part by part, and
+    each process its own.
     """
     named, treedef = jax.tree_util.tree_flatten_with_path(state)
-    stored = [_to_numpy(name_of(key), leaf) for key, leaf in named]
+    stored = [_to_orbax(name_of(key), leaf) for key, leaf in named]
     leaves = {name_of(key): describe(leaf) for key, leaf in named}
     if not leaves:
         raise ValueError("state must have at least one leaf.")
@@ -42,7 +45,7 @@ def to_stored(state: Any) -> tuple[Any, dict[str, str]]:
     return treedef.unflatten(stored), leaves
 
 
-def _to_numpy(name: str, leaf: Any) -> np.ndarray | bool | int | float | None:
+def _to_orbax(name: str, leaf: Any) -> Any:
     if _is_number(leaf):
         if isinstance(leaf, int) and not -(2**63) <= leaf < 2**63:
             raise ValueError(f"state leaf {name} must fit 64 bits, got {leaf}.")
@@ -54,7 +57,9 @@ def _to_numpy(name: str, leaf: Any) -> np.ndarray | bool | int | float | None:
         raise TypeError(f"state leaf {name} {rule}, got {type(leaf).__name__}.")
     if not leaf.size:
         return None
-    return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+    leaf = jax.random.key_data(leaf) if is_key else leaf
+    is_whole = not isinstance(leaf, jax.Array) or leaf.is_fully_replicated
+    return np.asarray(leaf) if is_whole else leaf
 
 
 def describe(leaf: Any) -> str:
@@ -75,6 +80,18 @@ def kind_of(text: str) -> type | None:
     not stored.
     """
     return _NUMBERS.get(text) or (None if 0 in _shape(text) else np.ndarray)
+
+
+def kinds_in(metadata: Any) -> Any:
+    """The same for a whole tree, from what Orbax notes of its leaves."""
+    return jax.tree.map(
+        lambda leaf: np.ndarray if hasattr(leaf, "shape") else type(leaf), metadata
+    )
+
+
+def nbytes(leaf: Any) -> int:
+    """Bytes of an array, wherever its parts are, or of a number."""
+    return np.asarray(leaf).nbytes if _is_number(leaf) else leaf.nbytes
 
 
 def empty(text: str) -> np.ndarray:

@@ -10,11 +10,13 @@
     checkpoints/damaged-00001000     moved aside by `set_aside`
 
 Orbax has no content checksums: it restores a flipped bit without a word, hence the
-manifest. Everything is stored as numpy (typed PRNG keys as their key data, zero-sized
-arrays, which Orbax refuses, as None), so a step knows nothing of the devices it was
-trained on; `restore` puts each leaf where the template says. This is the only module
-that imports orbax, and only when it is used: the import takes a second. One process
-writes a directory at a time.
+manifest. Arrays are stored as numpy (typed PRNG keys as their key data, zero-sized
+arrays, which Orbax refuses, as None), but for those of which devices have parts: Orbax
+gets them as they lie, writes them part by part, and notes where they lay. That note is
+not read here: `restore` puts each leaf where the template says, whatever a step was
+trained on. A plain `load` of such a step needs as many devices, or told places. This is
+the only module that imports orbax, and only when it is used: the import takes a second.
+One process writes a directory at a time.
 """
 
 import contextlib
@@ -66,8 +68,8 @@ def save(
     """Writes a step, waits until it is on the disk, then removes the steps that are no
     longer needed.
 
-    Several processes call it together, each with the whole state; the folder must be
-    one for all of them. The newest `keep` good steps, the best one, those of `hold` and
+    Several processes call it together, each with the whole state but for the parts of
+    arrays that are elsewhere; the folder must be one for all of them. The newest `keep` good steps, the best one, those of `hold` and
     this one stay. A step that exists is replaced.
 
     Args:
@@ -303,7 +305,7 @@ def _check_space(directory: Path, stored: Any) -> None:
     """Says no beforehand: on a full disk TensorStore prints a traceback for every
     array.
     """
-    needed = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(stored))
+    needed = sum(map(arrays.nbytes, jax.tree.leaves(stored)))
     if (free := shutil.disk_usage(directory).free) < needed:
         raise OSError(f"it needs {needed} bytes and the disk has {free} left")
 
@@ -379,6 +381,8 @@ def _load(path: Path, kinds: Any, *, partial: bool = False) -> Any:
             context = ocp.Context()
             context.pytree.loading.partial_load = partial and kinds is not None
             with context:
+                if kinds is None:
+                    kinds = arrays.kinds_in(ocp.metadata(path.absolute()).metadata)
                 return ocp.load(path.absolute(), kinds)
     except Exception as error:
         raise CheckpointError(f"Orbax cannot read {path}: {_reason(error)}") from error

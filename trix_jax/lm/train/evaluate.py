@@ -1,26 +1,32 @@
-"""Evaluation on a whole split, and restoring a run or an exported model to evaluate,
-generate or export.
+"""Evaluation on a whole split, where the variables are.
+
+A batch is under way while the sums of the one before come back; the tiles of tokens stay
+on the devices.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import count
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
 from trix_jax import routing
 from trix_jax.lm.data import (
     Store,
     eval_batches,
 )
-from trix_jax.lm.train.step import make_eval_step
+from trix_jax.lm.train import eval_step
+from trix_jax.lm.train.eval_step import Placement
 from trix_jax.nn.transformer import TransformerConfig, TransformerLM
 from trix_jax.ops import PACKED
 from trix_jax.ternary import as_served, is_as_served
+from trix_jax.typing import Array
 
 ROUTES_KEPT = 131_072  # validation tokens whose tiles are remembered, to tell how stable the routing is
 
@@ -36,7 +42,8 @@ class Evaluation(NamedTuple):
         val_bits_per_byte: of the text's UTF-8 bytes, so that tokenizers compare; None of
             tokens whose text is not known.
         tile_usage: share of assignments a tile, a list a layer.
-        routes: tiles of the first `ROUTES_KEPT` tokens, `uint16[layers, tokens, K]`.
+        routes: tiles of the first `ROUTES_KEPT` tokens, `uint16[layers, tokens, K]`, on
+            the devices of the variables.
     """
 
     val_loss: float
@@ -47,13 +54,8 @@ class Evaluation(NamedTuple):
     entropy: list[float]
     max_load: list[float]
     dead_tiles: list[int]
-    routes: np.ndarray
+    routes: jax.Array
     val_loss_unquantized: float | None = None
-
-
-@lru_cache(maxsize=8)
-def _compiled(config: TransformerConfig) -> Callable:
-    return jax.jit(make_eval_step(TransformerLM(config)))
 
 
 def evaluate(
@@ -68,18 +70,24 @@ def evaluate(
     model's context, as the model will be served: ternary weights are ternary, whatever
     training computes with at `progress`.
 
+    Variables stay where they are; where they lie on a mesh of devices, in whole or in
+    parts, all of these evaluate (`trix_jax.lm.train.eval_step`).
+
     Args:
         context: length of the windows, L; None: the model's.
 
     Raises:
         ValueError: a context that the model has no positions for, or longer than the
-            split.
+            split; variables on several meshes.
     """
     context = model.config.context if context is None else context
     config = at_context(model.config, context)
-    how = variables, store, batch_size, context, progress
+    is_same = trains_as_served(config, progress)
+    variables, placement = eval_step.settle(variables)
+    progress = jax.device_put(progress, placement.everywhere)
+    how = variables, placement, store, batch_size, context, progress
     result = _evaluate(_served(config), *how)
-    if PACKED in variables or trains_as_served(config, progress):
+    if PACKED in variables or is_same:
         return result
     trained = _evaluate(config, *how)
     return result._replace(val_loss_unquantized=trained.val_loss)
@@ -118,35 +126,72 @@ def _served(config: TransformerConfig) -> TransformerConfig:
 def _evaluate(
     config: TransformerConfig,
     variables: Any,
+    placement: Placement,
     store: Store,
     batch_size: int,
     context: int,
-    progress: float,
+    progress: Array,
 ) -> Evaluation:
-    step = _compiled(config)
-    loss, tokens, routes, kept = 0.0, 0.0, [], 0
-    total = np.zeros((), np.float64)
-    for batch, mask in eval_batches(store.val, batch_size=batch_size, context=context):
-        sums = jax.device_get(step(variables, batch, mask, progress))
-        loss, tokens = loss + float(sums.loss), tokens + float(sums.tokens)
-        total = total + sums.counts
-        if kept < ROUTES_KEPT:
-            seen = sums.tiles[:, np.asarray(mask, bool).reshape(-1)]
-            routes.append(seen[:, : ROUTES_KEPT - kept].astype(np.uint16))
-            kept += routes[-1].shape[1]
-    counts = jnp.asarray(total, jnp.float32)
-    mean = loss / tokens
+    step = eval_step.compiled(config, placement)
+    kept = min(ROUTES_KEPT, len(store.val) - 1)
+    total, late, routes = Total(), None, None
+    batches = eval_batches(store.val, batch_size=batch_size, context=context)
+    for start, rows in zip(count(0, batch_size * context), batches):
+        sums = step(variables, *eval_step.put(placement, *rows), progress)
+        if start < kept:
+            routes = _with_routes(routes, sums.tiles, start, kept, placement)
+        total, late = total.plus(late), sums[:3]
+    total = total.plus(late)
+    counts, mean = jnp.asarray(total.counts, jnp.float32), total.loss / total.tokens
     return Evaluation(
         val_loss=mean,
         val_ppl=math.exp(min(mean, 700.0)),
         val_bits_per_byte=_bits_per_byte(mean, store),
-        tokens=int(tokens),
+        tokens=int(total.tokens),
         tile_usage=(counts / jnp.maximum(counts.sum(-1, keepdims=True), 1)).tolist(),
         entropy=routing.usage_entropy(counts).tolist(),
         max_load=routing.max_load(counts).tolist() if counts.size else [],
         dead_tiles=routing.dead_tiles(counts).tolist() if counts.size else [],
-        routes=np.concatenate(routes, axis=1),
+        routes=routes[:, :kept],
     )
+
+
+class Total(NamedTuple):
+    """Sums over batches, in float64 on the host."""
+
+    loss: float = 0.0
+    tokens: float = 0.0
+    counts: np.ndarray | float = 0.0
+
+    def plus(self, sums: tuple[Array, Array, Array] | None) -> "Total":
+        """With another batch, fetched now; as it is with None."""
+        if sums is None:
+            return self
+        loss, tokens, counts = jax.device_get(sums)
+        counts = self.counts + counts.astype(np.float64)
+        return Total(self.loss + float(loss), self.tokens + float(tokens), counts)
+
+
+def _with_routes(
+    routes: Array | None, tiles: Array, start: int, kept: int, placement: Placement
+) -> Array:
+    """The tiles of all tokens so far and of a batch's, which begin at `start`; of all
+    that are kept, and what fills up the last batch.
+    """
+    layers, size, k = tiles.shape
+    where = placement.everywhere
+    if routes is None:
+        shape = (layers, -(-kept // size) * size + size, k)
+        routes = jnp.zeros(shape, tiles.dtype, device=where)
+    return _writer(where)(routes, tiles, jax.device_put(np.int32(start), where))
+
+
+@lru_cache(maxsize=8)
+def _writer(everywhere: Sharding | None) -> Callable:
+    def write(routes, tiles, start):
+        return jax.lax.dynamic_update_slice(routes, tiles, (0, start, 0))
+
+    return jax.jit(write, donate_argnums=0, out_shardings=everywhere)
 
 
 def _bits_per_byte(mean: float, store: Store) -> float | None:

@@ -236,8 +236,7 @@ def _loop(
         if not (is_due or any(asked)):
             continue
         logger.flush()
-        whole = parallel.fetch(state, devices, mapping)
-        position = position._replace(step=step, state=whole, skipped=logger.skipped)
+        position = position._replace(step=step, state=state, skipped=logger.skipped)
         position = milestone.keep(run, position, began, log, display)
         logger.restart_clock()
         _answer(run, step, asked, signals, display)

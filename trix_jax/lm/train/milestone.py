@@ -4,13 +4,12 @@ import math
 import time
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
+import jax
 
 from trix_jax import routing
 from trix_jax.lm import allocator
 from trix_jax.lm.config import TrainConfig
-from trix_jax.lm.train import metrics
+from trix_jax.lm.train import metrics, parallel
 from trix_jax.lm.train.display import Display
 from trix_jax.lm.train.evaluate import Evaluation, evaluate
 from trix_jax.lm.train.position import Position, save
@@ -38,7 +37,7 @@ def wants_checkpoint(config: TrainConfig, step: int) -> bool:
 def keep(
     run: Run, position: Position, began: float, log: Log, display: Display
 ) -> Position:
-    """Evaluates if that is due, and saves."""
+    """Evaluates if that is due, and saves; the state is as it lies on the devices."""
     val_loss = None
     if wants_evaluation(run.config.train, position.step):
         position, val_loss = _evaluate(run, position, log, display)
@@ -58,10 +57,8 @@ def _evaluate(
         Diverged: the loss is not finite, so that this step must not become a
             checkpoint.
     """
-    config, step, state = run.config.train, position.step, position.state
-    variables = {"params": state.params}
-    if state.routing:
-        variables["routing"] = state.routing
+    config, step = run.config.train, position.step
+    variables = parallel.variables_of(position.state, run.devices, run.mapping)
     batch_size, progressed = config.eval_batch_size, step / config.steps
     result = evaluate(run.model, variables, run.store, batch_size, progressed)
     if not math.isfinite(result.val_loss):
@@ -76,12 +73,11 @@ def _evaluate(
 
 
 def _eval_line(
-    run: Run, step: int, result: Evaluation, routes: np.ndarray
+    run: Run, step: int, result: Evaluation, routes: Any
 ) -> dict[str, Any]:
     kept = []
-    if step > run.config.train.eval_every:
-        pairs = zip(jnp.asarray(routes), jnp.asarray(result.routes), strict=True)
-        kept = [float(routing.stability(before, after)) for before, after in pairs]
+    if step > run.config.train.eval_every and len(result.routes):
+        kept = jax.device_get(_stability(routes, result.routes)).tolist()
     return {
         "event": "eval",
         "step": step,
@@ -95,6 +91,9 @@ def _eval_line(
         "routing_stability": kept,
         "dead_tiles": result.dead_tiles,
     }
+
+
+_stability = jax.jit(jax.vmap(routing.stability))  # a layer
 
 
 def _unquantized(result: Evaluation) -> dict[str, float]:

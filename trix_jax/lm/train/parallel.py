@@ -8,7 +8,7 @@ many; a test holds them to the same numbers.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
 import flax.jax_utils
@@ -181,6 +181,41 @@ def fetch(state: Any, devices: Devices, mapping: Mapping | None = None) -> Any:
             return jax.device_get(jax.tree.map(lambda x: x.addressable_data(0), state))
         case Spread():
             return jax.tree.map(_whole, state)
+
+
+def to_save(state: Any, devices: Devices, mapping: Mapping | None = None) -> Any:
+    """The state for a checkpoint: as it lies where the devices have parts of it, one
+    device's copy where each has a whole one.
+    """
+    kind = mapping or mapping_over(devices)
+    return state if isinstance(kind, Spread) else fetch(state, devices, kind)
+
+
+def variables_of(
+    state: TrainState, devices: Devices, mapping: Mapping | None = None
+) -> dict[str, Any]:
+    """Parameters and routing state as they lie on the devices, for an evaluation there."""
+    found = {"params": state.params, "routing": state.routing}
+    found = {name: tree for name, tree in found.items() if tree}
+    if (mapping or mapping_over(devices)) == "pmap":
+        return _unstacked(tuple(devices))(found)
+    return found
+
+
+@lru_cache(maxsize=4)
+def _unstacked(devices: tuple[jax.Device, ...]) -> Callable:
+    """What `jax.pmap` has stacked, a copy a device, as an array that each has whole; no
+    device asks another.
+    """
+    mesh = _mesh(devices, "pmap")
+    own = jax.shard_map(
+        partial(jax.tree.map, lambda x: x[0]),
+        mesh=mesh,
+        in_specs=P(AXIS),
+        out_specs=P(),
+        check_vma=False,
+    )
+    return jax.jit(own)
 
 
 def rebuild_clusters(

@@ -10,7 +10,7 @@ import numpy as np
 
 from trix_jax.lm.checkpoint import checkpoint
 from trix_jax.lm.data import Store
-from trix_jax.lm.train import extend, provenance
+from trix_jax.lm.train import extend, parallel, provenance
 from trix_jax.lm.train.evaluate import ROUTES_KEPT
 from trix_jax.lm.train.run import Report, Run
 from trix_jax.lm.train.step import TrainState, init_state
@@ -20,6 +20,7 @@ class Position(NamedTuple):
     """Where a run is.
 
     Attributes:
+        state: on the host at the start, and then as it lies on the devices.
         routes: tiles of the validation tokens at the last evaluation.
         best: lowest validation loss.
         seconds: trained so far.
@@ -28,7 +29,7 @@ class Position(NamedTuple):
 
     step: int
     state: TrainState
-    routes: np.ndarray
+    routes: Any
     best: float
     seconds: float
     skipped: int
@@ -99,7 +100,8 @@ def save(run: Run, position: Position, val_loss: float | None) -> None:
     }
     if run.init_from:
         meta["init_from"] = run.init_from
-    state = {**position.state._asdict(), "routes": position.routes}
+    state = parallel.to_save(position.state, run.devices, run.mapping)
+    state = {**state._asdict(), "routes": position.routes}
     held = extend.held_steps(run.config)
     checkpoint.save(run.checkpoints, position.step, state, meta, hold=held)
 

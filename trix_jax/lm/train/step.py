@@ -1,5 +1,5 @@
-"""The train and evaluation steps: pure per-device functions that take the name of the
-mapped axis as an argument.
+"""The train step: a pure per-device function that takes the name of the mapped axis as
+an argument.
 """
 
 from collections.abc import Callable
@@ -52,22 +52,6 @@ class Metrics(NamedTuple):
     aux_diversity: Float[Array, "..."]
     entropy: Float[Array, "..."]
     finite: Any
-
-
-class EvalSums(NamedTuple):
-    """One evaluation batch, to be added up.
-
-    Attributes:
-        loss: summed cross-entropy of the masked tokens.
-        tokens: how many they are.
-        counts: assignments a tile, `[layers, N]`; empty for a dense model.
-        tiles: the tiles of every token, `[layers, tokens, K]`.
-    """
-
-    loss: Float[Array, ""]
-    tokens: Float[Array, ""]
-    counts: Float[Array, "layers N"]
-    tiles: Integer[Array, "layers T K"]
 
 
 def init_state(
@@ -218,30 +202,6 @@ def _dropout_keys(state: TrainState, count: int, axis_name: AxisName | None):
 
 def _mean(axis_name: AxisName | None, tree):
     return jax.lax.pmean(tree, axis_name) if axis_name else tree
-
-
-def make_eval_step(model: TransformerLM) -> Callable[[Any, Any, Any, Any], EvalSums]:
-    """Builds `(variables, tokens [B, L + 1], mask [B, L], progress) -> EvalSums` for
-    one device.
-    """
-
-    def step(variables, tokens, mask, progress) -> EvalSums:
-        outputs: Any = model.apply(variables, tokens[:, :-1], progress=progress)
-        logits, infos, _ = outputs
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-        routed = [info for info in infos if info is not None]
-        if not routed:
-            empty = jnp.zeros((0, 0)), jnp.zeros((0, mask.size, 1), jnp.int32)
-            return EvalSums(jnp.sum(loss * mask), mask.sum(), *empty)
-        tiles = jnp.stack([info.tiles.reshape(mask.size, -1) for info in routed])
-        seen = mask.reshape(1, -1, 1) * jnp.ones(tiles.shape)
-        n = routed[0].counts.shape[0]
-        counts = jax.vmap(
-            lambda t, w: jnp.bincount(t.reshape(-1), w.reshape(-1), length=n)
-        )(tiles, seen)
-        return EvalSums(jnp.sum(loss * mask), mask.sum(), counts, tiles)
-
-    return step
 
 
 def _counts(infos):
