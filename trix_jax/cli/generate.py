@@ -1,6 +1,7 @@
 """`trix-jax generate --checkpoint DIR --prompt TEXT`."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Annotated
 
@@ -29,6 +30,8 @@ class Args:
     )
     tokens: int = 300
     """How many tokens to add."""
+    until_end: bool = False
+    """Stop at the tokenizer's end-of-text mark, which is not shown."""
     step: str = "latest"
     """Of a run: latest (the newest good one), best, or a number."""
     json: bool = False
@@ -43,7 +46,9 @@ def main(argv: list[str]) -> None:
     given = args.prompt_ids if args.prompt is None else tokenizer.encode(args.prompt)
     prompt = np.asarray(given, np.int64)
     ids, shown = [*map(int, prompt)], ""
-    tokens = generate(model, variables, prompt, args.tokens, args.sampling)
+    end = _end(args, tokenizer)
+    tokens = generate(model, variables, prompt, args.tokens, args.sampling, end)
+    tokens = itertools.takewhile(lambda token: token != end, tokens)
     for text in texts(tokenizer, args.prompt, ids, tokens):
         if not args.json:
             print(text[len(shown) :], end="", flush=True)
@@ -91,6 +96,16 @@ def _check(args: Args) -> None:
         raise ValueError(
             f"prompt must be text in UTF-8. Got {args.prompt[at]!r} at {at}."
         )
+
+
+def _end(args: Args, tokenizer: Tokenizer) -> int | None:
+    """The id to stop at; None for none."""
+    if args.until_end and tokenizer.eot is None:
+        raise ValueError(
+            f"until_end needs an end-of-text mark, and the tokenizer of {args.checkpoint} "
+            "has none: leave it out, and --tokens ends the text."
+        )
+    return tokenizer.eot if args.until_end else None
 
 
 def _no_text(prompt: str) -> int | None:

@@ -1,8 +1,8 @@
 """Several processes that train one model: what they agree on, and who writes.
 
-Every process runs the same program on the same files. All read the same global batches,
-evaluate the whole validation split and hold the same replicated state; only the first
-writes. The launcher is SLURM's, Kubernetes' or another's (docs/launch).
+Every process runs the same program on the same files. All read the same global batches
+and evaluate the validation split together; only the first writes, but for the slices of
+a sharded state, of which each writes its own. The launcher is SLURM's, Kubernetes' or another's (docs/launch).
 """
 
 import os

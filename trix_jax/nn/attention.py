@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -164,6 +165,19 @@ class CausalSelfAttention(nn.Module):
         ids = ids if mask is None else jnp.where(mask, ids, HIDDEN)
         kept.value = jax.lax.dynamic_update_slice(kept.value, ids, (0, start))
         return ids[:, :, None] == kept.value[:, None, :]
+
+
+def rewind(cache: Any, length: Integer[Array, ""]) -> Any:
+    """The `"cache"` of a model with only its first `length` slots written: the next call
+    goes on there.
+
+    For padding behind the real tokens of a call. Its mask has kept it out of all else.
+    """
+
+    def at(path, leaf):
+        return length.astype(leaf.dtype) if path[-1].key == "index" else leaf
+
+    return jax.tree_util.tree_map_with_path(at, cache)
 
 
 def attend(

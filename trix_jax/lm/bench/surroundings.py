@@ -16,8 +16,8 @@ import numpy as np
 from trix_jax.lm.config import TrainConfig
 from trix_jax.lm.data.pipeline import train_batches
 from trix_jax.lm.data.store import Split
-from trix_jax.lm.train.optimizer import make_optimizer
 from trix_jax.lm.train.eval_step import make_eval_step
+from trix_jax.lm.train.optimizer import make_optimizer
 from trix_jax.lm.train.step import init_state, make_train_step
 from trix_jax.nn.transformer import TransformerConfig, TransformerLM
 

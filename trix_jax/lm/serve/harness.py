@@ -91,9 +91,10 @@ class TrixLM(TemplateLM):
         prompt = np.asarray(ids, np.int32)
         new: list[int] = []
         text = ""
-        sampling = _sampling(options)
-        for token in generate(self._model, self._variables, prompt, count, sampling):
-            if token == self._tokenizer.eot:
+        sampling, end = _sampling(options), self._tokenizer.eot
+        how = self._model, self._variables, prompt, count, sampling, end
+        for token in generate(*how):
+            if token == end:
                 break
             new.append(token)
             text = self._tokenizer.decode(new)

@@ -45,30 +45,15 @@ class Placement(NamedTuple):
     Attributes:
         everywhere: where an array lies that each of the devices has whole; None is the
             default device.
-        treedef: of variables on a mesh, else None.
+        mesh: of several devices; None: one device.
+        treedef: of variables on a mesh.
         specs: how their leaves lie on it.
     """
 
     everywhere: Sharding | None
+    mesh: Mesh | None = None
     treedef: Any = None
     specs: tuple[P, ...] = ()
-
-    @property
-    def mesh(self) -> Mesh | None:
-        """The mesh of several devices."""
-        return self.everywhere.mesh if self.treedef else None
-
-    @property
-    def rows(self) -> Sharding | None:
-        """How a batch lies: its rows over all devices."""
-        if self.mesh is None:
-            return self.everywhere
-        return NamedSharding(self.mesh, P(self.mesh.axis_names))
-
-    @property
-    def devices(self) -> int:
-        """How many share a batch."""
-        return 1 if self.mesh is None else self.mesh.size
 
 
 def settle(variables: Any) -> tuple[Any, Placement]:
@@ -81,37 +66,38 @@ def settle(variables: Any) -> tuple[Any, Placement]:
         ValueError: they lie on several meshes.
     """
     leaves, treedef = jax.tree.flatten(variables)
-    meshes = {_mesh_of(leaf) for leaf in leaves} - {None}
+    meshes = {mesh for leaf in leaves if (mesh := _mesh_of(leaf))}
     if len(meshes) > 1:
         raise ValueError(f"variables must lie on one mesh of devices. Got {meshes}.")
     if not meshes:
         variables = jax.device_put(variables)
         committed = [x for x in jax.tree.leaves(variables) if x.committed]
         return variables, Placement(committed[0].sharding if committed else None)
-    everywhere = NamedSharding(meshes.pop(), P())
+    mesh = next(iter(meshes))
+    everywhere = NamedSharding(mesh, P())
     leaves = [x if _mesh_of(x) else jax.device_put(x, everywhere) for x in leaves]
     specs = tuple(leaf.sharding.spec for leaf in leaves)
-    return treedef.unflatten(leaves), Placement(everywhere, treedef, specs)
+    return treedef.unflatten(leaves), Placement(everywhere, mesh, treedef, specs)
 
 
 def _mesh_of(leaf: Any) -> Mesh | None:
     """The mesh of several devices that an array lies on."""
     sharding = leaf.sharding if isinstance(leaf, jax.Array) else None
-    if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
-        return None
-    return sharding.mesh
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
 
 
 def put(placement: Placement, *rows: np.ndarray) -> list[Array]:
-    """A host batch where the variables are; rows of zeros fill what the devices do not
-    divide.
+    """A host batch where the variables are, its rows over all devices; rows of zeros
+    fill what these do not divide.
     """
-    if placement.mesh is None:
-        return jax.device_put(list(rows), placement.rows)
-    short = -len(rows[0]) % placement.devices
+    mesh = placement.mesh
+    if mesh is None:
+        return jax.device_put(list(rows), placement.everywhere)
+    short = -len(rows[0]) % mesh.size
     filled = [np.pad(x, [(0, short), *[(0, 0)] * (x.ndim - 1)]) for x in rows]
-    cut = jax.make_array_from_callback
-    return [cut(x.shape, placement.rows, x.__getitem__) for x in filled]
+    over, cut = NamedSharding(mesh, P(mesh.axis_names)), jax.make_array_from_callback
+    return [cut(x.shape, over, x.__getitem__) for x in filled]
 
 
 def make_eval_step(
@@ -134,7 +120,8 @@ def make_eval_step(
         counts, tiles = _routes(infos, mask)
         sums = jnp.sum(loss * mask), mask.sum(), counts
         sums = jax.lax.psum(sums, layout.axes) if layout else sums
-        return EvalSums(*sums, tiles)
+        loss, tokens_seen, counts = sums
+        return EvalSums(loss, tokens_seen, counts, tiles)
 
     return step
 
@@ -164,11 +151,12 @@ def compiled(config: TransformerConfig, placement: Placement) -> Callable:
     if mesh is None:
         return jax.jit(make_eval_step(model))
     rows, layout = P(mesh.axis_names), Layout(mesh.axis_names, placement.specs)
+    sums: Any = P(), P(), P(), P(None, mesh.axis_names)
     step = jax.shard_map(
         make_eval_step(model, layout),
         mesh=mesh,
         in_specs=(placement.treedef.unflatten(placement.specs), rows, rows, P()),
-        out_specs=EvalSums(P(), P(), P(), P(None, mesh.axis_names)),
+        out_specs=EvalSums(*sums),
         check_vma=False,
     )
     return jax.jit(step)

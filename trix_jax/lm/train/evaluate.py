@@ -84,8 +84,8 @@ def evaluate(
     config = at_context(model.config, context)
     is_same = trains_as_served(config, progress)
     variables, placement = eval_step.settle(variables)
-    progress = jax.device_put(progress, placement.everywhere)
-    how = variables, placement, store, batch_size, context, progress
+    now = jax.device_put(progress, placement.everywhere)
+    how = variables, placement, store, batch_size, context, now
     result = _evaluate(_served(config), *how)
     if PACKED in variables or is_same:
         return result
@@ -134,7 +134,8 @@ def _evaluate(
 ) -> Evaluation:
     step = eval_step.compiled(config, placement)
     kept = min(ROUTES_KEPT, len(store.val) - 1)
-    total, late, routes = Total(), None, None
+    total, late = Total(), None
+    routes: Any = None
     batches = eval_batches(store.val, batch_size=batch_size, context=context)
     for start, rows in zip(count(0, batch_size * context), batches):
         sums = step(variables, *eval_step.put(placement, *rows), progress)

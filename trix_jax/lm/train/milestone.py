@@ -72,9 +72,7 @@ def _evaluate(
     return position._replace(routes=result.routes, best=best), result.val_loss
 
 
-def _eval_line(
-    run: Run, step: int, result: Evaluation, routes: Any
-) -> dict[str, Any]:
+def _eval_line(run: Run, step: int, result: Evaluation, routes: Any) -> dict[str, Any]:
     kept = []
     if step > run.config.train.eval_every and len(result.routes):
         kept = jax.device_get(_stability(routes, result.routes)).tolist()

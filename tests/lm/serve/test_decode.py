@@ -1,0 +1,211 @@
+"""Decoding on the device: the tokens of a plain loop, many sequences at once, ends."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trix_jax import TransformerConfig, TransformerLM, freeze
+from trix_jax.cli.main import main
+from trix_jax.lm.serve import decode
+from trix_jax.lm.serve.generate import (
+    SamplingConfig,
+    generate,
+    generate_batch,
+    sample,
+)
+
+GREEDY = SamplingConfig(temperature=0.0)
+DRAWN = SamplingConfig(temperature=1.0, top_k=20, top_p=0.95, seed=7)
+CONTEXT = 24
+SHAPE = TransformerConfig(
+    vocab_size=40,
+    context=CONTEXT,
+    d_model=32,
+    n_layers=1,
+    n_heads=2,
+    ffn="sparse",
+    num_tiles=4,
+    tiles_per_token=2,
+    router_input="pair",
+)
+PROMPTS = [np.random.default_rng(n).integers(0, 40, n) for n in (3, 11, 1, 7)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return TransformerLM(SHAPE)
+
+
+@pytest.fixture(scope="module")
+def variables(model):
+    return drawn(model)
+
+
+def drawn(model):
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    return jax.jit(model.init)(jax.random.key(0), tokens)
+
+
+def by_hand(model, variables, prompt, count, config):
+    """One whole call a token, on the window that `generate` says it sees."""
+    context, key = model.config.context, jax.random.key(config.seed)
+
+    @jax.jit
+    def drawn_after(tokens, at, i):
+        logits = model.apply(variables, tokens)[0][:, at]
+        return sample(logits, jax.random.fold_in(key, i), config)[0]
+
+    text = list(map(int, prompt))
+    window = text[-context:]
+    for i in range(count):
+        if len(window) > context:
+            window = text[-max(1, context // 2) :]
+        # What stands behind a token changes nothing for it.
+        tokens = np.zeros((1, context), np.int32)
+        tokens[0, : len(window)] = window
+        token = int(drawn_after(tokens, len(window) - 1, i))
+        text, window = [*text, token], [*window, token]
+    return text[len(prompt) :]
+
+
+@pytest.mark.parametrize(
+    "config", [pytest.param(GREEDY, marks=pytest.mark.slow), DRAWN]
+)
+def test_tokens_are_those_of_whole_calls_past_the_context_too(model, variables, config):
+    count = 2 * CONTEXT + 3
+    found = list(generate(model, variables, PROMPTS[1], count, config))
+    assert found == by_hand(model, variables, PROMPTS[1], count, config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ffn": "dense", "document_mask": True, "end_token": 3},
+        {"ffn": "lookup", "tiles_per_token": 1, "tiles_per_cluster": 2},
+        {"ffn": "hierarchical", "tiles_per_cluster": 4, "positions": "rotary"},
+        {"router_input": "hidden", "positions": "rotary", "qk_norm": True},
+        {"context": 1},
+    ],
+)
+@pytest.mark.parametrize("length", [1, 16, CONTEXT, 40])
+def test_tokens_of_every_kind_of_model_are_those_of_whole_calls(changes, length):
+    model = TransformerLM(dataclasses.replace(SHAPE, **changes))
+    variables = drawn(model)
+    prompt = np.random.default_rng(length).integers(0, 40, length)
+    wanted = by_hand(model, variables, prompt, 30, DRAWN)
+    kinds = [variables]
+    if model.config.ffn != "dense":
+        kinds.append(freeze(model, variables, jnp.zeros((1, 1), jnp.int32)))
+    for kind in kinds:
+        assert list(generate(model, kind, prompt, 30, DRAWN)) == wanted
+
+
+@pytest.mark.parametrize(
+    "config", [pytest.param(GREEDY, marks=pytest.mark.slow), DRAWN]
+)
+def test_sequences_together_are_those_alone_of_their_seeds(model, variables, config):
+    room = CONTEXT - 11  # until the longest fills the context
+    together = generate_batch(model, variables, PROMPTS, room + 1, config)
+    for row, (prompt, found) in enumerate(zip(PROMPTS, together, strict=True)):
+        own = dataclasses.replace(config, seed=config.seed + row)
+        assert found == list(generate(model, variables, prompt, room + 1, own))
+
+
+def test_sequences_of_one_length_are_those_alone_past_the_context_too(model, variables):
+    prompts, count = [np.roll(PROMPTS[1], by) for by in range(4)], 2 * CONTEXT
+    together = generate_batch(model, variables, prompts, count, DRAWN)
+    for row, (prompt, found) in enumerate(zip(prompts, together, strict=True)):
+        own = dataclasses.replace(DRAWN, seed=DRAWN.seed + row)
+        assert found == list(generate(model, variables, prompt, count, own))
+
+
+def cut_at(tokens, end):
+    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+
+
+def test_a_sequence_stops_after_its_end_mark_and_the_others_go_on(model, variables):
+    count = 2 * CONTEXT
+    free = generate_batch(model, variables, PROMPTS, count, DRAWN)
+    end = free[1][4]  # what one of them says in the middle of a loop
+    wanted = [cut_at(tokens, end) for tokens in free]
+    assert len({len(tokens) for tokens in wanted}) > 1
+    assert generate_batch(model, variables, PROMPTS, count, DRAWN, end) == wanted
+    alone = list(generate(model, variables, PROMPTS[0], count, DRAWN))
+    found = list(generate(model, variables, PROMPTS[0], count, DRAWN, alone[0]))
+    assert found == alone[:1]
+
+
+def test_a_loop_is_one_call_that_ends_with_the_last_sequence(model, variables):
+    steps = decode.compiled(SHAPE, dataclasses.replace(DRAWN, seed=0))
+    (free,) = generate_batch(model, variables, PROMPTS[:1], 8, DRAWN)
+    texts, end = [PROMPTS[0].tolist()], free[5]
+    tokens, mask, length = decode.lined_up(texts, CONTEXT, CONTEXT)
+    draws = decode.begin(DRAWN.seed, 1, end)
+    before, first = steps.read(variables, tokens, mask, np.int32(length), draws)
+    after, rest = steps.write(variables, before, np.int32(15))
+    wanted = cut_at(free, end)
+    assert first.tolist() == [wanted[:1]]
+    padded = wanted[1:] + [decode.NOTHING] * (CONTEXT - len(wanted) + 1)
+    assert rest.tolist() == [padded]
+    assert int(after.draws.number) == len(wanted)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.cache))
+
+
+def test_prompts_stand_side_by_side_at_their_ends():
+    tokens, mask, length = decode.lined_up([[1, 2, 3], [4], [5] * 30], 20, 24)
+    assert (tokens.shape, length) == ((3, 24), 20)
+    assert tokens[0].tolist() == [0] * 17 + [1, 2, 3] + [0] * 4
+    assert mask[1].tolist() == [False] * 19 + [True] + [False] * 4
+    assert mask.sum(axis=1).tolist() == [3, 1, 20]
+
+
+def test_prompts_of_all_lengths_share_a_few_shapes():
+    widths = {decode.lined_up([[0] * n], 300, 300)[0].shape for n in range(1, 301)}
+    assert widths == {(1, width) for width in (16, 32, 64, 128, 256, 300)}
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [([], "at least one prompt"), ([[1], []], r"prompts\[1\] must"), ([[40]], "0..39")],
+)
+def test_prompts_that_are_none_are_refused(model, variables, prompts, message):
+    given = [np.asarray(prompt, np.int32) for prompt in prompts]
+    with pytest.raises(ValueError, match=message):
+        generate_batch(model, variables, given, 4)
+
+
+def test_generate_until_end_needs_an_end_mark(run_dir, capsys):
+    flags = ["--checkpoint", str(run_dir), "--prompt", "the", "--until-end"]
+    assert main(["generate", *flags]) == 2
+    assert "until_end needs an end-of-text mark" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_generate_until_end_shows_what_stands_before_the_mark(
+    run_dir, capsys, monkeypatch
+):
+    from trix_jax.cli import generate as verb
+
+    load = verb.load_run
+
+    def with_mark(*how):
+        model, variables, tokenizer = load(*how)
+        given = tokenizer.encode("the ")
+        free = list(generate(model, variables, given, 20, GREEDY))
+        monkeypatch.setattr(type(tokenizer), "eot", free[6], raising=False)
+        return model, variables, tokenizer
+
+    monkeypatch.setattr(verb, "load_run", with_mark)
+    flags = ["--checkpoint", str(run_dir), "--prompt", "the ", "--tokens", "20"]
+    assert main(["generate", *flags, "--temperature", "0", "--json"]) == 0
+    free = json.loads(capsys.readouterr().out.splitlines()[-1])["ids"]
+    assert (
+        main(["generate", *flags, "--temperature", "0", "--until-end", "--json"]) == 0
+    )
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["ids"]
+    assert found == free[: free.index(free[4 + 6], 4)]
