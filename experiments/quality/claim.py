@@ -82,7 +82,7 @@ def tiles(number: int, name: str, *flags: str, like: int | None = None) -> Arm:
     """
     size = f"--arm tiles --model.num-tiles {number} --model.expansion {number // 4}"
     source = None if like is None else f"tiles-{like}-held"
-    return Arm(f"tiles-{number}-{name}", " ".join((size, *flags)), 2e-3, source)
+    return Arm(f"tiles-{number}-{name}", " ".join((size, *flags)), 4e-3, source)
 
 
 def held(number: int) -> Arm:
