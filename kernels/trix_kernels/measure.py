@@ -250,16 +250,20 @@ def _two_matmuls(case: Case) -> Callable:
     return jax.jit(run)
 
 
-def ceilings() -> dict[str, float]:
-    """What this GPU does at best: a copy, bytes read and written, and a product of 8,192
-    cubed.
+def ceilings(
+    size: int = 8192,
+    copied: int = 2**29,
+    seconds: Callable[[Callable, Sequence[tuple]], list[float]] = seconds,
+) -> dict[str, float]:
+    """What this GPU does at best: a product of `size` cubed, and a copy, bytes read and
+    written, of `copied` numbers of two bytes.
     """
-    x = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
     product = np.median(seconds(lambda a, b: jnp.matmul(a, b), [(x, x.T)]))
-    big = jnp.zeros((2**29,), jnp.bfloat16)
+    big = jnp.zeros((copied,), jnp.bfloat16)
     copy = np.median(seconds(lambda a: a + 1, [(big,)]))
     return {
-        "tflops": round(2 * 8192**3 / float(product) / 1e12, 1),
+        "tflops": round(2 * size**3 / float(product) / 1e12, 1),
         "gb_per_second": round(2 * big.nbytes / float(copy) / 1e9, 1),
     }
 
