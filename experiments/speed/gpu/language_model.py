@@ -17,7 +17,7 @@ from experiments.speed.gpu.timing import Row, summary
 from trix_jax import freeze
 from trix_jax.lm.config import TrainConfig
 from trix_jax.lm.data.store import Split, Store
-from trix_jax.lm.serve.generate import SamplingConfig, generate
+from trix_jax.lm.serve.generate import SamplingConfig, generate_batch
 from trix_jax.lm.train import parallel
 from trix_jax.lm.train.evaluate import evaluate
 from trix_jax.lm.train.optimizer import make_optimizer
@@ -180,8 +180,7 @@ def _generate(model: Any, variables: Any, batch: int, shapes: Shapes) -> float:
     rng, most = np.random.default_rng(0), shapes.vocabulary
     prompts = rng.integers(0, most, (batch, shapes.prompt), np.int32)
     config, began = SamplingConfig(temperature=0), time.perf_counter()
-    for prompt in prompts:
-        list(generate(model, variables, prompt, shapes.new_tokens, config))
+    generate_batch(model, variables, list(prompts), shapes.new_tokens, config)
     return time.perf_counter() - began
 
 

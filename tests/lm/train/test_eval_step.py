@@ -19,6 +19,7 @@ from trix_jax.nn.transformer import TransformerLM
 
 EIGHT = jax.devices()[:8]
 SLICED = parallel.Spread(is_sliced=True)
+SPREAD = parallel.Spread(4, is_sliced=True)
 BATCH = 12  # eight devices do not divide it
 
 
@@ -50,7 +51,7 @@ def alone(model, state, store):
         pytest.param("pmap", marks=pytest.mark.slow),
         pytest.param("shard_map", marks=pytest.mark.slow),
         pytest.param(SLICED, marks=pytest.mark.slow),
-        parallel.Spread(4, is_sliced=True),
+        SPREAD,
     ],
 )
 def test_all_devices_of_a_state_evaluate_what_one_does(
@@ -67,7 +68,7 @@ def test_all_devices_of_a_state_evaluate_what_one_does(
     assert result.routes.devices() == set(EIGHT)
 
 
-@pytest.mark.parametrize("mapping", ["jit", SLICED])
+@pytest.mark.parametrize("mapping", ["jit", SPREAD])
 def test_a_batch_moves_nothing_but_itself(
     model, state, store, alone, mapping, monkeypatch
 ):
