@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from trix_jax import TransformerConfig, TransformerLM, freeze
+from trix_jax.cli import generate as verb
 from trix_jax.cli.main import main
+from trix_jax.lm.data.tokenizer import IdTokenizer
 from trix_jax.lm.serve import decode
 from trix_jax.lm.serve.generate import (
     SamplingConfig,
@@ -46,7 +48,7 @@ def variables(model):
 
 
 def drawn(model):
-    tokens = jnp.zeros((1, 4), jnp.int32)
+    tokens = jnp.zeros((1, 1), jnp.int32)
     return jax.jit(model.init)(jax.random.key(0), tokens)
 
 
@@ -179,33 +181,27 @@ def test_prompts_that_are_none_are_refused(model, variables, prompts, message):
         generate_batch(model, variables, given, 4)
 
 
-def test_generate_until_end_needs_an_end_mark(run_dir, capsys):
-    flags = ["--checkpoint", str(run_dir), "--prompt", "the", "--until-end"]
-    assert main(["generate", *flags]) == 2
-    assert "until_end needs an end-of-text mark" in capsys.readouterr().err
+def said(capsys, *flags):
+    """Exit code and ids of `generate` after a prompt of three."""
+    flags = ("--checkpoint", "run", "--prompt-ids", "3", "1", "2", *flags)
+    flags += ("--tokens", "20", "--temperature", "1.0", "--seed", "7", "--json")
+    code, shown = main(["generate", *flags]), capsys.readouterr()
+    return code, json.loads(shown.out.splitlines()[-1])["ids"] if not code else shown
 
 
-@pytest.mark.slow
 def test_generate_until_end_shows_what_stands_before_the_mark(
-    run_dir, capsys, monkeypatch
+    model, variables, capsys, monkeypatch
 ):
-    from trix_jax.cli import generate as verb
+    def with_end(mark):
+        loaded = model, variables, IdTokenizer(40, mark)
+        monkeypatch.setattr(verb, "load_run", lambda *_: loaded)
 
-    load = verb.load_run
-
-    def with_mark(*how):
-        model, variables, tokenizer = load(*how)
-        given = tokenizer.encode("the ")
-        free = list(generate(model, variables, given, 20, GREEDY))
-        monkeypatch.setattr(type(tokenizer), "eot", free[6], raising=False)
-        return model, variables, tokenizer
-
-    monkeypatch.setattr(verb, "load_run", with_mark)
-    flags = ["--checkpoint", str(run_dir), "--prompt", "the ", "--tokens", "20"]
-    assert main(["generate", *flags, "--temperature", "0", "--json"]) == 0
-    free = json.loads(capsys.readouterr().out.splitlines()[-1])["ids"]
-    assert (
-        main(["generate", *flags, "--temperature", "0", "--until-end", "--json"]) == 0
-    )
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])["ids"]
-    assert found == free[: free.index(free[4 + 6], 4)]
+    with_end(None)
+    _, free = said(capsys)
+    assert len(free) == 3 + 20
+    code, shown = said(capsys, "--until-end")
+    assert code == 2
+    assert "until_end needs an end-of-text mark" in shown.err
+    with_end(free[9])
+    assert said(capsys) == (0, free)
+    assert said(capsys, "--until-end") == (0, free[: free.index(free[9], 3)])
