@@ -7,6 +7,7 @@ the XLA path a frozen layer therefore equals its fake-quantized forward bit for 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,13 @@ from trix_jax.typing import Array, Float, Integer, Variables
 from trix_kernels import Packed as Packed
 from trix_kernels.derivatives import linear_map as linear_map
 from trix_kernels.derivatives import with_backward as with_backward
+from trix_kernels.derivatives import with_kept as with_kept
+from trix_kernels.grouped_matmul import grouped_matmul as grouped_matmul
+from trix_kernels.grouped_matmul import grouped_outer as grouped_outer
+from trix_kernels.grouped_matmul import transposed_matmul as transposed_matmul
+from trix_kernels.grouped_matmul.api import ROWS as GROUPED_ROWS
+from trix_kernels.grouped_matmul.api import Implementation as Implementation
+from trix_kernels.grouped_matmul.api import unsupported_reason as grouped_reason
 from trix_kernels.quantize import quantize
 from trix_kernels.tile_ffn import xla as ffn_xla
 from trix_kernels.tile_matmul import xla
@@ -113,6 +121,7 @@ def tile_ffn(
     act: Callable,
     used: Integer[Array, "1"] | None = None,
     activations: Activations = "float",
+    implementation: Implementation | None = None,
 ) -> Float[Array, "M R O"]:
     """Computes `act(x_m @ up_n) @ down_n`, `n = block_tile[m]`, in one kernel where
     there is one.
@@ -121,9 +130,11 @@ def tile_ffn(
         shape: F, the hidden width, and O.
         used: blocks from this one on need not be computed; None computes all.
         activations: as for `matmul`.
+        implementation: of packed weights, see `trix_kernels.block_ffn`; others run XLA.
     """
-    mode = {"used": used, "activations": activations}
     if isinstance(up, Packed) and isinstance(down, Packed):
+        mode: dict[str, Any] = {"used": used, "activations": activations}
+        mode["implementation"] = implementation
         return trix_kernels.block_ffn(x, up, down, block_tile, shape, act, **mode)
     if activations == "float":
         return ffn_xla.tile_ffn(x, up, down, block_tile, shape, act, used)

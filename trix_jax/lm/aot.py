@@ -32,7 +32,7 @@ from trix_jax.lm.train.optimizer import make_optimizer
 from trix_jax.lm.train.step import init_state, make_train_step
 from trix_jax.nn.sparse_ffn import SparseTriXFFN
 from trix_jax.nn.transformer import TransformerConfig, TransformerLM
-from trix_kernels import aot, hlo
+from trix_kernels import aot, device, hlo
 from trix_kernels.gpu_specs import GPUS, target_config
 
 CONFIGS = {
@@ -213,10 +213,12 @@ def compile_layer(target: str, tiles: int) -> dict[str, Any]:
     def loss(params, x, dy, state):
         given = {"params": params, "routing": state}
         (y, _, aux), new = layer.apply(given, x, True, mutable=["routing"])
-        return jnp.sum((y * dy).astype(jnp.float32)) + aux["total_aux"], new
+        return jnp.sum((y * dy).astype(jnp.float32)) + aux["total_aux"], (y, new)
 
     step = jax.jit(jax.grad(loss, (0, 1), has_aux=True), in_shardings=one)
-    compiled = step.lower(variables["params"], x, x, variables["routing"]).compile()
+    with device.assumed(GPUS[target]):
+        lowered = step.lower(variables["params"], x, x, variables["routing"])
+    compiled = lowered.compile()
     memory: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
     launches = hlo.launches(text)

@@ -8,7 +8,7 @@ field and a line of documentation in `TileSettings`, an argument and a line of
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -17,6 +17,8 @@ from trix_jax.nn.activations import activation
 from trix_jax.routing import RoutingConfig
 from trix_jax.ternary import TernaryConfig
 from trix_jax.typing import AxisName, Dtype
+
+Implementation = Literal["xla", "mosaic_gpu"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,10 +54,13 @@ class TileSettings:
         tile_axis: mapped axis that the tiles are spread over
             (`trix_jax.expert_parallel`): a device holds its own tiles and the
             parameters of no others; None holds all.
+        implementation: of the tiles' products: "xla", "mosaic_gpu" (kernels for GPUs),
+            which runs or raises with the reason, or None, the kernels where they run.
 
     Raises:
         ValueError: clusters that do not divide the tiles, `top_k_clusters` or
-            `tiles_per_token` below 1 or above what there is, an unknown activation.
+            `tiles_per_token` below 1 or above what there is, an unknown activation or
+            implementation.
     """
 
     num_tiles: int
@@ -73,6 +78,7 @@ class TileSettings:
     param_dtype: Dtype = jnp.float32
     axis_name: AxisName | None = None
     tile_axis: str | None = None
+    implementation: Implementation | None = None
 
     def __post_init__(self):
         choice, what = self.num_tiles, "num_tiles"
@@ -89,6 +95,11 @@ class TileSettings:
                 f"tiles_per_token={self.tiles_per_token} must be at least 1 and at most {what}={choice}."
             )
         activation(self.activation)
+        if self.implementation not in (None, *get_args(Implementation)):
+            kinds = ", ".join(get_args(Implementation))
+            raise ValueError(
+                f"implementation must be None or one of {kinds}. Got {self.implementation!r}."
+            )
 
     @property
     def num_clusters(self) -> int:
@@ -120,6 +131,7 @@ class TileArguments(LayerArguments, kw_only=True):
     activation: str = TileSettings.activation
     ternary: TernaryConfig = TileSettings.ternary
     routing: RoutingConfig = TileSettings.routing
+    implementation: Implementation | None = TileSettings.implementation
 
     def tile_arguments(self) -> dict[str, Any]:
         """These keywords by name: what a block hands to its FFN, and an FFN to its
@@ -135,6 +147,7 @@ class TileArguments(LayerArguments, kw_only=True):
             "param_dtype": self.param_dtype,
             "axis_name": self.axis_name,
             "tile_axis": self.tile_axis,
+            "implementation": self.implementation,
         }
 
 
