@@ -55,8 +55,17 @@ def assert_close(found, expected, rtol=2e-6):
         np.testing.assert_allclose(a, b, rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize("mask", [None, MASK], ids=["all", "masked"])
-@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("act", "mask"),
+    [
+        pytest.param("gelu", MASK, id="gelu, masked"),
+        pytest.param("relu2", None, id="relu2"),
+        *(
+            pytest.param(act, MASK, id=act, marks=pytest.mark.slow)
+            for act in ACTIVATIONS
+        ),
+    ],
+)
 def test_output_and_gradients_are_those_of_the_formula(act, mask):
     inputs, tiles = drawn()
     if mask is not None:  # what masked tokens hold reaches nothing
@@ -88,20 +97,26 @@ DERIVED = {
         )
     )(inputs),
     "gradient penalty": lambda f, inputs: jax.grad(
-        lambda inputs: sum(
-            jnp.sum(leaf**2) for leaf in jax.vjp(f, inputs)[1](DY)[0]
-        )
+        lambda inputs: sum(jnp.sum(leaf**2) for leaf in jax.vjp(f, inputs)[1](DY)[0])
     )(inputs),
 }
 
 
-@pytest.mark.parametrize("name", DERIVED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        n if n == "gradient penalty" else pytest.param(n, marks=pytest.mark.slow)
+        for n in DERIVED
+    ],
+)
 def test_transformed_it_is_the_formula_transformed(name):
     inputs, tiles = drawn()
     found, expected = (
-        jit(lambda inputs, call=call: DERIVED[name](
-            lambda i: call(i, tiles, jax.nn.silu, MASK), inputs
-        ))(inputs)
+        jit(
+            lambda inputs, call=call: DERIVED[name](
+                lambda i: call(i, tiles, jax.nn.silu, MASK), inputs
+            )
+        )(inputs)
         for call in (ours, formula)
     )
     assert_close(found, expected, rtol=2e-5)

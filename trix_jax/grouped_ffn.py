@@ -108,9 +108,7 @@ def unsupported_reason(
 
 @lru_cache
 def _differentiable(act, implementation):
-    forward, backward = (
-        partial(f, act, implementation) for f in (_forward, _backward)
-    )
+    forward, backward = (partial(f, act, implementation) for f in (_forward, _backward))
     return ops.with_kept(forward, backward)
 
 

@@ -19,7 +19,6 @@ _REASONS = {
 }
 
 
-
 class _Device(NamedTuple):
     platform: str
     kind: str

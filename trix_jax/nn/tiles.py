@@ -97,9 +97,7 @@ def runs_whole(
 def _summed(h, route, pair, *, act, mask=None):
     """The sum over a token's tiles, gated."""
     with jax.named_scope("plan"):
-        plan = dispatch.make_plan(
-            route.tiles, pair[0].shape[0], grouped_ffn.ROWS, mask
-        )
+        plan = dispatch.make_plan(route.tiles, pair[0].shape[0], grouped_ffn.ROWS, mask)
     inputs = grouped_ffn.Inputs(h, route.gates, *pair)
     return grouped_ffn.grouped_ffn(inputs, plan, act, mask, "mosaic_gpu")
 
