@@ -36,7 +36,6 @@ from trix_jax.ops import Implementation
 from trix_jax.ternary import Activations
 from trix_jax.typing import Array, Bool, Float
 
-
 ROWS = ops.GROUPED_ROWS  # of a block
 LEAST_LOAD = 32  # rows of a tile, on average, below which blocks are mostly padding
 
@@ -102,8 +101,7 @@ def unsupported_reason(
         return "Int8 activations are rounded between the products, by XLA."
     if not isinstance(assignments, int):
         return "The GPU kernels take a number of tokens that is known, not a symbol."
-    block = jax.ShapeDtypeStruct((1, ROWS, x.shape[1]), x.dtype)
-    return ops.grouped_reason(block, x.shape[1], tile_width)
+    return ops.grouped_reason(x.dtype, x.shape[1], tile_width)
 
 
 @lru_cache
@@ -123,6 +121,9 @@ def _forward(act, implementation, inputs: Inputs, plan: Plan):
 def _backward(act, implementation, primals: Any, dy: Float[Array, "T D"]) -> Inputs:
     inputs, plan, h = primals
     products = _products(plan, inputs, implementation)
+    # Or XLA would find the rows of x and act(h) where the way forward has made them, and
+    # keep them until now.
+    x, h, dy = jax.lax.optimization_barrier((inputs.x, h, dy))
     a, act_back = jax.vjp(act, h)
     dy_MRD = to_blocks(dy, plan)
     p = products.transposed(dy_MRD, inputs.down)
@@ -130,7 +131,7 @@ def _backward(act, implementation, primals: Any, dy: Float[Array, "T D"]) -> Inp
     dgates = numbers_from_blocks((p * a.astype(gate.dtype)).sum(axis=-1), plan)
     (dh,) = act_back((gate * p).astype(h.dtype))
     ddown = products.outer((gate * a).astype(h.dtype), dy_MRD)
-    dup = products.outer(to_blocks(inputs.x, plan), dh)
+    dup = products.outer(to_blocks(x, plan), dh)
     dx = from_blocks(products.transposed(dh, inputs.up), plan).sum(axis=1)
     return Inputs(
         dx,

@@ -19,12 +19,11 @@ from trix_kernels import Packed as Packed
 from trix_kernels.derivatives import linear_map as linear_map
 from trix_kernels.derivatives import with_backward as with_backward
 from trix_kernels.derivatives import with_kept as with_kept
+from trix_kernels.grouped_matmul import api as grouped
 from trix_kernels.grouped_matmul import grouped_matmul as grouped_matmul
 from trix_kernels.grouped_matmul import grouped_outer as grouped_outer
 from trix_kernels.grouped_matmul import transposed_matmul as transposed_matmul
-from trix_kernels.grouped_matmul.api import ROWS as GROUPED_ROWS
 from trix_kernels.grouped_matmul.api import Implementation as Implementation
-from trix_kernels.grouped_matmul.api import unsupported_reason as grouped_reason
 from trix_kernels.quantize import quantize
 from trix_kernels.tile_ffn import xla as ffn_xla
 from trix_kernels.tile_matmul import xla
@@ -34,6 +33,8 @@ from trix_kernels.varying import vary_like as vary_like
 from trix_kernels.weights import ROWS, layout_of, planar_unsupported_reason
 
 PACKED = "packed"  # the Flax collection that holds packed weights
+
+GROUPED_ROWS = grouped.ROWS  # of a block that the kernels of grouped products take
 
 Weights = Ternary | Packed
 
@@ -72,6 +73,14 @@ def implementation(variables: Variables, activations: Activations = "float") -> 
     if reason:
         return f"xla, {packed}. {reason}"
     return f"mosaic_gpu where shapes allow, {packed}"
+
+
+def grouped_reason(dtype: Any, inputs: int, outputs: int) -> str | None:
+    """Why the GPU kernels of grouped products do not run on rows of `dtype` and weights of
+    `inputs` and `outputs`, in blocks of `GROUPED_ROWS`; None where they do.
+    """
+    block = jax.ShapeDtypeStruct((1, GROUPED_ROWS, inputs), dtype)
+    return grouped.unsupported_reason(block, inputs, outputs)
 
 
 def least_rows(weights: Weights) -> int:

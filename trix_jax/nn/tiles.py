@@ -18,7 +18,7 @@ from trix_jax.nn.router import Route, Router
 from trix_jax.nn.settings import Implementation, TileSettings, check_divides
 from trix_jax.ops import PACKED
 from trix_jax.routing import RoutingInfo
-from trix_jax.ternary import Activations, whole
+from trix_jax.ternary import Activations, Ternary, whole
 from trix_jax.typing import AnyArray, Array, Bool, Float, Integer, Scalar, Shaped
 
 Aux = dict[str, Float[Array, ""]]
@@ -52,15 +52,15 @@ def tile_ffn(
         NotImplementedError: the named implementation does not run on this device or these
             shapes, and why.
     """
-    is_whole = runs_whole(h, route.tiles, up, activations, implementation)
-    if is_whole:  # (h @ (q * s)), all of it with one backward pass
+    pair: Any = up, down
+    how = {"activations": activations, "implementation": implementation}
+    is_latent = isinstance(up, Ternary) and isinstance(down, Ternary)
+    if is_latent and runs_whole(h, route.tiles, up, **how):
         pair = whole(up), whole(down)
         if tile_axis is None:
             return _summed(h, route, pair, act=act, mask=mask)
         compute = partial(_alone, act=act)
     else:
-        pair = up, down
-        how = {"activations": activations, "implementation": implementation}
         compute = partial(_outputs, tile_width=shape[1], act=act, **how)
     if tile_axis is None:
         y_TKD = compute(h, route.tiles, pair, mask=mask)
@@ -74,7 +74,7 @@ def tile_ffn(
 def runs_whole(
     h: Float[Array, "T D"],
     tiles: Integer[Array, "T K"],
-    up: ops.Weights,
+    up: Ternary,
     activations: Activations,
     implementation: Implementation | None,
 ) -> bool:
@@ -83,7 +83,7 @@ def runs_whole(
     Raises:
         NotImplementedError: they were asked for by name and do not run, and why.
     """
-    if isinstance(up, ops.Packed) or implementation == "xla":
+    if implementation == "xla":
         return False
     num_tiles, _, width = up.q.shape
     reason = grouped_ffn.unsupported_reason(h, tiles.size, width, activations)
@@ -102,10 +102,10 @@ def _summed(h, route, pair, *, act, mask=None):
     return grouped_ffn.grouped_ffn(inputs, plan, act, mask, "mosaic_gpu")
 
 
-def _alone(h, tiles, pair, *, act):
+def _alone(h, tiles, pair, *, act, mask=None):
     """The output of every token's one tile, `[T, 1, D]`."""
     route = Route(tiles, jnp.ones(tiles.shape, jnp.float32))
-    return _summed(h, route, pair, act=act)[:, None]
+    return _summed(h, route, pair, act=act, mask=mask)[:, None]
 
 
 def _outputs(
