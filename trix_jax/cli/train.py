@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 import tyro
 
 from trix_jax.cli.common import be_deterministic, print_json, say
+from trix_jax.cli.report import run_report
 from trix_jax.lm import hosts
 from trix_jax.lm.config import RunConfig
 from trix_jax.lm.data import check_typed
 from trix_jax.lm.presets import parse_preset, value_of
-from trix_jax.lm.report.run import write_run_report
 from trix_jax.lm.train import initial
 from trix_jax.lm.train.loop import train
 
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> None:
         report=report,
     )
     if hosts.is_first():
-        report(f"read {write_run_report(args.workdir)}")
+        report(f"read {run_report(args.workdir, report)}")
         if args.json:
             print_json(summary)
 

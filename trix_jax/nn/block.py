@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from trix_jax.nn.activations import activation
 from trix_jax.nn.attention import CausalSelfAttention, check_sequence
+from trix_jax.nn.cudnn import AttentionKind
 from trix_jax.nn.hierarchical_ffn import HierarchicalTriXFFN
 from trix_jax.nn.inputs import check_input, check_mask, hide
 from trix_jax.nn.settings import LayerArguments, TileArguments, TileSettings
@@ -103,6 +104,7 @@ class Block(LayerArguments):
         attention_init, attention_out_init: of the attention's projections.
         norm: "layer" norms without bias, or "rms" norms.
         rotary, qk_norm: see `CausalSelfAttention`.
+        attention_implementation: its `implementation`.
     """
 
     d_model: int
@@ -115,6 +117,7 @@ class Block(LayerArguments):
     norm: Norm = "layer"
     rotary: bool = False
     qk_norm: bool = False
+    attention_implementation: AttentionKind = "auto"
 
     @nn.compact
     def __call__(
@@ -147,6 +150,7 @@ class Block(LayerArguments):
             self.param_dtype,
             self.rotary,
             self.qk_norm,
+            self.attention_implementation,
             name="attention",
         )
         h = make_norm(self.norm, "attention_norm", **how)(hide(x, mask))

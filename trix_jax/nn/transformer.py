@@ -1,14 +1,13 @@
 """A decoder-only language model with any of the three TriX FFNs or the dense one."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from trix_jax.nn.activations import activation
-from trix_jax.nn.attention import check_segments
 from trix_jax.nn.block import (
     Block,
     DenseBlock,
@@ -18,9 +17,11 @@ from trix_jax.nn.block import (
     SparseTriXBlock,
     make_norm,
 )
+from trix_jax.nn.cudnn import AttentionKind
 from trix_jax.nn.inputs import check_mask
 from trix_jax.nn.kernel import Whole
-from trix_jax.nn.positions import documents, positions_of
+from trix_jax.nn.positions import positions_of
+from trix_jax.nn.segments import segments_of
 from trix_jax.nn.settings import TileSettings, check_divides
 from trix_jax.nn.sparse_lookup_ffn import compress_width
 from trix_jax.nn.tiles import Aux
@@ -90,6 +91,10 @@ class TransformerConfig:
             does by itself. Embeddings have 0.02 either way.
         document_mask: no token attends to another document, and positions begin anew in
             each: a document's logits are those that it gets alone.
+        attention: "auto" takes cuDNN's where it runs and XLA's elsewhere, "xla" and
+            "cudnn" exactly that; see `CausalSelfAttention.implementation`.
+        remat: a block's activations are computed again in the backward pass, which
+            keeps the blocks' inputs alone: less memory, a third more work.
         end_token: the id that opens a document; None is filled in from the tokenizer by
             the training lane, where `document_mask` needs it.
     """
@@ -122,6 +127,8 @@ class TransformerConfig:
     init: Init = "gpt2"
     document_mask: bool = False
     end_token: int | None = None
+    attention: AttentionKind = "auto"
+    remat: bool = False
     ternary: TernaryConfig = dataclasses.field(default_factory=TernaryConfig)
     routing: RoutingConfig = dataclasses.field(default_factory=RoutingConfig)
 
@@ -151,6 +158,7 @@ class TransformerConfig:
             ("norm", self.norm, Norm),
             ("positions", self.positions, Positions),
             ("init", self.init, Init),
+            ("attention", self.attention, AttentionKind),
         ):
             if value not in get_args(kind):
                 raise ValueError(
@@ -230,7 +238,8 @@ class TransformerLM(nn.Module):
         *,
         mask: Shaped[AnyArray, "..."] | None = None,
         segment_ids: Shaped[AnyArray, "..."] | None = None,
-    ) -> tuple[Float[Array, "B L V"], tuple[RoutingInfo | None, ...], Aux]:
+        hidden: bool = False,
+    ) -> tuple[Float[Array, "B L _"], tuple[RoutingInfo | None, ...], Aux]:
         """Applies the model.
 
         Args:
@@ -244,10 +253,13 @@ class TransformerLM(nn.Module):
             segment_ids: `[batch, length]` integers; a token sees those of its own
                 number, and positions begin anew where the number changes. None: the
                 documents, with `TransformerConfig.document_mask`, or one.
+            hidden: leaves the head to the caller, see
+                `trix_jax.lm.train.loss`.
 
         Returns:
-            logits in float32, a `RoutingInfo` a layer (None for a dense FFN), and the
-            auxiliary losses, layers averaged.
+            logits in float32 (with `hidden` what the head multiplies, `[B, L, D]`), a
+            `RoutingInfo` a layer (None for a dense FFN), and the auxiliary losses,
+            layers averaged.
 
         Raises:
             ValueError: a sequence longer than the context, a mask or segments of
@@ -258,7 +270,8 @@ class TransformerLM(nn.Module):
         embed = nn.Embed(v, c.d_model, embedding_init=INIT, dtype=dtype, name="embed")
         mask = check_mask(mask, tokens.shape)
         tokens = jnp.asarray(tokens)
-        segment_ids = self._segments(tokens, segment_ids, mask, decode)
+        apart = c.document_mask, c.end_token
+        segment_ids = segments_of(self, tokens, segment_ids, mask, decode, *apart)
         x = rows = embed(tokens)
         if c.positions == "learned":
             x = rows + self._positions(tokens.shape, mask, segment_ids, decode)
@@ -266,14 +279,16 @@ class TransformerLM(nn.Module):
         how: dict[str, Any] = {"progress": progress, "token_ids": tokens}
         how |= {"mask": mask, "segment_ids": segment_ids}
         how |= self._by_token(tokens, rows, embed, train, decode, how)
-        x, infos, losses = self._blocks(x, train, decode, how)
+        x, infos, aux = self._blocks(x, train, decode, how)
         x = make_norm(c.norm, "norm", dtype=dtype)(x)
+        if hidden:
+            return x, infos, aux
         head = embed.attend
         if not c.tied:
             head = nn.Dense(
                 v, use_bias=False, kernel_init=INIT, dtype=dtype, name="head"
             )
-        return head(x).astype(jnp.float32), infos, _mean_losses(losses)
+        return head(x).astype(jnp.float32), infos, aux
 
     def _by_token(self, tokens, rows, embed, train, decode, how) -> dict[str, Any]:
         """What the routers are given of each token; nothing where they look at hidden
@@ -286,24 +301,6 @@ class TransformerLM(nn.Module):
         look = TokenInput(c.routing, weight, name="router_input")
         about = (how[name] for name in ("progress", "mask", "segment_ids"))
         return look(tokens, rows, embed, train, decode, *about)._asdict()
-
-    def _segments(self, tokens, segment_ids, mask, decode):
-        """The segments that are given, else the documents where the config keeps them
-        apart.
-        """
-        segment_ids = check_segments(segment_ids, tokens.shape)
-        if decode and segment_ids is not None and self.config.document_mask:
-            raise ValueError(
-                "segment_ids must be left out to decode with document_mask=True, which counts documents."
-            )
-        if segment_ids is not None or not self.config.document_mask:
-            return segment_ids
-        end = self.config.end_token
-        if end is None:
-            raise ValueError(
-                "end_token must be set with document_mask=True: the id that opens a document. Got None."
-            )
-        return documents(self, tokens, end, mask, decode)
 
     def _positions(self, shape, mask, segment_ids, decode) -> Float[Array, "B L D"]:
         """Embedded positions; see `positions_of`."""
@@ -318,7 +315,13 @@ class TransformerLM(nn.Module):
         return embed(positions_of(self, shape, mask, segment_ids, decode))
 
     def _blocks(self, x, train, decode, how):
-        """The blocks' output, and the routing infos and losses of each."""
+        """The blocks' output, the routing infos of each, and their mean losses."""
+
+        def run(block, x, how):
+            return block(x, train, decode, **how)
+
+        if self.config.remat and not decode:
+            run = nn.remat(run)
         infos, losses = [], []
         for i in range(self.config.n_layers):
             block = make_block(
@@ -326,10 +329,11 @@ class TransformerLM(nn.Module):
             )
             if i == self.config.hidden_from:
                 how = {**how, "router_input": None}
-            x, info, aux = block(x, train, decode, **how)
+            x, info, aux = run(block, x, how)
             infos.append(info)
             losses.append(aux)
-        return x, tuple(infos), losses
+        mean = jax.tree.map(lambda *layers: jnp.mean(jnp.stack(layers)), *losses)
+        return x, tuple(infos), mean
 
 
 def _vocabulary(config: TransformerConfig, length: int) -> int:
@@ -341,13 +345,6 @@ def _vocabulary(config: TransformerConfig, length: int) -> int:
     if length > (most := config.context):
         raise ValueError(f"tokens must be at most context={most} long. Got {length}.")
     return config.vocab_size
-
-
-def _mean_losses(losses: Sequence[Aux]) -> Aux:
-    """Every auxiliary loss, averaged over the layers."""
-    return {
-        name: jnp.mean(jnp.stack([loss[name] for loss in losses])) for name in losses[0]
-    }
 
 
 def make_block(
@@ -389,6 +386,7 @@ def _block_arguments(config: TransformerConfig) -> dict[str, Any]:
         "norm": c.norm,
         "rotary": c.positions == "rotary",
         "qk_norm": c.qk_norm,
+        "attention_implementation": c.attention,
         "dtype": jnp.dtype(c.dtype),
     }
     if c.init == "gpt2":
