@@ -83,25 +83,36 @@ def _hide(x_TI, mask):
     return jnp.where(mask[:, None], x_TI, 0)
 
 
-def unsupported_reason(
-    x: Float[Array, "T D"],
-    assignments: Any,
-    tile_width: int,
-    activations: Activations = "float",
-) -> str | None:
-    """Why the GPU kernels of the products do not run on these tokens and tiles; None
-    where they do.
+class Shapes(NamedTuple):
+    """What decides whether the GPU kernels run: `assignments` is T * K."""
 
-    Args:
-        assignments: T * K.
-        tile_width: F.
-        activations: see `TernaryConfig`.
-    """
-    if activations == "int8":
+    dtype: Any
+    d_model: int
+    tile_width: int
+    num_tiles: int
+    assignments: Any
+    activations: Activations = "float"
+
+
+def unsupported_reason(shapes: Shapes) -> str | None:
+    """Why the GPU kernels of the products do not run; None where they do."""
+    if shapes.activations == "int8":
         return "Int8 activations are rounded between the products, by XLA."
-    if not isinstance(assignments, int):
+    if not isinstance(shapes.assignments, int):
         return "The GPU kernels take a number of tokens that is known, not a symbol."
-    return ops.grouped_reason(x.dtype, x.shape[1], tile_width)
+    return ops.grouped_reason(shapes.dtype, shapes.d_model, shapes.tile_width)
+
+
+def default_reason(shapes: Shapes) -> str | None:
+    """Why `implementation=None` takes XLA; None where it takes the GPU kernels."""
+    if reason := unsupported_reason(shapes):
+        return reason
+    if shapes.assignments < LEAST_LOAD * shapes.num_tiles:
+        return (
+            f"Fewer than {LEAST_LOAD} tokens a tile would leave blocks of {ROWS} rows "
+            f"mostly empty. Got {shapes.assignments} for {shapes.num_tiles} tiles."
+        )
+    return None
 
 
 @lru_cache

@@ -66,7 +66,9 @@ def implementation(variables: Variables, activations: Activations = "float") -> 
     """Which ternary matmuls a model with these variables runs on the default device."""
     packed = "packed" if activations == "float" else "packed, int8 activations"
     if PACKED not in variables:
-        return f"xla, weights not {packed}"
+        runs_whole = activations == "float" and grouped.device_reason() is None
+        where = "mosaic_gpu where shapes allow" if runs_whole else "xla"
+        return f"{where}, weights not {packed}"
     reason = trix_kernels.device.unsupported_reason()
     if reason is None and activations == "int8":
         reason = int8_reason()

@@ -9,10 +9,10 @@
 Rates are `SHARE` of the data sheet's. `SHARE` is what an H100 did (2026-11-26, driver
 580.159.04, jax 0.12.0.1): 2,933 of 3,350 GB/s in a copy and 830 of 949 TFLOP/s at 8,192
 cubed. `LAUNCH` and `FILL` are fitted to its times of cuBLAS's products and of the packed
-kernels, all of which come out within 20 % (`experiments/speed/measured/h100.json`, a test
-holds it). The fused FFN is not in the model: each of its steps waits for the one before.
-`REFILL`, about what a copy from device memory waits, is an assumption: no grouped product
-has run on a GPU yet. So is `SHARE` of any other GPU.
+kernels, all twenty of which come out within 15 % (`experiments/speed/measured/h100.json`; a
+test holds 20 %). XLA's own path on packed weights is not among them. `REFILL`, about what a
+copy from device memory waits, is an assumption: no grouped product has run on a GPU yet.
+So is `SHARE` of any other GPU.
 """
 
 import math

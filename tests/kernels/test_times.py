@@ -10,6 +10,7 @@ import pytest
 from trix_kernels import times
 from trix_kernels.aot import CASES
 from trix_kernels.gpu_specs import GPUS
+from trix_kernels.measure import FFNS
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASURED = json.loads((ROOT / "experiments/speed/measured/h100.json").read_text())
@@ -18,7 +19,7 @@ RESOURCES = {
     for kernel in json.loads((ROOT / "kernels/resources.json").read_text())["h100"]
 }
 H100 = GPUS["h100"]
-CASE = {case.name: case for case in CASES}
+CASE = {case.name: case for case in (*CASES, *FFNS)}
 TIMES = {kernel["name"]: kernel["us"] for kernel in MEASURED["first"]["kernels"]}
 # Measured with blocks of 128 rows, which are not shipped, and with those of 64, which are.
 SHIPPED = {

@@ -85,11 +85,11 @@ def runs_whole(
     """
     if implementation == "xla":
         return False
-    num_tiles, _, width = up.q.shape
-    reason = grouped_ffn.unsupported_reason(h, tiles.size, width, activations)
+    num_tiles, d, width = up.q.shape
+    shapes = grouped_ffn.Shapes(h.dtype, d, width, num_tiles, tiles.size, activations)
     if implementation is None:
-        return reason is None and tiles.size >= grouped_ffn.LEAST_LOAD * num_tiles
-    if reason:
+        return grouped_ffn.default_reason(shapes) is None
+    if reason := grouped_ffn.unsupported_reason(shapes):
         raise NotImplementedError(f"implementation={implementation!r}: {reason}")
     return True
 

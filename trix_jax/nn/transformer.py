@@ -22,7 +22,12 @@ from trix_jax.nn.inputs import check_mask
 from trix_jax.nn.kernel import Whole
 from trix_jax.nn.positions import positions_of
 from trix_jax.nn.segments import segments_of
-from trix_jax.nn.settings import TileSettings, check_divides
+from trix_jax.nn.settings import (
+    Implementation,
+    TileSettings,
+    check_divides,
+    check_implementation,
+)
 from trix_jax.nn.sparse_lookup_ffn import compress_width
 from trix_jax.nn.tiles import Aux
 from trix_jax.nn.token_input import TokenInput, check_router_input
@@ -95,6 +100,8 @@ class TransformerConfig:
             "cudnn" exactly that; see `CausalSelfAttention.implementation`.
         remat: a block's activations are computed again in the backward pass, which
             keeps the blocks' inputs alone: less memory, a third more work.
+        implementation: of the tiles' products: "xla", "mosaic_gpu" (kernels for GPUs), or
+            None, the kernels where they run; see `TileSettings`.
         end_token: the id that opens a document; None is filled in from the tokenizer by
             the training lane, where `document_mask` needs it.
     """
@@ -129,6 +136,7 @@ class TransformerConfig:
     end_token: int | None = None
     attention: AttentionKind = "auto"
     remat: bool = False
+    implementation: Implementation | None = None
     ternary: TernaryConfig = dataclasses.field(default_factory=TernaryConfig)
     routing: RoutingConfig = dataclasses.field(default_factory=RoutingConfig)
 
@@ -166,6 +174,7 @@ class TransformerConfig:
                 )
         if self.activation is not None:
             activation(self.activation)
+        check_implementation(self.implementation)
         if not 0 <= self.dropout < 1:
             raise ValueError(
                 f"dropout must be at least 0 and below 1. Got {self.dropout}."
@@ -368,6 +377,7 @@ def make_block(
         splines = c.grid_size, c.compress_hidden, c.ternary_splines
         return SparseLookupBlock(width, heads, n, m, *splines, **common)
     common |= {"ternary": c.ternary, "activation": c.activation or "relu2"}
+    common["implementation"] = c.implementation
     if c.ffn == "sparse":
         return SparseTriXBlock(width, heads, n, c.expansion, k, **common)
     sizes = c.tile_width, n, m, c.top_k_clusters, k
