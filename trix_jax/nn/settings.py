@@ -95,7 +95,11 @@ class TileSettings:
                 f"tiles_per_token={self.tiles_per_token} must be at least 1 and at most {what}={choice}."
             )
         activation(self.activation)
-        check_implementation(self.implementation)
+        if self.implementation not in (None, *get_args(Implementation)):
+            kinds, name = ", ".join(get_args(Implementation)), self.implementation
+            raise ValueError(
+                f"implementation must be None or one of {kinds}. Got {name!r}."
+            )
 
     @property
     def num_clusters(self) -> int:
@@ -152,12 +156,3 @@ def check_divides(what: str, total: int, name: str, parts: int) -> int:
     if parts < 1 or total % parts or total < parts:
         raise ValueError(f"{name}={parts} must divide {what}={total}.")
     return total // parts
-
-
-def check_implementation(name: str | None) -> None:
-    """Raises a ValueError unless it is None or an `Implementation`."""
-    if name not in (None, *get_args(Implementation)):
-        kinds = ", ".join(get_args(Implementation))
-        raise ValueError(
-            f"implementation must be None or one of {kinds}. Got {name!r}."
-        )

@@ -22,12 +22,7 @@ from trix_jax.nn.inputs import check_mask
 from trix_jax.nn.kernel import Whole
 from trix_jax.nn.positions import positions_of
 from trix_jax.nn.segments import segments_of
-from trix_jax.nn.settings import (
-    Implementation,
-    TileSettings,
-    check_divides,
-    check_implementation,
-)
+from trix_jax.nn.settings import Implementation, TileSettings, check_divides
 from trix_jax.nn.sparse_lookup_ffn import compress_width
 from trix_jax.nn.tiles import Aux
 from trix_jax.nn.token_input import TokenInput, check_router_input
@@ -100,8 +95,7 @@ class TransformerConfig:
             "cudnn" exactly that; see `CausalSelfAttention.implementation`.
         remat: a block's activations are computed again in the backward pass, which
             keeps the blocks' inputs alone: less memory, a third more work.
-        implementation: of the tiles' products: "xla", "mosaic_gpu" (kernels for GPUs), or
-            None, the kernels where they run; see `TileSettings`.
+        implementation: of the tiles' products, see `TileSettings`.
         end_token: the id that opens a document; None is filled in from the tokenizer by
             the training lane, where `document_mask` needs it.
     """
@@ -174,7 +168,6 @@ class TransformerConfig:
                 )
         if self.activation is not None:
             activation(self.activation)
-        check_implementation(self.implementation)
         if not 0 <= self.dropout < 1:
             raise ValueError(
                 f"dropout must be at least 0 and below 1. Got {self.dropout}."
@@ -182,14 +175,15 @@ class TransformerConfig:
 
     def _check_tiles(self) -> None:
         n, m, k = self.num_tiles, self.tiles_per_cluster, self.tiles_per_token
+        how = self.implementation
         if self.ffn in ("sparse", "hierarchical"):
             width = self.expansion * self.d_model
             check_divides("expansion * d_model", width, "num_tiles", n)
         if self.ffn == "sparse":
-            TileSettings(num_tiles=n, tiles_per_token=k)
+            TileSettings(num_tiles=n, tiles_per_token=k, implementation=how)
         if self.ffn == "hierarchical":
             clusters = {"tiles_per_cluster": m, "top_k_clusters": self.top_k_clusters}
-            TileSettings(num_tiles=n, tiles_per_token=k, **clusters)
+            TileSettings(num_tiles=n, tiles_per_token=k, implementation=how, **clusters)
         if self.ffn == "lookup":
             TileSettings(num_tiles=n, tiles_per_cluster=m)
             compress_width(self.d_model, self.compress_hidden)
@@ -376,8 +370,8 @@ def make_block(
     if c.ffn == "lookup":
         splines = c.grid_size, c.compress_hidden, c.ternary_splines
         return SparseLookupBlock(width, heads, n, m, *splines, **common)
-    common |= {"ternary": c.ternary, "activation": c.activation or "relu2"}
-    common["implementation"] = c.implementation
+    common |= {"ternary": c.ternary, "implementation": c.implementation}
+    common["activation"] = c.activation or "relu2"
     if c.ffn == "sparse":
         return SparseTriXBlock(width, heads, n, c.expansion, k, **common)
     sizes = c.tile_width, n, m, c.top_k_clusters, k
