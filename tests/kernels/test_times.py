@@ -68,3 +68,35 @@ def test_products_of_whole_weights_take_what_they_took(name):
         us += times.product_us(H100, 4 * rows * case.hidden, 0)
     print(name, round(us / WHOLE[name], 2))
     assert abs(us / WHOLE[name] - 1) <= 0.2
+
+
+MODULE = """HloModule step
+
+ENTRY %main (t: s32[4], u: s32[1], x: bf16[4,128,256], w: bf16[2,256,512]) -> f32[2,256,512] {
+  %t = s32[4]{0} parameter(0)
+  %u = s32[1]{0} parameter(1)
+  %x = bf16[4,128,256]{2,1,0} parameter(2)
+  %w = bf16[2,256,512]{2,1,0} parameter(3)
+  %y = bf16[4,128,512]{2,1,0} custom-call(%t, %u, %x, %w), custom_call_target="mosaic_gpu_v2"
+  %rows = bf16[512,256]{1,0} bitcast(%x)
+  %dy = bf16[512,512]{1,0} bitcast(%y)
+  %dw = f32[2,256,512]{2,1,0} custom-call(%u, %u, %rows, %dy), custom_call_target="mosaic_gpu_v2"
+  ROOT %copy = f32[2,256,512]{2,1,0} copy(%dw)
+}
+"""
+
+
+def test_a_modules_time_is_that_of_its_launches():
+    x, w, y = 2 * 4 * 128 * 256, 2 * 2 * 256 * 512, 2 * 4 * 128 * 512
+    forward = times.grouped_us(H100, 20 + x + w + y, 4 * 2, 128 * 256 * 256)
+    # Half of the 512 rows a tile; `first` and `rows` are one array here.
+    outer = times.grouped_us(H100, 4 + x + y + 2 * w, 2 * 2 * 2, 128 * 256 * 256)
+    copy = times.product_us(H100, 4 * w, 0)
+    found = times.module_us(MODULE, H100)
+    np.testing.assert_allclose(found, forward + outer + copy)
+
+
+def test_a_core_with_more_outputs_refills_its_pipeline_for_each():
+    one, three = (times.grouped_us(H100, 8, n, 0) for n in (H100.cores, 3 * H100.cores))
+    np.testing.assert_allclose(one, times.LAUNCH + times.FILL, rtol=1e-5)
+    np.testing.assert_allclose(three - one, 2 * times.REFILL)

@@ -88,13 +88,15 @@ def kernel_table(kernels: list[dict[str, Any]]) -> str:
 def grouped_table(products: list[dict[str, Any]]) -> str:
     """Markdown: resources and times of every product of whole weights."""
     rows = [
-        "| product | registers | spills | shared memory, bytes | MB | bytes, us | tensor, us |",
-        "|---|" + "---:|" * 6,
+        "| product | registers | spills | shared memory, bytes | MB | bytes, us | tensor, us "
+        "| modelled us |",
+        "|---|" + "---:|" * 7,
     ]
     for p in products:
         rows.append(
             f"| {p['name']} | {p['registers']} | {p['spill_bytes']} | {p['smem_bytes']:,} | "
-            f"{p['bytes_moved'] / 1e6:.0f} | {p['bytes_us']:.1f} | {p['tensor_us']:.1f} |"
+            f"{p['bytes_moved'] / 1e6:.0f} | {p['bytes_us']:.1f} | {p['tensor_us']:.1f} | "
+            f"{p['modelled_us']:.1f} |"
         )
     return "\n".join(rows)
 
