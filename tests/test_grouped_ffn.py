@@ -31,7 +31,7 @@ def drawn(seed=0, dtype=jnp.float32):
 
 def ours(inputs, tiles, act, mask=None, implementation="xla"):
     plan = make_plan(tiles, N, ROWS, mask)
-    return grouped_ffn(inputs, plan, act, mask, implementation)
+    return grouped_ffn(inputs, plan, act, implementation, mask)
 
 
 def formula(inputs, tiles, act, mask=None):

@@ -8,9 +8,10 @@ activation, down-projection and the sum over a token's tiles.
                dh_r = g_tk * p_r * act'(h_r)       dx_t = sum_k dh_r @ up_n.T
 
 r is the row of token t's k-th tile n in the blocks of a plan. Kept for the backward pass
-are the arguments, h and the plan: not the tiles' outputs, which the gradient of the gates
-needs no more (`<dy_t, a_r @ down_n> = <p_r, a_r>`), and no copies of tokens. The six
-products are `trix_kernels.grouped_matmul`'s.
+are the arguments, h and the plan. The tiles' outputs are not, since the gradient of the
+gates does without (`<dy_t, a_r @ down_n> = <p_r, a_r>`), nor are copies of tokens. The six
+products are `trix_kernels.grouped_matmul`'s, so that forward mode and derivatives of
+derivatives are those of the products.
 
 References:
     Guo et al., 2025, "SonicMoE: Accelerating MoE with IO and Tile-aware Optimizations",
@@ -19,7 +20,7 @@ References:
 
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +33,10 @@ from trix_jax.dispatch import (
     numbers_to_blocks,
     to_blocks,
 )
-from trix_jax.ops import Implementation
 from trix_jax.ternary import Activations
 from trix_jax.typing import Array, Bool, Float
+
+Implementation = Literal["xla", "mosaic_gpu"]
 
 ROWS = ops.GROUPED_ROWS  # of a block
 LEAST_LOAD = 32  # rows of a tile, on average, below which blocks are mostly padding
@@ -53,8 +55,8 @@ def grouped_ffn(
     inputs: Inputs,
     plan: Plan,
     act: Callable,
+    implementation: Implementation,
     mask: Bool[Array, " T"] | None = None,
-    implementation: Implementation | None = None,
 ) -> Float[Array, "T D"]:
     """Computes `y_t = sum_k g_tk * (act(x_t @ up_n) @ down_n)` over token t's tiles n, in
     the dtype of `x`.
@@ -65,8 +67,8 @@ def grouped_ffn(
     Args:
         plan: made of the tiles; of blocks of 128 rows for the GPU kernels.
         act: elementwise, one object for one function.
+        implementation: of the products.
         mask: of the plan; masked tokens get 0.
-        implementation: of the products, see `trix_kernels.grouped_matmul`.
 
     Raises:
         NotImplementedError: the named implementation does not run on this device or these

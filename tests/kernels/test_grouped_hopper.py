@@ -170,7 +170,7 @@ def test_an_ffn_and_its_backward_pass_err_no_more_than_by_xla():
     def pulled(inputs, implementation):
         act = jax.nn.silu
         y, pull = jax.vjp(
-            lambda inputs: grouped_ffn(inputs, plan, act, mask, implementation), inputs
+            lambda inputs: grouped_ffn(inputs, plan, act, implementation, mask), inputs
         )
         return y, *pull(dy.astype(y.dtype))[0]
 

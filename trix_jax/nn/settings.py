@@ -8,17 +8,16 @@ field and a line of documentation in `TileSettings`, an argument and a line of
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax.numpy as jnp
 from flax import linen as nn
 
+from trix_jax.grouped_ffn import Implementation
 from trix_jax.nn.activations import activation
 from trix_jax.routing import RoutingConfig
 from trix_jax.ternary import TernaryConfig
 from trix_jax.typing import AxisName, Dtype
-
-Implementation = Literal["xla", "mosaic_gpu"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

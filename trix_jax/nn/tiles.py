@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from trix_jax import dispatch, expert_parallel, grouped_ffn, ops, routing
+from trix_jax.grouped_ffn import Implementation
 from trix_jax.nn import inputs, misuse
 from trix_jax.nn.activations import activation
 from trix_jax.nn.kernel import TernaryKernel
 from trix_jax.nn.router import Route, Router
-from trix_jax.nn.settings import Implementation, TileSettings, check_divides
+from trix_jax.nn.settings import TileSettings, check_divides
 from trix_jax.ops import PACKED
 from trix_jax.routing import RoutingInfo
 from trix_jax.ternary import Activations, Ternary, whole
@@ -99,7 +100,7 @@ def _summed(h, route, pair, *, act, mask=None):
     with jax.named_scope("plan"):
         plan = dispatch.make_plan(route.tiles, pair[0].shape[0], grouped_ffn.ROWS, mask)
     inputs = grouped_ffn.Inputs(h, route.gates, *pair)
-    return grouped_ffn.grouped_ffn(inputs, plan, act, mask, "mosaic_gpu")
+    return grouped_ffn.grouped_ffn(inputs, plan, act, "mosaic_gpu", mask)
 
 
 def _alone(h, tiles, pair, *, act, mask=None):

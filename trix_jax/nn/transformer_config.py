@@ -3,10 +3,11 @@
 import dataclasses
 from typing import Literal, get_args
 
+from trix_jax.grouped_ffn import Implementation
 from trix_jax.nn.activations import activation
 from trix_jax.nn.block import Norm
 from trix_jax.nn.cudnn import AttentionKind
-from trix_jax.nn.settings import Implementation, TileSettings, check_divides
+from trix_jax.nn.settings import TileSettings, check_divides
 from trix_jax.nn.sparse_lookup_ffn import compress_width
 from trix_jax.nn.token_input import check_router_input
 from trix_jax.routing import RoutingConfig
