@@ -149,6 +149,11 @@ MAPPED = {
     "vmap": lambda run: jax.vmap(run, (None, 0, 0)),
     "remat": lambda run: jax.checkpoint(run),
     "pmap": lambda run: jax.pmap(run, in_axes=(None, 0, 0)),
+    "jvp": lambda run: (
+        lambda variables, x, dy: jax.jvp(
+            lambda x: run(variables, x, dy), (x,), (jnp.flip(x),)
+        )[1]
+    ),
     "scan": lambda run: (
         lambda variables, x, dy: jax.lax.scan(
             lambda _, given: (None, run(variables, *given)), None, (x, dy)
