@@ -221,6 +221,8 @@ def test_doctor_says_why_blackwell_keeps_xla_for_grouped_products(monkeypatch, c
     (told,) = out["devices"].values()
     assert told.startswith("Mosaic GPU kernels (sm_100a), XLA for grouped products")
     assert "multiply by wgmma" in told
+    assert len(out["choices"]) == 4
+    assert all(line.endswith("mosaic_gpu, not measured") for line in out["choices"])
 
 
 @pytest.mark.slow
