@@ -82,7 +82,7 @@ def tiles(number: int, name: str, *flags: str, like: int | None = None) -> Arm:
     """
     size = f"--arm tiles --model.num-tiles {number} --model.expansion {number // 4}"
     source = None if like is None else f"tiles-{like}-held"
-    return Arm(f"tiles-{number}-{name}", " ".join((size, *flags)), 2e-3, source)
+    return Arm(f"tiles-{number}-{name}", " ".join((size, *flags)), 4e-3, source)
 
 
 def held(number: int) -> Arm:
@@ -156,12 +156,15 @@ def when_and_what(number: int) -> tuple[Arm, ...]:
     )
 
 
-def more_worth(number: int) -> tuple[Arm, ...]:
+def more_worth(number: int, d_model: int) -> tuple[Arm, ...]:
     """What else may make held tiles worth more."""
+    shared = f"--model.tiles-per-token 3 --model.shared-width {d_model // 4}"
     late = "--model.ternary.full-precision-fraction 0.3"
     fine = f"--model.num-tiles {4 * number} --model.tiles-per-token 16"
     return (
         tiles(number, "held-late", f"{HOLD} 0.1 {late}"),
+        tiles(number, "held-shared", f"{HOLD} 0.1 {shared}"),
+        tiles(number, "held-sign", f"{HOLD} 0.1 --model.routing.signature sign"),
         tiles(number, "held-fine", f"{HOLD} 0.1 {fine}"),
         tiles(
             number, "held-renormalized", f"{HOLD} 0.1 --model.routing.gate renormalized"
@@ -186,7 +189,7 @@ def claim(d_model: int) -> Setting:
             "routes": (held(64), *by_others(64)),
             "holding": when_and_what(64),
             "holding-16": (held(16), tiles(16, "hash", HASH), tiles(16, "moving")),
-            "worth": more_worth(64),
+            "worth": more_worth(64, d_model),
         },
         order=(
             Step("hash", 1),

@@ -122,9 +122,13 @@ def test_every_arm_of_the_claim_is_a_model_that_can_be(name):
         config = parse_run([preset, *flags])
         assert config.train.learning_rate == 1e-3
         assert config.model.d_model == int(name.split("-")[1])
-        if arm.name.startswith("tiles-") and "fine" not in arm.name:
-            assert config.model.tile_width == config.model.d_model // 4
-            assert config.model.tiles_per_token == 4
+        if arm.name.startswith("tiles-"):
+            model, quarter = config.model, config.model.d_model // 4
+            assert (
+                model.tile_width * model.tiles_per_token + model.shared_width
+                == 4 * quarter
+            )
+            assert model.tile_width == quarter or "fine" in arm.name
         assert worth.width_of(dataclasses.replace(config.model, vocab_size=9)).greater
     assert {f"tiles-{n}-held" for n in LADDER} <= set(arms) or "body" in name
 
