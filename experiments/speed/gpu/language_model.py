@@ -17,7 +17,8 @@ from experiments.speed.gpu.timing import Row, summary
 from trix_jax import freeze
 from trix_jax.lm.config import TrainConfig
 from trix_jax.lm.data.store import Split, Store
-from trix_jax.lm.serve.generate import SamplingConfig, generate
+from trix_jax.lm.serve import generate as serving
+from trix_jax.lm.serve.generate import SamplingConfig
 from trix_jax.lm.train import parallel
 from trix_jax.lm.train.evaluate import evaluate
 from trix_jax.lm.train.optimizer import make_optimizer
@@ -180,9 +181,15 @@ def _generate(model: Any, variables: Any, batch: int, shapes: Shapes) -> float:
     rng, most = np.random.default_rng(0), shapes.vocabulary
     prompts = rng.integers(0, most, (batch, shapes.prompt), np.int32)
     config, began = SamplingConfig(temperature=0), time.perf_counter()
-    for prompt in prompts:
-        list(generate(model, variables, prompt, shapes.new_tokens, config))
+    # All at once where this version of the library can.
+    together = getattr(serving, "generate_batch", _one_by_one)
+    together(model, variables, list(prompts), shapes.new_tokens, config)
     return time.perf_counter() - began
+
+
+def _one_by_one(model, variables, prompts, new_tokens, config) -> None:
+    for prompt in prompts:
+        list(serving.generate(model, variables, prompt, new_tokens, config))
 
 
 def evaluation(shapes: Shapes) -> Iterator[Row]:
