@@ -190,7 +190,7 @@ def _generate(model: Any, variables: Any, batch: int, shapes: Shapes) -> float:
     """Seconds that a batch takes."""
     rng, most = np.random.default_rng(0), shapes.vocabulary
     prompts = rng.integers(0, most, (batch, shapes.prompt), np.int32)
-    config, began = SamplingConfig(temperature=0), time.perf_counter()
+    config, began = SamplingConfig(temperature=0.0), time.perf_counter()
     # All at once where this version of the library can.
     together = getattr(serving, "generate_batch", _one_by_one)
     together(model, variables, list(prompts), shapes.new_tokens, config)
