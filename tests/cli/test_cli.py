@@ -223,6 +223,11 @@ def test_doctor_says_why_blackwell_keeps_xla_for_grouped_products(monkeypatch, c
     assert "multiply by wgmma" in told
     assert len(out["choices"]) == 4
     assert all(line.endswith("mosaic_gpu, not measured") for line in out["choices"])
+    monkeypatch.setattr("trix_kernels.device.arch", lambda: "sm_90a")
+    assert main(["doctor", "--json"]) == 0
+    out = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (told,) = out["devices"].values()
+    assert told.startswith("Mosaic GPU kernels (sm_90a); the FFN in training too")
 
 
 @pytest.mark.slow
