@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.speed.gpu.layer import ACTIVATION, ACTIVE, EQUAL, implementations
+from experiments.speed.gpu.layer import ACTIVATION, ACTIVE, EQUAL, IMPLEMENTATIONS
 from experiments.speed.gpu.shapes import Shapes
 from experiments.speed.gpu.timing import Row, summary
 from trix_jax import freeze
@@ -53,7 +53,7 @@ def configs(shapes: Shapes, tiles: int) -> dict[str, TransformerConfig]:
     active = shapes.per_token * shapes.tile_width
     ours = {
         f"trix{name}": dataclasses.replace(dense, **trix, **how)
-        for name, how in implementations(TransformerConfig).items()
+        for name, how in IMPLEMENTATIONS.items()
     }
     twins = {EQUAL: dense, ACTIVE: dataclasses.replace(dense, ffn_width=active)}
     return ours | twins
