@@ -11,7 +11,6 @@ from trix_jax.lm import hosts
 from trix_jax.lm.config import RunConfig
 from trix_jax.lm.data import check_typed
 from trix_jax.lm.presets import parse_preset, value_of
-from trix_jax.lm.report.run import write_run_report
 from trix_jax.lm.train import initial
 from trix_jax.lm.train.loop import train
 
@@ -70,6 +69,9 @@ def main(argv: list[str]) -> None:
         report=report,
     )
     if hosts.is_first():
+        # Plots take seconds to import, and a mistake needs none.
+        from trix_jax.lm.report.run import write_run_report
+
         report(f"read {write_run_report(args.workdir)}")
         if args.json:
             print_json(summary)
