@@ -6,6 +6,8 @@ read from the weights and held (`WIDTHS`): against those who choose tiles otherw
 over the number of tiles.
 """
 
+import dataclasses
+
 from experiments.quality.arms import Arm, dense
 from experiments.quality.design import Setting, Step
 
@@ -69,23 +71,40 @@ HASH = "--model.routing.source hash"
 PAIR = "--model.router-input pair"
 
 
-def tiles(number: int, name: str, *flags: str, like: str | None = None) -> Arm:
+def tiles(number: int, name: str, *flags: str, like: int | None = None) -> Arm:
     """Tiles of a quarter of the model's width, four a token, routed by token.
 
     Args:
         number: of tiles; a multiple of 4.
         name: says who chooses them, and when that is held.
         flags: what makes it so.
-        like: the name of an arm, of as many tiles, whose rate it takes.
+        like: as many tiles, held, whose rate it takes.
     """
     size = f"--arm tiles --model.num-tiles {number} --model.expansion {number // 4}"
-    source = None if like is None else f"tiles-{number}-{like}"
-    return Arm(f"tiles-{number}-{name}", " ".join((size, *flags)), 2e-3, source)
+    source = None if like is None else f"tiles-{like}-held"
+    return Arm(f"tiles-{number}-{name}", " ".join((size, *flags)), 4e-3, source)
 
 
 def held(number: int) -> Arm:
-    """Signatures read after a tenth of the training, and held."""
-    return tiles(number, "held", f"{HOLD} 0.1")
+    """Signatures read after a tenth of the training, and held. The rate of 64 tiles is
+    that of the steps beside it in the ladder; its ends have their own.
+    """
+    like = 64 if number in (32, 48) else None
+    return tiles(number, "held", f"{HOLD} 0.1", like=like)
+
+
+def curve_of(d_model: int) -> tuple[Arm, ...]:
+    """Dense FFNs. The rate of the middle is that of its neighbours; the ends have their
+    own.
+    """
+    middle = dense(4 * d_model)
+    beside = (dense(width * d_model) for width in (2, 8))
+    return (
+        middle,
+        *(dataclasses.replace(arm, rate_of=middle.name) for arm in beside),
+        dense(16 * d_model),
+        dense(d_model),
+    )
 
 
 def by_others(number: int) -> tuple[Arm, ...]:
@@ -112,37 +131,40 @@ def when_and_what(number: int) -> tuple[Arm, ...]:
     of `held`.
     """
     moments = [
-        tiles(number, f"held-at-{share:g}", f"{HOLD} {share:g}", like="held")
+        tiles(number, f"held-at-{share:g}", f"{HOLD} {share:g}", like=number)
         for share in (0.02, 0.05, 0.2, 0.5)
     ]
     return (
-        tiles(number, "held-scores", f"{HOLD} 0.1 {SCORES}", like="held"),
+        tiles(number, "held-scores", f"{HOLD} 0.1 {SCORES}", like=number),
         tiles(
             number,
             "held-routes",
             f"{HOLD} 0.1 --model.routing.hold routes",
-            like="held",
+            like=number,
         ),
         *moments,
-        tiles(number, "held-pair", f"{HOLD} 0.1 {PAIR}", like="held"),
+        tiles(number, "held-pair", f"{HOLD} 0.1 {PAIR}", like=number),
         tiles(
-            number, "held-hidden-late", f"{HOLD} 0.1 --model.hidden-from 2", like="held"
+            number, "held-hidden-late", f"{HOLD} 0.1 --model.hidden-from 2", like=number
         ),
         tiles(
             number,
             "held-hidden",
             f"{HOLD} 0.1 --model.router-input hidden",
-            like="held",
+            like=number,
         ),
     )
 
 
-def more_worth(number: int) -> tuple[Arm, ...]:
+def more_worth(number: int, d_model: int) -> tuple[Arm, ...]:
     """What else may make held tiles worth more."""
+    shared = f"--model.tiles-per-token 3 --model.shared-width {d_model // 4}"
     late = "--model.ternary.full-precision-fraction 0.3"
     fine = f"--model.num-tiles {4 * number} --model.tiles-per-token 16"
     return (
         tiles(number, "held-late", f"{HOLD} 0.1 {late}"),
+        tiles(number, "held-shared", f"{HOLD} 0.1 {shared}"),
+        tiles(number, "held-sign", f"{HOLD} 0.1 --model.routing.signature sign"),
         tiles(number, "held-fine", f"{HOLD} 0.1 {fine}"),
         tiles(
             number, "held-renormalized", f"{HOLD} 0.1 --model.routing.gate renormalized"
@@ -153,12 +175,13 @@ def more_worth(number: int) -> tuple[Arm, ...]:
 
 def claim(d_model: int) -> Setting:
     """The claim at one width of the model."""
-    curve = tuple(dense(d_model * times, 4e-3) for times in (8, 4, 2, 16, 1))
+    curve = curve_of(d_model)
     return Setting(
         f"wikipedia-{d_model}",
         PRESET,
         flags=f"{width_flags(d_model)} {CHOSEN}".strip(),
         groups={
+            "dense-middle": curve[:3],
             "dense-curve": curve,
             "held": (held(64),),
             "hash": (held(64), tiles(64, "hash", HASH)),
@@ -166,13 +189,14 @@ def claim(d_model: int) -> Setting:
             "routes": (held(64), *by_others(64)),
             "holding": when_and_what(64),
             "holding-16": (held(16), tiles(16, "hash", HASH), tiles(16, "moving")),
-            "worth": more_worth(64),
+            "worth": more_worth(64, d_model),
         },
         order=(
             Step("hash", 1),
+            Step("dense-middle", 1),
+            Step("hash", 4),
             Step("dense-curve", 1),
             Step("ladder", 1),
-            Step("hash", 4),
             Step("holding", 1),
             Step("dense-curve", 4),
             Step("ladder", 4),

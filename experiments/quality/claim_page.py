@@ -74,7 +74,8 @@ def places(d: int, runs: Sequence[Result]) -> list[tuple[Arm, Tuned, Worth]]:
     """The ladder's arms and the others of 64 tiles that have a place on the curve."""
     setting, found = claim(d), []
     for arm in (*map(held, LADDER), *OTHERS):
-        one, place = tuned(runs, arm.name), worth(setting, runs, arm, VOCABULARY)
+        one = tuned(runs, arm.name, arm.rate_of)
+        place = worth(setting, runs, arm, VOCABULARY)
         if one is not None and place is not None:
             found.append((arm, one, place))
     return found

@@ -44,7 +44,7 @@ def next_rate(losses: dict[float, float], start: float) -> float | None:
     so far; None once both have been run and are worse, so that the optimum is inside.
     """
     best = best_rate(losses)
-    if best is None:
+    if best is None or start not in losses:
         return start
     return next((r for r in (best / 2, best * 2) if r not in losses), None)
 

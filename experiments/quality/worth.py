@@ -122,7 +122,8 @@ def dense_curve(
     setting: Setting, runs: Sequence[Result], seeds: Seeds = concluding
 ) -> dict[int, list[float]]:
     """Width to the losses of some seeds, of the dense FFNs that have runs."""
-    found = (tuned(runs, arm.name) for arm in setting.groups["dense-curve"])
+    curve_arms = setting.groups["dense-curve"]
+    found = (tuned(runs, arm.name, arm.rate_of) for arm in curve_arms)
     return {
         arm.one.width: list(seeds(arm).values())
         for arm in found

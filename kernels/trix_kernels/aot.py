@@ -43,8 +43,8 @@ NARROW = 32  # rows below which a matrix instruction is assumed to get no faster
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One kernel at one shape: `rows` of each of `tiles` tiles, in blocks of `block` (at
-    most `tile_matmul.api.most_rows`).
+    """One op at one shape: `rows` of each of `tiles` tiles, in blocks of `block` (at most
+    `tile_matmul.api.most_rows`). An FFN has a `hidden` width, and no kernel of its own.
     """
 
     op: str
@@ -70,17 +70,14 @@ class Case:
         from trix_kernels.tile_matmul import blackwell, hopper
         from trix_kernels.tile_matmul.api import splits_of
 
-        if self.hidden:
-            return self.blocks, 1
         kernel = hopper if gpu.capability == "9.0" else blackwell
         count = kernel.programs_of(self.blocks, self.d_out)
         return count, splits_of(count, kernel.CORES, self.d_in, self.groups)
 
     @property
     def steps(self) -> int:
-        """Planar blocks of the shorter contraction."""
-        widths = (self.d_in, self.hidden or self.d_in)
-        return min(width // planar_block(width, self.groups) for width in widths)
+        """Planar blocks of the contraction."""
+        return self.d_in // planar_block(self.d_in, self.groups)
 
     @property
     def blocks(self) -> int:
@@ -107,9 +104,6 @@ CASES = (
     Case("tile_matmul", 16, 512, 128, 2048, 2048, activations="int8"),
     Case("tile_matmul", 64, 16, 16, 2048, 2048, activations="int8"),
     Case("ternary_matmul", 1, 1, 8, 4096, 4096, activations="int8"),
-    Case("tile_ffn", 16, 512, 64, 512, 512, hidden=512),
-    Case("tile_ffn", 64, 128, 64, 512, 512, hidden=128),
-    Case("tile_ffn", 64, 16, 16, 1024, 1024, hidden=1024),
 )
 
 
@@ -155,7 +149,6 @@ def compile_case(case: Case, gpu: Gpu, sharding: Any) -> None:
     import jax.numpy as jnp
 
     from trix_kernels.device import ARCHS
-    from trix_kernels.tile_ffn.mosaic_gpu import tile_ffn
     from trix_kernels.tile_matmul import blackwell, hopper
 
     arch = ARCHS[gpu.capability]
@@ -171,17 +164,6 @@ def compile_case(case: Case, gpu: Gpu, sharding: Any) -> None:
     dtype = jnp.int8 if is_int8 else jnp.bfloat16
     x = abstract((case.blocks, case.block, case.d_in), dtype)
     index = abstract((case.blocks,), jnp.int32), abstract((1,), jnp.int32)
-    if case.hidden:
-        up, down = weights(case.d_in, case.hidden), weights(case.hidden, case.d_out)
-
-        def fused(x, up, down, tile, used):
-            def act(h):
-                return jnp.square(jnp.maximum(h, 0))
-
-            return tile_ffn(x, up, down, tile, used, act, arch)
-
-        jax.jit(fused).lower(x, up, down, *index).compile()
-        return
     kernel = hopper.tile_matmul if arch == "sm_90a" else blackwell.tile_matmul
     kernel = functools.partial(kernel, splits=case.programs(gpu)[1])
     args = x, *weights(case.d_in, case.d_out), *index
@@ -211,7 +193,7 @@ def model(case: Case, gpu: Gpu, compiled: Any) -> dict[str, float]:
         overlaps = case.groups == 1 and programs < 2 * gpu.cores
         exposed /= 2 * (case.steps // splits if overlaps else 1)
     padded = case.blocks * case.block
-    scales = 4 * case.tiles * case.groups * (case.hidden + case.d_out)
+    scales = 4 * case.tiles * case.groups * case.d_out
     joining = 8 * splits * padded * case.d_out if splits > 1 else 0
     joining += 3 * padded * case.d_in if is_int8 else 0
     copied = case.weights / 4 + scales + 2 * padded * (case.d_in + case.d_out)

@@ -52,11 +52,14 @@ EDGES = (
         Case("tile_matmul", 3, 16, 16, width, 64, activations="int8")
         for width in (256, 768, 4096)
     ),
-    *(Case("tile_ffn", 3, rows, rows, 256, 256, hidden=256) for rows in (8, 16, 32, 64)),
-    Case("tile_ffn", 3, 16, 16, 384, 128, hidden=256),
-    Case("tile_ffn", 3, 8, 8, 512, 512, hidden=256, groups=2),
-    Case("tile_ffn", 3, 128, 64, 128, 128, hidden=512),
 )  # fmt: skip
+
+# Two matmuls each, and what lies between them.
+FFNS = (
+    Case("tile_ffn", 16, 512, 64, 512, 512, hidden=512),
+    Case("tile_ffn", 64, 128, 64, 512, 512, hidden=128),
+    Case("tile_ffn", 64, 16, 16, 1024, 1024, hidden=1024),
+)
 
 
 def squared_relu(h: Any) -> Any:
@@ -226,8 +229,6 @@ def time(case: Case) -> dict[str, Any]:
     """Microseconds of a call: medians, and the quartiles' range of ours."""
     sets = sets_of(case)
     taken = {"kernel": seconds(_call(case, "mosaic_gpu"), sets)}
-    if case.hidden:
-        taken["two_matmuls"] = seconds(_two_matmuls(case), sets)
     taken["xla"] = seconds(_call(case, "xla"), sets[:4])
     del sets
     if case.activations == "float" and case.groups == 1:
@@ -241,25 +242,20 @@ def time(case: Case) -> dict[str, Any]:
     }
 
 
-def _two_matmuls(case: Case) -> Callable:
-    def run(x, up, down, tile, used):
-        matmul = functools.partial(block_matmul, used=used, implementation="mosaic_gpu")
-        hidden = squared_relu(matmul(x, up, tile, case.hidden))
-        return matmul(hidden, down, tile, case.d_out)
-
-    return jax.jit(run)
-
-
-def ceilings() -> dict[str, float]:
-    """What this GPU does at best: a copy, bytes read and written, and a product of 8,192
-    cubed.
+def ceilings(
+    size: int = 8192,
+    copied: int = 2**29,
+    seconds: Callable[[Callable, Sequence[tuple]], list[float]] = seconds,
+) -> dict[str, float]:
+    """What this GPU does at best: a product of `size` cubed, and a copy, bytes read and
+    written, of `copied` numbers of two bytes.
     """
-    x = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
     product = np.median(seconds(lambda a, b: jnp.matmul(a, b), [(x, x.T)]))
-    big = jnp.zeros((2**29,), jnp.bfloat16)
+    big = jnp.zeros((copied,), jnp.bfloat16)
     copy = np.median(seconds(lambda a: a + 1, [(big,)]))
     return {
-        "tflops": round(2 * 8192**3 / float(product) / 1e12, 1),
+        "tflops": round(2 * size**3 / float(product) / 1e12, 1),
         "gb_per_second": round(2 * big.nbytes / float(copy) / 1e9, 1),
     }
 
@@ -279,7 +275,8 @@ def main(output: Path) -> int:
         "versions": {"jax": jax.__version__, "cuda": device.client.platform_version},
     }
     failed = []
-    for case in (*EDGES, *CASES):
+    every = (*EDGES, *CASES, *FFNS)
+    for case in every:
         print("check", case.name, flush=True)
         try:
             check(case)
@@ -287,10 +284,10 @@ def main(output: Path) -> int:
             # The other kernels are still worth a look.
             failed.append(case.name)
             print(f"FAILED {case.name}: {str(error)[:600]}", flush=True)
-    result |= {"checked": len(EDGES) + len(CASES), "failed": failed}
+    result |= {"checked": len(every), "failed": failed}
     output.write_text(json.dumps(result, indent=1))
     result |= {"ceilings": ceilings(), "kernels": []}
-    for case in CASES:
+    for case in (*CASES, *FFNS):
         if case.name not in failed:
             result["kernels"].append(time(case))
             print(result["kernels"][-1], flush=True)

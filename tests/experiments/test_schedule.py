@@ -50,6 +50,7 @@ def test_sweep_goes_outwards_until_the_optimum_is_inside():
         losses[rate] = loss_at(rate)
     assert sorted(losses) == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
     assert min(losses, key=losses.get) == 1e-3
+    assert next_rate({2e-3: 1.0}, 4e-3) == 4e-3  # where a sweep begins now
 
 
 def test_sweep_leaves_the_rates_at_which_everything_diverges():

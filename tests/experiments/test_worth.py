@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -17,8 +18,12 @@ SEEDS = (42, 43, 44, 45)
 EMPTY = dict.fromkeys(Result._fields)
 
 
+def width_of(arm):
+    return int(arm.name.rpartition("-")[2])
+
+
 def run_of(setting, arm, loss, seed=42, rate=2e-3):
-    width = int(arm.name.rpartition("-")[2]) if arm.name.startswith("dense") else None
+    width = width_of(arm) if arm.name.startswith("dense") else None
     values = {"setting": setting.name, "arm": arm.name, "width": width, "seed": seed}
     values |= {"learning_rate": rate, "val_loss": loss, "sampler": "epochs"}
     return Result(**(EMPTY | values))
@@ -39,7 +44,7 @@ def test_widths_are_those_counted_by_hand():
     hashed = worth.model_of(setting, setting.groups["hash"][1], VOCABULARY)
     assert set(worth.forms(hashed)) == {"scored"}
     assert worth.width_of(hashed).compute == 128
-    dense = worth.model_of(setting, setting.groups["dense-curve"][1], VOCABULARY)
+    dense = worth.model_of(setting, setting.arm("dense-512"), VOCABULARY)
     assert worth.width_of(dense).compute == worth.width_of(dense).memory == 512
 
 
@@ -47,10 +52,8 @@ def runs_at(d, held_losses):
     """A curve that falls by 0.1 a doubling from 5.0 at D, and held tiles on it."""
     setting = claim(d)
     dense = [
-        run_of(setting, arm, 5.0 - 0.1 * doublings, seed)
-        for arm, doublings in zip(
-            setting.groups["dense-curve"], (3, 2, 1, 4, 0), strict=True
-        )
+        run_of(setting, arm, 5.0 - 0.1 * math.log2(width_of(arm) / d), seed)
+        for arm in setting.groups["dense-curve"]
         for seed in SEEDS
     ]
     ladder = [
@@ -119,9 +122,13 @@ def test_every_arm_of_the_claim_is_a_model_that_can_be(name):
         config = parse_run([preset, *flags])
         assert config.train.learning_rate == 1e-3
         assert config.model.d_model == int(name.split("-")[1])
-        if arm.name.startswith("tiles-") and "fine" not in arm.name:
-            assert config.model.tile_width == config.model.d_model // 4
-            assert config.model.tiles_per_token == 4
+        if arm.name.startswith("tiles-"):
+            model, quarter = config.model, config.model.d_model // 4
+            assert (
+                model.tile_width * model.tiles_per_token + model.shared_width
+                == 4 * quarter
+            )
+            assert model.tile_width == quarter or "fine" in arm.name
         assert worth.width_of(dataclasses.replace(config.model, vocab_size=9)).greater
     assert {f"tiles-{n}-held" for n in LADDER} <= set(arms) or "body" in name
 

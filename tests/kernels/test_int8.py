@@ -216,8 +216,8 @@ def test_mosaic_says_where_it_takes_no_int8(monkeypatch):
     monkeypatch.setattr(device, "arch", lambda: "sm_90a")
     with pytest.raises(NotImplementedError, match=r"multiple of 256 .* Got 128"):
         block_matmul(x[..., :128], narrow, tile, 128, **how)
-    with pytest.raises(NotImplementedError, match="fused FFN takes float activations"):
-        block_ffn(x, w, narrow, tile, (128, 128), relu, **how)
+    with pytest.raises(NotImplementedError, match=r"multiple of 256 .* Got 128"):
+        block_ffn(x[..., :128], narrow, narrow, tile, (128, 128), relu, **how)
     assert ops.implementation({"packed": {}}, "int8").startswith("mosaic_gpu")
     monkeypatch.setattr(device, "arch", lambda: "sm_100a")
     told = ops.implementation({"packed": {}}, "int8")

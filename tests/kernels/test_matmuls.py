@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 import trix_kernels
 from trix_kernels import device
 from trix_kernels.blocks import make_blocks
-from trix_kernels.tile_ffn.api import unsupported_reason as ffn_reason
 from trix_kernels.tile_matmul import (
     block_matmul,
     tile_matmul,
@@ -161,7 +160,6 @@ def test_mosaic_by_name_on_a_cpu_is_refused_with_the_reason():
 def test_reasons_are_sentences(monkeypatch):
     rng = np.random.default_rng(2)
     *_, weights = packed(rng, 2, 128, 64)
-    *_, huge = packed(rng, 1, 16384, 128)
     x = jnp.ones((2, 8, 128), jnp.bfloat16)
     monkeypatch.setattr(device, "unsupported_reason", lambda: None)
     monkeypatch.setattr(device, "arch", lambda: "sm_90a")
@@ -170,8 +168,6 @@ def test_reasons_are_sentences(monkeypatch):
         x.astype(jnp.float32), weights
     )
     assert "8, 16, 32, 64, 128 rows. Got 4" in unsupported_reason(x[:, :4], weights)
-    assert "multiples of 128. Got 64" in ffn_reason(x, weights, weights)
-    assert "do not fit the shared memory" in ffn_reason(x, huge, huge)
     monkeypatch.setattr(device, "arch", lambda: "sm_100a")
     assert "multiple of 128. Got 64" in unsupported_reason(x, weights)
 

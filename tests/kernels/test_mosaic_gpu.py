@@ -20,8 +20,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from trix_jax import SparseTriXFFN, TernaryConfig, TriXLinear, freeze, ops
 from trix_kernels import device
 from trix_kernels.blocks import make_blocks
-from trix_kernels.tile_ffn import mosaic_gpu
-from trix_kernels.tile_ffn import reference as ffn_reference
 from trix_kernels.tile_matmul import blackwell, hopper, reference
 from trix_kernels.tile_matmul.api import join, mosaic_scale, splits_of
 from trix_kernels.weights import pack
@@ -179,66 +177,6 @@ def test_a_poisoned_row_stays_alone(arch, poison):
     assert not np.isfinite(y[0, 3][q[1, 17] != 0]).any()
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize(
-    ("d", "f", "rows", "groups"), [(256, 256, 16, 1), (512, 256, 8, 2)]
-)
-def test_fused_ffn_is_exact_on_integers(arch, d, f, rows, groups):
-    rng = np.random.default_rng(4)
-    q_up, s_up, up = make(rng, 3, d, f, groups, scales=(1.0,))
-    q_down, s_down, down = make(rng, 3, f, d, scales=(0.5, 1.0))
-    x = rng.integers(-1, 2, (4, rows, d)).astype(np.float32)
-    tile = np.array([0, 2, 2, 1])
-    pairs = [(w.bits, mosaic_scale(w.scale, w.bits.shape[1])) for w in (up, down)]
-    y = mosaic_gpu.tile_ffn(
-        jnp.asarray(x, jnp.bfloat16),
-        *pairs,
-        jnp.asarray(tile, jnp.int32),
-        jnp.asarray([3], jnp.int32),
-        jax.nn.relu,
-        arch,
-        interpreted=True,
-    )
-    expected = bfloat16(
-        ffn_reference.tile_ffn(
-            x,
-            (q_up, s_up),
-            (q_down, s_down),
-            tile,
-            lambda h: bfloat16(np.maximum(h, 0)),
-        )
-    )
-    np.testing.assert_array_equal(np.asarray(y, np.float32)[:3], expected[:3])
-
-
-@pytest.mark.filterwarnings("ignore:invalid value encountered")
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_a_poisoned_row_stays_alone_in_the_fused_ffn(arch, poison):
-    rng = np.random.default_rng(5)
-    *_, up = make(rng, 1, 128, 128, scales=(1.0,))
-    *_, down = make(rng, 1, 128, 128, scales=(1.0,))
-    pairs = [(w.bits, mosaic_scale(w.scale, 128)) for w in (up, down)]
-    x = rng.integers(-1, 2, (1, 8, 128)).astype(np.float32)
-    poisoned = x.copy()
-    poisoned[0, 3, 17] = poison
-    one = jnp.asarray([1], jnp.int32)
-    y, clean = (
-        mosaic_gpu.tile_ffn(
-            jnp.asarray(rows, jnp.bfloat16),
-            *pairs,
-            one - 1,
-            one,
-            jnp.abs,
-            arch,
-            interpreted=True,
-        )
-        for rows in (poisoned, x)
-    )
-    y, clean = (np.delete(np.asarray(a, np.float32)[0], 3, axis=0) for a in (y, clean))
-    np.testing.assert_array_equal(y, clean)
-
-
 @pytest.fixture
 def ran(monkeypatch):
     """What the ops call: the kernels, for the interpreter, each noting its splits."""
@@ -248,24 +186,21 @@ def ran(monkeypatch):
         calls.append((kernel.__module__.split(".")[-1], how.get("splits")))
         return kernel(*args, **how, interpreted=True)
 
-    for module in (hopper, blackwell, mosaic_gpu):
-        name = "tile_ffn" if module is mosaic_gpu else "tile_matmul"
-        note = functools.partial(noting, getattr(module, name))
-        monkeypatch.setattr(module, name, note)
+    for module in (hopper, blackwell):
+        note = functools.partial(noting, module.tile_matmul)
+        monkeypatch.setattr(module, "tile_matmul", note)
     return calls
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_frozen_layer_runs_the_packed_kernels(monkeypatch, ran, fused):
+def test_a_frozen_layer_runs_the_packed_kernels(monkeypatch, ran):
     monkeypatch.setattr(device, "arch", lambda *_: "sm_100a")
-    monkeypatch.setattr("trix_kernels.tile_ffn.api.FUSED_BLOCKS", 1 if fused else 10**9)
     layer = SparseTriXFFN(128, num_tiles=4, expansion=4, dtype=jnp.bfloat16)
     x = jax.random.normal(jax.random.key(0), (24, 128))
     variables = layer.init(jax.random.key(1), x)
     frozen = freeze(layer, variables, x)
     assert frozen["packed"]["tiles"]["up"]["bits"].dtype == jnp.uint16
     y = layer.apply(frozen, x)[0]
-    assert ran == ([("mosaic_gpu", None)] if fused else 2 * [("blackwell", 1)])
+    assert ran == 2 * [("blackwell", 1)]
     trained = layer.apply(variables, x)[0]
     error = np.abs(np.asarray(y - trained, np.float64)).max()
     assert error <= 0.05 * np.abs(np.asarray(trained)).max()

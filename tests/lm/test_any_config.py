@@ -30,6 +30,7 @@ MODELS = {
     "tiles_per_cluster": small,
     "top_k_clusters": small,
     "tiles_per_token": small,
+    "shared_width": st.sampled_from([0, 3]),
     "grid_size": small,
     "compress_hidden": st.sampled_from([None, 0, 1, 3]),
     "ternary_splines": st.booleans(),

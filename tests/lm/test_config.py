@@ -60,6 +60,13 @@ def test_config_round_trips_through_its_tree():
     assert cfg.from_tree(cfg.to_tree(config)) == config
 
 
+def test_config_without_later_settings_is_as_it_was():
+    tree = cfg.to_tree(cfg.RunConfig(model=TransformerConfig(vocab_size=9)))
+    del tree["model"]["attention"], tree["model"]["remat"]
+    model = cfg.from_tree(tree).model
+    assert (model.attention, model.remat) == ("auto", False)
+
+
 @pytest.mark.parametrize(
     ("tree", "message"),
     [

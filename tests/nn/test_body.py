@@ -3,6 +3,7 @@ decoding under a mask.
 """
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from trix_jax import TransformerConfig, TransformerLM
-from trix_jax.nn import CausalSelfAttention
+from trix_jax.nn import CausalSelfAttention, cudnn
 from trix_jax.nn.positions import rotate
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -176,6 +177,7 @@ def test_initialization_has_the_spread_it_says(init, expected):
         ({"positions": "none"}, "positions must be one of learned, rotary"),
         ({"init": "zero"}, "init must be one of gpt2, fan_in"),
         ({"positions": "rotary", "d_model": 6, "n_heads": 2}, "must be even"),
+        ({"attention": "flash"}, "attention must be one of auto, xla, cudnn"),
     ],
 )
 def test_a_body_that_cannot_be_is_refused_by_name(no_type_hook, values, message):
@@ -211,3 +213,91 @@ def test_an_empty_sequence_gives_an_empty_output():
     layer = CausalSelfAttention(D, 2, rotary=True)
     variables = jit(layer.init)(jax.random.key(0), np.zeros((2, 3, D)))
     assert jit(layer.apply)(variables, np.zeros((2, 0, D))).shape == (2, 0, D)
+
+
+@pytest.mark.parametrize(
+    "ffn", ["dense", pytest.param("sparse", marks=pytest.mark.slow)]
+)
+def test_computing_blocks_again_gives_the_gradients_in_less_memory(ffn):
+    sizes = {"vocab_size": 11, "context": 64, "d_model": 16, "n_layers": 4}
+    found, held = {}, {}
+    tokens = np.arange(2 * 64).reshape(2, 64) % 11
+    for remat in (False, True):
+        model = TransformerLM(TransformerConfig(ffn=ffn, remat=remat, **sizes))
+        variables = jit(model.init)(jax.random.key(0), tokens)
+
+        def loss(params, model=model, variables=variables):
+            given = {**variables, "params": params}
+            (logits, _, aux), new = model.apply(
+                given, tokens, True, mutable=["routing"]
+            )
+            return jnp.square(logits).mean() + aux["total_aux"], new
+
+        grad = (
+            jax.jit(jax.grad(loss, has_aux=True)).lower(variables["params"]).compile()
+        )
+        held[remat] = grad.memory_analysis().temp_size_in_bytes
+        found[remat] = grad(variables["params"])
+    assert held[True] < 0.6 * held[False]
+    jax.tree.map(assert_near, found[True], found[False])
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ({}, None),
+        ({"dtype": jnp.float16, "capability": "8.0", "width": 128}, None),
+        ({"width": 256}, None),
+        ({"platform": "cpu", "capability": ""}, "cuDNN needs a CUDA GPU. This is cpu."),
+        ({"capability": "gfx942"}, "cuDNN needs a CUDA GPU. This is gpu gfx942."),
+        (
+            {"capability": "7.5"},
+            "its attention needs compute capability 8.0. This is 7.5.",
+        ),
+        (
+            {"dtype": jnp.float32},
+            "its attention takes bfloat16 and float16. Got float32.",
+        ),
+        ({"capability": "8.6", "width": 136}, "at most 128. Got 136."),
+        ({"width": 12}, "heads must be a multiple of 8 wide, at most 256. Got 12."),
+        ({"is_plain": False}, "it takes no mask, no segments and no cache here."),
+    ],
+)
+def test_cudnn_attention_runs_where_it_says(how, reason):
+    where = {"platform": "gpu", "capability": "9.0", "dtype": jnp.bfloat16, "width": 64}
+    found = cudnn.unsupported_reason(**{**where, "is_plain": True, **how})
+    assert found == reason if reason is None else found.endswith(reason)
+
+
+def test_cudnn_by_name_where_it_does_not_run_is_refused():
+    layer = CausalSelfAttention(D, 2, implementation="cudnn")
+    with pytest.raises(
+        NotImplementedError, match=r"'cudnn': cuDNN needs .* This is cpu\."
+    ):
+        layer.init(jax.random.key(0), jnp.zeros((1, 2, D), jnp.bfloat16))
+
+
+def test_what_cudnn_is_asked_for_is_what_xla_computes(monkeypatch):
+    """Asked on a GPU that is not here; XLA answers in its place."""
+    layers = {
+        name: CausalSelfAttention(D, 2, implementation=name) for name in ("auto", "xla")
+    }
+    x = jax.random.normal(jax.random.key(0), (2, 5, D), jnp.bfloat16)
+    mask = jnp.ones((2, 5), bool)
+    variables = jit(layers["xla"].init)(jax.random.key(1), x)
+    expected = layers["xla"].apply(variables, x)
+    asked, attention = [], jax.nn.dot_product_attention
+
+    def xla(*args, implementation, **how):
+        asked.append(implementation)
+        return attention(*args, implementation="xla", **how)
+
+    gpu = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", xla)
+    monkeypatch.setattr(jax, "devices", lambda: [gpu])
+    assert_near(layers["auto"].apply(variables, x), expected, 2**-6)
+    assert asked == ["cudnn"]
+    layers["xla"].apply(variables, x)
+    layers["auto"].apply(variables, x, mask=mask)
+    layers["auto"].apply(variables, x.astype(jnp.float32))
+    assert asked == ["cudnn"]

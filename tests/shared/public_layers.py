@@ -33,7 +33,7 @@ LAYERS = {
 }
 BLOCKS = {
     "attention": CausalSelfAttention(D, 2),
-    "sparse_block": SparseTriXBlock(D, 2),
+    "sparse_block": SparseTriXBlock(D, 2, shared_width=3),
     "hierarchical_block": HierarchicalTriXBlock(D, 2, **TILES),
     "lookup_block": SparseLookupBlock(D, 2, grid_size=2, **TILES),
     "dense_block": DenseBlock(D, 2, width=12),

@@ -1,6 +1,7 @@
 """`trix-jax report DIR`: the report of a run or an experiment, from what is there."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -9,8 +10,13 @@ import tyro
 from trix_jax.cli.common import print_json, say
 from trix_jax.lm.experiment.report import write_experiment_report
 from trix_jax.lm.experiment.spec import NOTES
+from trix_jax.lm.ngram import floors
 from trix_jax.lm.presets import parse
-from trix_jax.lm.report.run import write_run_report
+from trix_jax.lm.report.run import Floors, write_run_report
+from trix_jax.lm.serve.load import open_run_data
+
+ORDERS = (1, 2, 3)
+COUNTED = 2_000_000  # training tokens, from the first: seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +27,8 @@ class Args:
 
     directory: Annotated[str, tyro.conf.Positional]
     """A run directory, or an experiment's."""
+    twin: str | None = None
+    """Another run on the same data, to set beside a run: its dense twin."""
     json: bool = False
     """End standard output with the report's path as one line of JSON."""
 
@@ -30,9 +38,11 @@ def main(argv: list[str]) -> None:
     args = parse(Args, argv, "report")
     directory, report = Path(args.directory), say(args.json)
     if (directory / NOTES).is_file():
+        if args.twin:
+            raise ValueError("twin is of a run; an experiment has its own comparisons.")
         path = write_experiment_report(directory, report)
     elif (directory / "metrics.jsonl").is_file():
-        path = write_run_report(directory)
+        path = run_report(directory, report, args.twin)
     else:
         raise ValueError(
             f"directory must hold a run (metrics.jsonl) or an experiment ({NOTES}). Got {directory}."
@@ -40,3 +50,19 @@ def main(argv: list[str]) -> None:
     report(f"read {path}")
     if args.json:
         print_json({"report": str(path)})
+
+
+def run_report(
+    directory: str | Path, report: Callable[[str], None], twin: str | None = None
+) -> Path:
+    """The report of a run, beside what counting n-grams in (the first of) its data
+    achieves.
+    """
+    try:
+        store = open_run_data(directory)
+    except (OSError, ValueError) as error:
+        report(f"no n-gram floor: {error}")
+        return write_run_report(directory, twin=twin)
+    counted = min(len(store.train), COUNTED)
+    found = Floors(floors(store, ORDERS, counted), counted)
+    return write_run_report(directory, found, twin)

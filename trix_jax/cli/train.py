@@ -70,9 +70,9 @@ def main(argv: list[str]) -> None:
     )
     if hosts.is_first():
         # Plots take seconds to import, and a mistake needs none.
-        from trix_jax.lm.report.run import write_run_report
+        from trix_jax.cli.report import run_report
 
-        report(f"read {write_run_report(args.workdir)}")
+        report(f"read {run_report(args.workdir, report)}")
         if args.json:
             print_json(summary)
 

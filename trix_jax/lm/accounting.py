@@ -20,7 +20,8 @@ Routes = Literal["signatures", "table"]  # how a served model finds a token's ti
 
 
 class Costs(NamedTuple):
-    """Sizes of a model; those of the FFNs are summed over its layers.
+    """Sizes of a model; those of the FFNs are summed over its layers, the dense part
+    beside tiles included.
 
     Attributes:
         total: parameters of the whole model.
@@ -57,7 +58,10 @@ def costs(config: TransformerConfig, routes: Routes = "signatures") -> Costs:
     """
     tables = layers_by_token(config) if routes == "table" else 0
     params = _param_shapes(config)
-    ffn = [layer["ffn"] for name, layer in params.items() if name.startswith("block_")]
+    blocks = [layer for name, layer in params.items() if name.startswith("block_")]
+    ffn = [
+        block[name] for block in blocks for name in ("ffn", "shared") if name in block
+    ]
     return Costs(
         total=_size(params),
         ffn=sum(_size(layer) for layer in ffn),
@@ -126,10 +130,11 @@ def _size(tree) -> int:
 def _active(c: TransformerConfig, training: bool = False) -> int:
     if c.ffn == "dense":
         return 2 * c.d_model * c.dense_width
+    always = _scoring(c, training) + 2 * c.d_model * c.shared_width
     if c.ffn == "lookup":
         hidden = compress_width(c.d_model, c.compress_hidden)
-        return _scoring(c, training) + (c.d_model + 2) * hidden + 2 + c.d_model
-    return _scoring(c, training) + 2 * c.d_model * c.tile_width * c.tiles_per_token
+        return always + (c.d_model + 2) * hidden + 2 + c.d_model
+    return always + 2 * c.d_model * c.tile_width * c.tiles_per_token
 
 
 def _scoring(c: TransformerConfig, training: bool = False) -> int:
@@ -167,14 +172,14 @@ def _routing_bits(c: TransformerConfig, tables: int) -> int:
 
 def _bits(layer, c: TransformerConfig) -> int:
     ternary = 0
-    if c.ffn in ("sparse", "hierarchical") and c.ternary.mode != "none":
+    if "tiles" in layer and c.ternary.mode != "none":
         for kernel in (
             layer["tiles"]["up"]["kernel"],
             layer["tiles"]["down"]["kernel"],
         ):
             ternary += kernel.size
         scales = _scales(layer, c)
-    elif c.ffn == "lookup" and c.ternary_splines:
+    elif "splines" in layer and c.ternary_splines:
         ternary, scales = (
             layer["splines"]["kernel"].size,
             1,

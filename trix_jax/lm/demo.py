@@ -14,7 +14,7 @@ from trix_jax.lm.data import DataConfig, prepare
 from trix_jax.lm.ngram import floors
 from trix_jax.lm.presets import match_width
 from trix_jax.lm.report.demo import write_demo_report
-from trix_jax.lm.report.run import write_run_report
+from trix_jax.lm.report.run import Floors, write_run_report
 from trix_jax.lm.serve.export import export
 from trix_jax.lm.serve.generate import SamplingConfig, generate
 from trix_jax.lm.serve.load import load_run
@@ -69,7 +69,7 @@ def run_demo(
     preset = dataclasses.replace(PRESET, seed=seed)
     report("preparing the embedded corpus, the standard library's own source")
     store = prepare(preset.data, workdir / "data", report)
-    counted = {str(order): float(loss) for order, loss in floors(store).items()}
+    counted = {order: float(loss) for order, loss in floors(store).items()}
     report("n-gram floors: " + ", ".join(f"{n}: {v:.3f}" for n, v in counted.items()))
 
     runs = {"trix": preset, "dense": _dense(preset)}
@@ -77,7 +77,8 @@ def run_demo(
         config = _on(config, workdir / "data", steps)
         report(f"training {arm}: {steps} steps")
         train(config, workdir / arm, report=report)
-        write_run_report(workdir / arm)
+    for arm, twin in (("trix", workdir / "dense"), ("dense", None)):
+        write_run_report(workdir / arm, Floors(counted, len(store.train)), twin)
     arms = {arm: _result(workdir / arm, store) for arm in runs}
 
     report("packing")
@@ -85,7 +86,7 @@ def run_demo(
         "workdir": str(workdir),
         "seconds": 0.0,  # below, once all is done
         "arms": {arm: values for arm, (values, _) in arms.items()},
-        "ngram": counted,
+        "ngram": {str(order): loss for order, loss in counted.items()},
         "routing": _routing(arms["trix"][1]),
         **_packed(workdir, store, seed),
         "config": _shape(preset, steps, store),

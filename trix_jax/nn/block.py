@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from trix_jax.nn.activations import activation
 from trix_jax.nn.attention import CausalSelfAttention, check_sequence
+from trix_jax.nn.cudnn import AttentionKind
 from trix_jax.nn.hierarchical_ffn import HierarchicalTriXFFN
 from trix_jax.nn.inputs import check_input, check_mask, hide
 from trix_jax.nn.settings import LayerArguments, TileArguments, TileSettings
@@ -103,6 +104,12 @@ class Block(LayerArguments):
         attention_init, attention_out_init: of the attention's projections.
         norm: "layer" norms without bias, or "rms" norms.
         rotary, qk_norm: see `CausalSelfAttention`.
+        attention_implementation: its `implementation`.
+        shared_width: hidden width of a `DenseFFN` of real weights beside the FFN, on the
+            same input, added for every token: DeepSeekMoE's shared expert (Dai et al.,
+            2024, https://arxiv.org/abs/2401.06066), beside ternary ones as in MoTE
+            (2025, https://arxiv.org/abs/2506.14435). 0 is none.
+        shared_init: of its two matrices; None takes `lecun_normal`.
     """
 
     d_model: int
@@ -115,6 +122,9 @@ class Block(LayerArguments):
     norm: Norm = "layer"
     rotary: bool = False
     qk_norm: bool = False
+    attention_implementation: AttentionKind = "auto"
+    shared_width: int = 0
+    shared_init: tuple[Callable, Callable] | None = None
 
     @nn.compact
     def __call__(
@@ -147,19 +157,37 @@ class Block(LayerArguments):
             self.param_dtype,
             self.rotary,
             self.qk_norm,
+            self.attention_implementation,
             name="attention",
         )
         h = make_norm(self.norm, "attention_norm", **how)(hide(x, mask))
         x = x + attention(h, train, decode, mask=mask, segment_ids=segment_ids)
+        h = make_norm(self.norm, "ffn_norm", **how)(hide(x, mask))
         y, info, aux = self._ffn()(
-            make_norm(self.norm, "ffn_norm", **how)(hide(x, mask)),
+            h,
             train,
             progress=progress,
             token_ids=token_ids,
             router_input=router_input,
             mask=mask,
         )
+        if self.shared_width:
+            y = y + self._shared()(h, train, mask=mask)[0]
         return x + y, info, aux
+
+    def _shared(self) -> nn.Module:
+        """The FFN that is always on."""
+        up, down = self.shared_init or (None, None)
+        return DenseFFN(
+            self.d_model,
+            self.shared_width,
+            dropout=self.dropout,
+            up_init=up,
+            down_init=down,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name="shared",
+        )
 
     def _ffn(self) -> nn.Module:
         """Builds the FFN, under the name "ffn"."""

@@ -1,32 +1,27 @@
 """A decoder-only language model with any of the three TriX FFNs or the dense one."""
 
-import dataclasses
-from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from trix_jax.nn.activations import activation
-from trix_jax.nn.attention import check_segments
 from trix_jax.nn.block import (
     Block,
     DenseBlock,
     HierarchicalTriXBlock,
-    Norm,
     SparseLookupBlock,
     SparseTriXBlock,
     make_norm,
 )
 from trix_jax.nn.inputs import check_mask
 from trix_jax.nn.kernel import Whole
-from trix_jax.nn.positions import documents, positions_of
-from trix_jax.nn.settings import TileSettings, check_divides
-from trix_jax.nn.sparse_lookup_ffn import compress_width
+from trix_jax.nn.positions import positions_of
+from trix_jax.nn.segments import segments_of
 from trix_jax.nn.tiles import Aux
-from trix_jax.nn.token_input import TokenInput, check_router_input
-from trix_jax.routing import RoutingConfig, RoutingInfo
-from trix_jax.ternary import TernaryConfig
+from trix_jax.nn.token_input import TokenInput
+from trix_jax.nn.transformer_config import TransformerConfig as TransformerConfig
+from trix_jax.routing import RoutingInfo
 from trix_jax.typing import (
     AnyArray,
     Array,
@@ -37,167 +32,8 @@ from trix_jax.typing import (
     Shaped,
 )
 
-FFNKind = Literal["hierarchical", "sparse", "lookup", "dense"]
-RouterInput = Literal["hidden", "embedding", "pair"]
-MatchedWidth = Literal["match-params", "match-active", "match-bits"]
-ComputeDtype = Literal["float32", "bfloat16"]
-Positions = Literal["learned", "rotary"]
-Init = Literal["gpt2", "fan_in"]
-
 INIT_STD = 0.02  # GPT-2's
 INIT = nn.initializers.normal(INIT_STD)
-
-
-@dataclasses.dataclass(frozen=True)
-class TransformerConfig:
-    """Shape of a `TransformerLM`.
-
-    Attributes:
-        vocab_size: V; None is filled in from the tokenizer by the training lane.
-        context: longest sequence, L.
-        d_model: D, the width.
-        n_layers: number of blocks.
-        n_heads: H, of attention.
-        ffn: which FFN.
-        ffn_width: hidden width of the dense FFN; None takes `expansion * d_model`;
-            "match-params", "match-active" and "match-bits" are filled in by the
-            training lane with the width at which the model has as many parameters, FFN
-            multiply-accumulates or served FFN bits as its TriX arm.
-        expansion: total hidden width of all tiles over D.
-        num_tiles, tiles_per_cluster, top_k_clusters, tiles_per_token: see
-            `TileSettings`.
-        router_input: what the signatures are matched with: "embedding" is the token's
-            row of the embedding table, so that its tiles depend on the token alone,
-            "hidden" the FFN's input, as the original has it. The first is ahead on
-            TinyShakespeare and English, level on bytes of Python (experiments/quality).
-            "pair" is `rms_unit(row) + pair_weight * rms_unit(row of the token before)`,
-            and the control "hash" then hashes pairs. The dense FFN has no use for it.
-        pair_weight: see `router_input`.
-        hidden_from: the first layer, counted from 0, that routes by hidden state
-            whatever `router_input` says; None has no such layer.
-        grid_size, compress_hidden, ternary_splines: of `SparseLookupFFN`.
-        activation: None takes "gelu" for the dense FFN, "relu2" for the ternary ones.
-        dropout: rate behind embeddings, attention and FFN.
-        tied: the head is the embedding transposed.
-        dtype: of the computation; parameters are float32.
-        norm: "layer" norms without bias, as GPT-2 has them, or "rms" norms.
-        positions: "learned" embeddings of them, added to the tokens', or "rotary" ones
-            in the attention.
-        qk_norm: RMS norms of queries and keys.
-        init: "gpt2" draws every matrix at a standard deviation of 0.02, those into the
-            residual over `sqrt(2 * n_layers)`; "fan_in" draws the attention's at `1 /
-            sqrt(D)`, its output over `sqrt(2 * n_layers)`, and the FFN as its module
-            does by itself. Embeddings have 0.02 either way.
-        document_mask: no token attends to another document, and positions begin anew in
-            each: a document's logits are those that it gets alone.
-        end_token: the id that opens a document; None is filled in from the tokenizer by
-            the training lane, where `document_mask` needs it.
-    """
-
-    vocab_size: int | None = None
-    context: int = 64
-    d_model: int = 128
-    n_layers: int = 4
-    n_heads: int = 4
-    ffn: FFNKind = "hierarchical"
-    ffn_width: int | MatchedWidth | None = None
-    expansion: int = 4
-    num_tiles: int = 16
-    tiles_per_cluster: int = 4
-    top_k_clusters: int = 1
-    tiles_per_token: int = 1
-    router_input: RouterInput = "embedding"
-    pair_weight: float = 0.5
-    hidden_from: int | None = None
-    grid_size: int = 16
-    compress_hidden: int | None = None
-    ternary_splines: bool = True
-    activation: str | None = None
-    dropout: float = 0.0
-    tied: bool = True
-    dtype: ComputeDtype = "float32"
-    norm: Norm = "layer"
-    positions: Positions = "learned"
-    qk_norm: bool = False
-    init: Init = "gpt2"
-    document_mask: bool = False
-    end_token: int | None = None
-    ternary: TernaryConfig = dataclasses.field(default_factory=TernaryConfig)
-    routing: RoutingConfig = dataclasses.field(default_factory=RoutingConfig)
-
-    def __post_init__(self):
-        self._check_sizes()
-        self._check_choices()
-        head = check_divides("d_model", self.d_model, "n_heads", self.n_heads)
-        if self.positions == "rotary" and head % 2:
-            what = "d_model / n_heads must be even with positions='rotary'"
-            raise ValueError(f"{what}. Got {head}.")
-        self._check_tiles()
-        if self.ffn != "dense":
-            check_router_input(self)
-
-    def _check_sizes(self) -> None:
-        sizes = "context d_model n_layers n_heads expansion num_tiles grid_size"
-        for name in (*sizes.split(), "vocab_size", "ffn_width"):
-            size = getattr(self, name)
-            if size is not None and not isinstance(size, str) and size < 1:
-                raise ValueError(f"{name} must be at least 1. Got {size}.")
-
-    def _check_choices(self) -> None:
-        for name, value, kind in (
-            ("ffn", self.ffn, FFNKind),
-            ("router_input", self.router_input, RouterInput),
-            ("dtype", self.dtype, ComputeDtype),
-            ("norm", self.norm, Norm),
-            ("positions", self.positions, Positions),
-            ("init", self.init, Init),
-        ):
-            if value not in get_args(kind):
-                raise ValueError(
-                    f"{name} must be one of {', '.join(get_args(kind))}. Got {value!r}."
-                )
-        if self.activation is not None:
-            activation(self.activation)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(
-                f"dropout must be at least 0 and below 1. Got {self.dropout}."
-            )
-
-    def _check_tiles(self) -> None:
-        n, m, k = self.num_tiles, self.tiles_per_cluster, self.tiles_per_token
-        if self.ffn in ("sparse", "hierarchical"):
-            width = self.expansion * self.d_model
-            check_divides("expansion * d_model", width, "num_tiles", n)
-        if self.ffn == "sparse":
-            TileSettings(num_tiles=n, tiles_per_token=k)
-        if self.ffn == "hierarchical":
-            clusters = {"tiles_per_cluster": m, "top_k_clusters": self.top_k_clusters}
-            TileSettings(num_tiles=n, tiles_per_token=k, **clusters)
-        if self.ffn == "lookup":
-            TileSettings(num_tiles=n, tiles_per_cluster=m)
-            compress_width(self.d_model, self.compress_hidden)
-            if k != 1:
-                raise ValueError(
-                    f"tiles_per_token must be 1 with ffn='lookup'. Got {k}."
-                )
-
-    @property
-    def tile_width(self) -> int:
-        """Hidden width of one tile (F)."""
-        return self.expansion * self.d_model // self.num_tiles
-
-    @property
-    def dense_width(self) -> int:
-        """Hidden width of the dense FFN.
-
-        Raises:
-            ValueError: a width to match has not been resolved.
-        """
-        if isinstance(self.ffn_width, str):
-            raise ValueError(
-                f"ffn_width={self.ffn_width!r} must be resolved first, by trix_jax.lm.presets.match_width."
-            )
-        return self.ffn_width or self.expansion * self.d_model
 
 
 class TransformerLM(nn.Module):
@@ -230,7 +66,8 @@ class TransformerLM(nn.Module):
         *,
         mask: Shaped[AnyArray, "..."] | None = None,
         segment_ids: Shaped[AnyArray, "..."] | None = None,
-    ) -> tuple[Float[Array, "B L V"], tuple[RoutingInfo | None, ...], Aux]:
+        hidden: bool = False,
+    ) -> tuple[Float[Array, "B L _"], tuple[RoutingInfo | None, ...], Aux]:
         """Applies the model.
 
         Args:
@@ -244,10 +81,13 @@ class TransformerLM(nn.Module):
             segment_ids: `[batch, length]` integers; a token sees those of its own
                 number, and positions begin anew where the number changes. None: the
                 documents, with `TransformerConfig.document_mask`, or one.
+            hidden: leaves the head to the caller, see
+                `trix_jax.lm.train.loss`.
 
         Returns:
-            logits in float32, a `RoutingInfo` a layer (None for a dense FFN), and the
-            auxiliary losses, layers averaged.
+            logits in float32 (with `hidden` what the head multiplies, `[B, L, D]`), a
+            `RoutingInfo` a layer (None for a dense FFN), and the auxiliary losses,
+            layers averaged.
 
         Raises:
             ValueError: a sequence longer than the context, a mask or segments of
@@ -258,7 +98,8 @@ class TransformerLM(nn.Module):
         embed = nn.Embed(v, c.d_model, embedding_init=INIT, dtype=dtype, name="embed")
         mask = check_mask(mask, tokens.shape)
         tokens = jnp.asarray(tokens)
-        segment_ids = self._segments(tokens, segment_ids, mask, decode)
+        apart = c.document_mask, c.end_token
+        segment_ids = segments_of(self, tokens, segment_ids, mask, decode, *apart)
         x = rows = embed(tokens)
         if c.positions == "learned":
             x = rows + self._positions(tokens.shape, mask, segment_ids, decode)
@@ -266,14 +107,16 @@ class TransformerLM(nn.Module):
         how: dict[str, Any] = {"progress": progress, "token_ids": tokens}
         how |= {"mask": mask, "segment_ids": segment_ids}
         how |= self._by_token(tokens, rows, embed, train, decode, how)
-        x, infos, losses = self._blocks(x, train, decode, how)
+        x, infos, aux = self._blocks(x, train, decode, how)
         x = make_norm(c.norm, "norm", dtype=dtype)(x)
+        if hidden:
+            return x, infos, aux
         head = embed.attend
         if not c.tied:
             head = nn.Dense(
                 v, use_bias=False, kernel_init=INIT, dtype=dtype, name="head"
             )
-        return head(x).astype(jnp.float32), infos, _mean_losses(losses)
+        return head(x).astype(jnp.float32), infos, aux
 
     def _by_token(self, tokens, rows, embed, train, decode, how) -> dict[str, Any]:
         """What the routers are given of each token; nothing where they look at hidden
@@ -286,24 +129,6 @@ class TransformerLM(nn.Module):
         look = TokenInput(c.routing, weight, name="router_input")
         about = (how[name] for name in ("progress", "mask", "segment_ids"))
         return look(tokens, rows, embed, train, decode, *about)._asdict()
-
-    def _segments(self, tokens, segment_ids, mask, decode):
-        """The segments that are given, else the documents where the config keeps them
-        apart.
-        """
-        segment_ids = check_segments(segment_ids, tokens.shape)
-        if decode and segment_ids is not None and self.config.document_mask:
-            raise ValueError(
-                "segment_ids must be left out to decode with document_mask=True, which counts documents."
-            )
-        if segment_ids is not None or not self.config.document_mask:
-            return segment_ids
-        end = self.config.end_token
-        if end is None:
-            raise ValueError(
-                "end_token must be set with document_mask=True: the id that opens a document. Got None."
-            )
-        return documents(self, tokens, end, mask, decode)
 
     def _positions(self, shape, mask, segment_ids, decode) -> Float[Array, "B L D"]:
         """Embedded positions; see `positions_of`."""
@@ -318,7 +143,13 @@ class TransformerLM(nn.Module):
         return embed(positions_of(self, shape, mask, segment_ids, decode))
 
     def _blocks(self, x, train, decode, how):
-        """The blocks' output, and the routing infos and losses of each."""
+        """The blocks' output, the routing infos of each, and their mean losses."""
+
+        def run(block, x, how):
+            return block(x, train, decode, **how)
+
+        if self.config.remat and not decode:
+            run = nn.remat(run)
         infos, losses = [], []
         for i in range(self.config.n_layers):
             block = make_block(
@@ -326,10 +157,11 @@ class TransformerLM(nn.Module):
             )
             if i == self.config.hidden_from:
                 how = {**how, "router_input": None}
-            x, info, aux = block(x, train, decode, **how)
+            x, info, aux = run(block, x, how)
             infos.append(info)
             losses.append(aux)
-        return x, tuple(infos), losses
+        mean = jax.tree.map(lambda *layers: jnp.mean(jnp.stack(layers)), *losses)
+        return x, tuple(infos), mean
 
 
 def _vocabulary(config: TransformerConfig, length: int) -> int:
@@ -341,13 +173,6 @@ def _vocabulary(config: TransformerConfig, length: int) -> int:
     if length > (most := config.context):
         raise ValueError(f"tokens must be at most context={most} long. Got {length}.")
     return config.vocab_size
-
-
-def _mean_losses(losses: Sequence[Aux]) -> Aux:
-    """Every auxiliary loss, averaged over the layers."""
-    return {
-        name: jnp.mean(jnp.stack([loss[name] for loss in losses])) for name in losses[0]
-    }
 
 
 def make_block(
@@ -366,7 +191,7 @@ def make_block(
         act = c.activation or "gelu"
         return DenseBlock(width, heads, c.dense_width, activation=act, **common)
     n, m, k = c.num_tiles, c.tiles_per_cluster, c.tiles_per_token
-    common["routing"] = c.routing
+    common |= {"routing": c.routing, "shared_width": c.shared_width}
     if c.ffn == "lookup":
         splines = c.grid_size, c.compress_hidden, c.ternary_splines
         return SparseLookupBlock(width, heads, n, m, *splines, **common)
@@ -389,6 +214,7 @@ def _block_arguments(config: TransformerConfig) -> dict[str, Any]:
         "norm": c.norm,
         "rotary": c.positions == "rotary",
         "qk_norm": c.qk_norm,
+        "attention_implementation": c.attention,
         "dtype": jnp.dtype(c.dtype),
     }
     if c.init == "gpt2":
@@ -396,4 +222,5 @@ def _block_arguments(config: TransformerConfig) -> dict[str, Any]:
         is_dense = c.ffn == "dense"
         how["up_init"] = INIT if is_dense else Whole(INIT)
         how["down_init"] = into_residual if is_dense else Whole(into_residual)
+        how["shared_init"] = INIT, into_residual
     return how

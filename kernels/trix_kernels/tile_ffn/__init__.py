@@ -1,4 +1,3 @@
-"""`y = act(x @ up[n]) @ down[n]`: a tile's two matmuls in one kernel."""
+"""`y = act(x @ up[n]) @ down[n]`: a tile's two matmuls."""
 
 from trix_kernels.tile_ffn.api import block_ffn as block_ffn
-from trix_kernels.tile_ffn.api import unsupported_reason as unsupported_reason

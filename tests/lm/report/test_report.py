@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,13 @@ import numpy as np
 import pytest
 import yaml
 
-from trix_jax.lm.config import RunConfig, to_tree
+from trix_jax.cli.report import run_report
+from trix_jax.lm.config import RunConfig, from_tree, to_tree
+from trix_jax.lm.ngram import floors
 from trix_jax.lm.report import demo, run
 from trix_jax.lm.report.plots import spread
+from trix_jax.lm.report.record import read_run
+from trix_jax.lm.serve.load import open_run_data
 
 LAYERS, TILES, STEP_TOKENS = 2, 8, 768
 FLOORS = {"1": 3.3, "2": 2.48, "3": 2.1, "4": 2.0, "5": 1.99}
@@ -249,6 +254,49 @@ def test_report_of_a_routed_run_has_all_figures(tmp_path, evals, steps):
     assert "1.7500" in text
 
 
+def test_a_run_stands_beside_counting_and_its_twin(tmp_path):
+    directory = write_run(tmp_path / "run", 1.75, evals=3, steps=60)
+    twin = write_run(tmp_path / "dense", 1.5, dense=True, evals=3, steps=60)
+    floors = run.Floors({2: 1.7, 3: 2.0}, 5000)
+    text = check_page(run.write_run_report(directory, floors, twin), tmp_path)
+    rows = [line for line in text.splitlines() if "counting" in line]
+    assert rows == [
+        "| bigram, counting 5,000 tokens | 1.7000 | +0.0500 |",
+        "| trigram, counting 5,000 tokens | 2.0000 | -0.2500 |",
+    ]
+    assert re.search(r"beside it: dense FFNs of width \d+ \| 1.5000 \| \+0.2500", text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, [(0.1, "rate decays")]),
+        ({"train": {"schedule": "constant"}}, []),
+        ({"train": {"schedule": "wsd"}}, [(0.8, "rate decays")]),
+        (
+            {"model": {"ternary": {"full_precision_fraction": 0.25}}},
+            [(0.1, "rate decays"), (0.25, "weights become ternary")],
+        ),
+        (
+            {"model": {"routing": {"hold_after": 0.5}, "ternary": {"mode": "none"}}},
+            [(0.1, "rate decays"), (0.5, "addresses are held")],
+        ),
+    ],
+)
+def test_moments_are_in_tokens(tmp_path, changes, expected):
+    record = read_run(write_run(tmp_path / "run", 1.75, evals=1, steps=60))
+    train, model = {"steps": 60, "warmup_steps": 6}, {"ffn": "sparse"}
+    tree = {
+        "train": train | changes.get("train", {}),
+        "model": model | changes.get("model", {}),
+    }
+    each = record.steps[-1]["tokens"] / record.steps[-1]["step"]
+    found = run.moments(record._replace(config=from_tree(tree)))
+    assert [
+        (round(tokens / each / 60, 6), words) for tokens, words in found
+    ] == expected
+
+
 def test_report_of_a_dense_run_has_no_routing_and_is_the_same_again(tmp_path):
     directory = write_run(tmp_path / "run", 1.75, dense=True, evals=1)
     path = run.write_run_report(directory)
@@ -288,3 +336,18 @@ def test_spread_keeps_labels_apart_in_order_and_close():
     wanted = np.array([0.5, 0.1, 0.52, 0.51])
     placed = spread(wanted, 0.1)
     np.testing.assert_allclose(placed, [0.41, 0.1, 0.61, 0.51])
+
+
+def test_a_run_is_reported_beside_its_own_data(run_dir, tmp_path):
+    here = tmp_path / "run"
+    shutil.copytree(run_dir, here)
+    text = run_report(here, pytest.fail).read_text()
+    store = open_run_data(here)
+    assert (
+        f"bigram, counting {len(store.train):,} tokens | {floors(store)[2]:.4f}" in text
+    )
+    (store.directory / "manifest.json").unlink()
+    said = []
+    assert "counting" not in run_report(here, said.append).read_text()
+    assert len(said) == 1
+    assert said[0].startswith("no n-gram floor: ")

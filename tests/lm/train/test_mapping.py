@@ -32,7 +32,8 @@ def after_steps(config, devices, mapping, steps=3):
     losses, chance = [], np.random.default_rng(0)
     for _ in range(steps):
         batch = chance.integers(0, 40, (2, 8, model.context + 1), np.int32)
-        state, values = step(state, batch)
+        before, (state, values) = state, step(state, batch)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
         losses.append(float(values.loss))
     return losses, parallel.fetch(state, devices, mapping)
 

@@ -41,10 +41,7 @@ class Label(NamedTuple):
 def val_losses(path: Path, arms: Mapping[str, Lines], floors: Mapping[int, float]):
     """Validation loss of every arm over tokens, and what counting n-grams achieves."""
     figure, (ax,) = new_figure(4.8)
-    labels = []
-    for order, loss in floors.items():
-        ax.axhline(loss, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.7)
-        labels.append(Label(loss, f"{GRAM_NAMES.get(order, order)}  {loss:.3f}"))
+    labels = _draw_floors(ax, floors)
     for arm, evals in arms.items():
         tokens, losses = columns(evals, "tokens", "val_loss")
         colour, name = ARM_COLOURS[arm], ARM_NAMES[arm]
@@ -75,18 +72,65 @@ def savings(path: Path, active: Mapping[str, int], sizes: Mapping[str, int]):
     save(figure, path)
 
 
-def losses(path: Path, steps: Lines, evals: Lines):
-    """Training and validation loss of one run over tokens."""
+def losses(
+    path: Path,
+    steps: Lines,
+    evals: Lines,
+    moments: Sequence[tuple[float, str]] = (),
+    floors: Mapping[int, float] | None = None,
+    twin: Lines = (),
+):
+    """Training and validation loss of one run over tokens, and over steps above.
+
+    Args:
+        moments: tokens at which something changed, and what.
+        floors: what counting n-grams achieves, by order.
+        twin: evaluations of another run.
+    """
     figure, (ax,) = new_figure(4.2)
     tokens, raw = columns(steps, "tokens", "loss")
     last = draw_smoothed(ax, tokens, raw, GREY)
     at, values = columns(evals, "tokens", "val_loss")
     ax.plot(at, values, color=BLUE, linewidth=2, marker="o", markersize=4)
-    set_title(ax, "Loss, nats per token (training: faint, and its running mean)")
-    set_tokens_axis(ax, max(tokens[-1], at[-1]))
     end = Label(values[-1], f"validation  {values[-1]:.3f}", BLUE, "bold")
-    label_ends(ax, [end, Label(last, f"training  {last:.3f}")])
+    labels = [
+        end,
+        Label(last, f"training  {last:.3f}"),
+        *_draw_floors(ax, floors or {}),
+    ]
+    if twin:
+        others, theirs = columns(twin, "tokens", "val_loss")
+        ax.plot(others, theirs, color=ORANGE, linewidth=1.5, zorder=1)
+        labels.append(Label(theirs[-1], f"dense twin  {theirs[-1]:.3f}", ORANGE))
+    end = max(tokens[-1], at[-1])
+    _draw_moments(ax, [moment for moment in moments if moment[0] <= end])
+    set_tokens_axis(ax, end)
+    each = tokens[-1] / steps[-1]["step"]
+    above = ax.secondary_xaxis(
+        "top", functions=(lambda x: x / each, lambda x: x * each)
+    )
+    above.tick_params(color="#999999", labelsize=8)
+    above.set_xlabel("steps", fontsize=9)
+    set_title(ax, "Loss, nats per token (training: faint, and its running mean)")
+    label_ends(ax, labels)
     save(figure, path)
+
+
+def _draw_floors(ax: Axes, floors: Mapping[int, float]) -> list[Label]:
+    for loss in floors.values():
+        ax.axhline(loss, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.7)
+    return [
+        Label(loss, f"{GRAM_NAMES.get(order, f'{order}-gram')}  {loss:.3f}")
+        for order, loss in floors.items()
+    ]
+
+
+def _draw_moments(ax: Axes, moments: Sequence[tuple[float, str]]) -> None:
+    for tokens, words in moments:
+        ax.axvline(tokens, color=GREEN, linewidth=0.8, linestyle=(0, (1, 2)))
+        where = {"transform": ax.get_xaxis_transform(), "rotation": 90}
+        font = {"fontsize": 8, "color": GREEN, "ha": "right", "va": "top"}
+        ax.text(tokens, 0.98, words, **where, **font)
 
 
 def tile_usage(path: Path, usage: Sequence[Sequence[float]]):

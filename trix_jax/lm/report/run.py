@@ -6,26 +6,55 @@ of the machine; the same inputs give the same text.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trix_jax.lm.report import plots
 from trix_jax.lm.report.page import describe_ffn, made_with, table, write_page
 from trix_jax.lm.report.plots import HEALTHY_SHARE, MIB
 from trix_jax.lm.report.record import RunRecord, read_run
 from trix_jax.lm.train.metrics import bits
+from trix_jax.lm.train.optimizer import decay_begins
+
+BALANCE = (
+    "The balance loss is `N sum_n share_n probability_n - 1` (Switch Transformers, "
+    "equation 4): 0 at even use, N - 1 where one tile takes all, and **negative** where "
+    "scores prefer the tiles that have few tokens."
+)
 
 
-def write_run_report(workdir: str | Path) -> Path:
+class Floors(NamedTuple):
+    """Order to nats per token of n-gram models that counted so many training tokens."""
+
+    losses: Mapping[int, float]
+    tokens: int
+
+
+def write_run_report(
+    workdir: str | Path,
+    floors: Floors | None = None,
+    twin: str | Path | None = None,
+) -> Path:
     """Writes `plots/*.png` and `REPORT.md` of one training run; returns the report.
 
+    Args:
+        workdir: of the run.
+        floors: what counting n-grams achieves on its data.
+        twin: the directory of a run to set beside it.
+
     Raises:
-        ValueError: a file of the run is missing or damaged; names it.
+        ValueError: a file of a run is missing or damaged; names it.
     """
     workdir, figures = Path(workdir), Path(workdir) / "plots"
     run = read_run(workdir)
+    other = None if twin is None else read_run(twin)
     config, model = run.config, run.config.model
     summary, params = run.summary, run.summary["params"]
-    plots.losses(figures / "loss.png", run.steps, run.evals)
+    lines = (
+        moments(run),
+        floors.losses if floors else {},
+        other.evals if other else (),
+    )
+    plots.losses(figures / "loss.png", run.steps, run.evals, *lines)
     plots.resources(figures / "resources.png", run.steps)
     rows = [
         ("validation loss, last (nats per token)", f"{summary['final_val_loss']:.4f}"),
@@ -46,6 +75,7 @@ def write_run_report(workdir: str | Path) -> Path:
         f"{config.train.learning_rate:g}; {describe_ffn(config)}.",
         "![Loss over training tokens](plots/loss.png)",
         table(("", "value"), rows),
+        *_beside(summary, floors, other),
     ]
     if run.evals[-1]["tile_usage"]:
         parts += routing_section(workdir, run, summary["routing"])
@@ -88,4 +118,44 @@ def routing_section(
         "![Load of each tile in each layer](plots/tile_usage.png)",
         table(head, rows),
         "![Entropy, stability and auxiliary losses](plots/routing.png)",
+        BALANCE,
     ]
+
+
+def moments(run: RunRecord) -> list[tuple[float, str]]:
+    """Training tokens at which the weights, the addresses or the rate change, and what
+    happens there.
+    """
+    train, model = run.config.train, run.config.model
+    ternary, hold_after = model.ternary, model.routing.hold_after
+    found = []
+    if train.schedule != "constant":
+        is_cosine = train.schedule == "cosine"
+        begins = train.warmup_steps if is_cosine else decay_begins(train)
+        found.append((begins / train.steps, "rate decays"))
+    if model.ffn != "dense":
+        turns = {"ste": ternary.full_precision_fraction}
+        turns["progressive"] = ternary.hard_fraction
+        found.append((turns.get(ternary.mode, 0.0), "weights become ternary"))
+        found.append((hold_after or 0.0, "addresses are held"))
+    each = run.steps[-1]["tokens"] / run.steps[-1]["step"]
+    return [
+        (share * train.steps * each, words) for share, words in found if 0 < share < 1
+    ]
+
+
+def _beside(
+    summary: Mapping[str, Any], floors: Floors | None, twin: RunRecord | None
+) -> list[str]:
+    """What the loss is to be read beside."""
+    loss, rows = summary["final_val_loss"], []
+    counted, tokens = floors or ({}, 0)
+    for order, floor in counted.items():
+        name = plots.GRAM_NAMES.get(order, f"{order}-gram")
+        name = f"{name}, counting {tokens:,} tokens"
+        rows.append((name, f"{floor:.4f}", f"{loss - floor:+.4f}"))
+    if twin is not None:
+        theirs, ffn = twin.summary["final_val_loss"], describe_ffn(twin.config)
+        rows.append((f"beside it: {ffn}", f"{theirs:.4f}", f"{loss - theirs:+.4f}"))
+    head = ("", "validation loss", "this run less it")
+    return [table(head, rows)] if rows else []

@@ -12,6 +12,7 @@ import optax
 
 from trix_jax import routing
 from trix_jax.lm.config import TrainConfig
+from trix_jax.lm.train.loss import cross_entropy, head_weights
 from trix_jax.lm.train.optimizer import clip, learning_rate_schedule, updates_done
 from trix_jax.lm.train.sharding import Layout
 from trix_jax.nn.transformer import TransformerConfig, TransformerLM
@@ -180,15 +181,17 @@ def _metrics(found: Found, grad_norm: Array, rate: Any, finite: Any) -> Metrics:
 def _losses(model, layout, progress, params, routing_state, tokens, key):
     """The loss of a micro-batch that is differentiated, and what else comes of it."""
     params = layout.gathered(params) if layout else params
-    (logits, infos, aux), mutated = model.apply(
+    (hidden, infos, aux), mutated = model.apply(
         {"params": params, "routing": routing_state},
         tokens[:, :-1],
         True,
         progress=progress,
         rngs={"dropout": key},
         mutable=["routing"],
+        hidden=True,
     )
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+    head = head_weights(params, model.config)
+    loss = cross_entropy(hidden, head, tokens[:, 1:]).mean()
     new_state = mutated.get("routing", {})
     return loss + aux["total_aux"], (loss, aux, _counts(infos), new_state)
 

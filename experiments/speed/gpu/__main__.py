@@ -1,0 +1,120 @@
+"""Everything that is measured on a GPU, in parts, each kept when it ends.
+
+    python -m experiments.speed.gpu --output DIR
+
+writes `DIR/measured.jsonl`. The same command goes on: parts that are in the file are not
+repeated, but for those that failed. `--parts` chooses, `--minutes` stops before a part that
+would not fit, `--list` tells the parts, `--rehearse` runs all of it on any machine with
+tiny shapes.
+
+Returns 0 if every chosen part is in the file, 1 if one failed, 2 for arguments that make
+no sense, 3 if the minutes were too few.
+"""
+
+import argparse
+import gc
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import jax
+
+from experiments.speed.gpu import record
+from experiments.speed.gpu.parts import PARTS
+from experiments.speed.gpu.shapes import FULL, REHEARSAL, Shapes
+from experiments.speed.gpu.timing import on_gpu
+from trix_jax.lm.signals import BAD_INPUT, DONE, FAILED
+from trix_jax.lm.train.metrics import git_commit
+
+TOO_FEW_MINUTES = 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    began, args = time.monotonic(), parsed(argv)
+    if args.list:
+        for name, part in PARTS.items():
+            print(f"{name:16} {part.seconds:4} s  {part.about}")
+        return DONE
+    shapes = REHEARSAL if args.rehearse else FULL
+    if not (args.rehearse or on_gpu()):
+        print("There is no GPU here. --rehearse runs tiny shapes.", file=sys.stderr)
+        return BAD_INPUT
+    path = args.output / record.NAME
+    about = {"shapes": shapes.name, "device": jax.devices()[0].device_kind}
+    try:
+        lines = record.read(path)
+        record.check(path, lines, about)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return BAD_INPUT
+    failed = False
+    for name in args.parts:
+        if name in record.measured(lines):
+            continue
+        left = 60 * args.minutes - (time.monotonic() - began)
+        if left < PARTS[name].seconds and not args.rehearse:
+            print(f"{name} is left out: {left:.0f} s are left.", flush=True)
+            return FAILED if failed else TOO_FEW_MINUTES
+        line = measured(name, shapes) | about
+        record.append(path, line)
+        failed |= bool(record.failures(line))
+        print(*told(line), sep="\n", flush=True)
+    return FAILED if failed else DONE
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.speed.gpu", description=__doc__
+    )
+    parser.add_argument("--output", type=Path, help="folder of measured.jsonl")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="that all parts may take"
+    )
+    parser.add_argument("--list", action="store_true", help="tell the parts")
+    parser.add_argument("--rehearse", action="store_true", help="tiny, on any machine")
+    args = parser.parse_args(argv)
+    if not (args.list or args.output):
+        parser.error("--output must name a folder")
+    if not args.minutes > 0:
+        parser.error(f"--minutes must be positive. Got {args.minutes}.")
+    return args
+
+
+def measured(name: str, shapes: Shapes) -> record.Line:
+    """A part's line: its rows, or what went wrong, which ends this part alone."""
+    began = time.monotonic()
+    line: record.Line = {"part": name, "git_commit": git_commit()}
+    try:
+        line["rows"] = list(PARTS[name].rows(shapes))
+    except Exception as error:
+        # Whatever it is: the next parts are worth their minutes.
+        line["error"] = f"{type(error).__name__}: {str(error)[:600]}"
+        line["traceback"] = traceback.format_exc()[-4000:]
+    if on_gpu():  # compiled programs and arrays hold its memory
+        jax.clear_caches()
+        gc.collect()
+    line["seconds"] = round(time.monotonic() - began, 1)
+    line["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
+    return line
+
+
+def told(line: record.Line) -> list[str]:
+    """What a line says, in words."""
+    failures = record.failures(line)
+    head = f"{line['part']}: {line['seconds']} s" + (", FAILED" if failures else "")
+    rows = [
+        f"  {row['name']}: {row.get('kernel_us') or row['us']:.1f} us"
+        for row in line.get("rows", [])
+        if "us" in row
+    ]
+    return [head, *(f"  {failure}" for failure in failures), *rows]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""The language model's step, generation and evaluation, TriX beside its dense twins."""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.speed.gpu.layer import ACTIVATION, ACTIVE, EQUAL, implementations
+from experiments.speed.gpu.shapes import Shapes
+from experiments.speed.gpu.timing import Row, summary
+from trix_jax import freeze
+from trix_jax.lm.config import TrainConfig
+from trix_jax.lm.data.store import Split, Store
+from trix_jax.lm.serve.generate import SamplingConfig, generate
+from trix_jax.lm.train import parallel
+from trix_jax.lm.train.evaluate import evaluate
+from trix_jax.lm.train.optimizer import make_optimizer
+from trix_jax.lm.train.step import init_state, make_train_step
+from trix_jax.nn.transformer import TransformerConfig, TransformerLM
+
+BFLOAT16 = 2.0**-8  # relative distance of neighbours: how far two losses may be apart
+
+
+def configs(shapes: Shapes, tiles: int) -> dict[str, TransformerConfig]:
+    """TriX of N tiles in each implementation, and its dense twins."""
+    width = tiles * shapes.tile_width
+    dense = TransformerConfig(
+        vocab_size=shapes.vocabulary,
+        context=shapes.context,
+        d_model=shapes.width,
+        n_layers=shapes.layers,
+        n_heads=shapes.heads,
+        ffn="dense",
+        ffn_width=width,
+        activation=ACTIVATION,
+        dtype="bfloat16",
+    )
+    trix: dict[str, Any] = {
+        "ffn": "sparse",
+        "ffn_width": None,
+        "num_tiles": tiles,
+        "expansion": width // shapes.width,
+        "tiles_per_token": shapes.per_token,
+    }
+    active = shapes.per_token * shapes.tile_width
+    ours = {
+        f"trix{name}": dataclasses.replace(dense, **trix, **how)
+        for name, how in implementations(TransformerConfig).items()
+    }
+    twins = {EQUAL: dense, ACTIVE: dataclasses.replace(dense, ffn_width=active)}
+    return ours | twins
+
+
+class Stepper:
+    """A model that trains on random tokens, a step a call."""
+
+    def __init__(self, config: TransformerConfig, sequences: int):
+        train = TrainConfig(steps=1000, batch_size=sequences)
+        model, devices = TransformerLM(config), jax.devices()[:1]
+        optimizer = make_optimizer(train)
+        state = parallel.place(init_state(model, optimizer, 0), devices, "jit")
+        make = partial(make_train_step, model, optimizer, train)
+        shape, most = (1, sequences, config.context + 1), config.vocab_size
+        self.batch = np.random.default_rng(0).integers(0, most, shape, np.int32)
+        step: Any = parallel.compile_step(make, devices, "jit")
+        self.compiled = step.lower(state, self.batch).compile()
+        self.state, self.loss = state, float("nan")
+
+    def __call__(self) -> float:
+        """Seconds of a step."""
+        began = time.perf_counter()
+        self.state, metrics = self.compiled(self.state, self.batch)
+        jax.block_until_ready((self.state, metrics))
+        self.loss = float(metrics.loss)
+        return time.perf_counter() - began
+
+    def about(self) -> Row:
+        """Parameters, and bytes: of the state, and of all at the peak."""
+        held: Any = self.compiled.memory_analysis()
+        return {
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(self.state.params)),
+            "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(self.state)),
+            "peak_bytes": held.argument_size_in_bytes + held.temp_size_in_bytes,
+            "donated_bytes": held.alias_size_in_bytes,
+        }
+
+
+def step(shapes: Shapes) -> Iterator[Row]:
+    """Training steps in turn; the loss of ours beside that of XLA's path."""
+    for tiles in shapes.tiles:
+        steppers = {
+            name: Stepper(config, shapes.sequences)
+            for name, config in configs(shapes, tiles).items()
+        }
+        losses: dict[str, list[float]] = {name: [] for name in steppers}
+        for _ in range(shapes.trains_for):
+            for name, stepper in steppers.items():
+                stepper()
+                losses[name].append(stepper.loss)
+        taken: dict[str, list[float]] = {name: [] for name in steppers}
+        for _ in range(shapes.rounds):
+            for name, stepper in steppers.items():
+                taken[name].append(1e6 * stepper())
+        tokens = shapes.sequences * shapes.context
+        for name, stepper in steppers.items():
+            row: Row = {
+                "tiles": tiles,
+                "way": name,
+                **summary(taken[name]),
+                **stepper.about(),
+            }
+            row["tokens_per_second"] = round(1e6 * tokens / row["us"])
+            row |= {"losses": losses[name], **_apart(losses, name)}
+            yield {"name": f"step, {tiles} tiles: {name}", **row}
+
+
+def _apart(losses: dict[str, list[float]], name: str) -> Row:
+    """Says so where the default's losses are not those of XLA's path."""
+    other = losses.get("trix, xla")
+    if name != "trix" or other is None:
+        return {}
+    far = max(abs(a - b) / abs(b) for a, b in zip(losses[name], other, strict=True))
+    return {"failed": f"losses {far:.2g} from XLA's path"} if far > BFLOAT16 else {}
+
+
+def served(config: TransformerConfig) -> tuple[TransformerLM, Any]:
+    """A model as it is served: bfloat16 weights, two bits each where they are ternary."""
+    model = TransformerLM(config)
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    variables = jax.jit(model.init)(jax.random.key(0), tokens)
+    if config.ffn != "dense":
+        variables = freeze(model, variables, tokens)
+
+    def narrow(leaf):
+        return leaf.astype(jnp.bfloat16) if leaf.dtype == jnp.float32 else leaf
+
+    kept = {name: tree for name, tree in variables.items() if name != "params"}
+    return model, {**kept, "params": jax.tree.map(narrow, variables["params"])}
+
+
+def generation(shapes: Shapes) -> Iterator[Row]:
+    """Greedy tokens a second after a prompt, of the most tiles."""
+    tiles = shapes.tiles[-1]
+    ways = {
+        name: served(config)
+        for name, config in configs(shapes, tiles).items()
+        if name in ("trix", EQUAL, ACTIVE)
+    }
+    for batch in shapes.batches:
+        taken: dict[str, list[float]] = {name: [] for name in ways}
+        for run in range(shapes.rounds + 1):
+            for name, (model, variables) in ways.items():
+                seconds = _generate(model, variables, batch, shapes)
+                if run:  # the first one compiles
+                    taken[name].append(1e6 * seconds)
+        for name, (_, variables) in ways.items():
+            row: Row = {
+                "tiles": tiles,
+                "way": name,
+                "batch": batch,
+                **summary(taken[name]),
+            }
+            row["tokens_per_second"] = round(
+                1e6 * batch * shapes.new_tokens / row["us"]
+            )
+            row["served_bytes"] = sum(
+                leaf.nbytes for leaf in jax.tree.leaves(variables)
+            )
+            yield {"name": f"generation, batch {batch}: {name}", **row}
+
+
+def _generate(model: Any, variables: Any, batch: int, shapes: Shapes) -> float:
+    """Seconds that a batch takes."""
+    rng, most = np.random.default_rng(0), shapes.vocabulary
+    prompts = rng.integers(0, most, (batch, shapes.prompt), np.int32)
+    config, began = SamplingConfig(temperature=0), time.perf_counter()
+    for prompt in prompts:
+        list(generate(model, variables, prompt, shapes.new_tokens, config))
+    return time.perf_counter() - began
+
+
+def evaluation(shapes: Shapes) -> Iterator[Row]:
+    """Tokens a second of an evaluation on random tokens."""
+    length = shapes.evaluated * shapes.context + 1
+    tokens = np.random.default_rng(0).integers(0, shapes.vocabulary, length, np.uint16)
+    store = store_of(tokens)
+    for tiles in shapes.tiles:
+        for name, config in configs(shapes, tiles).items():
+            model, taken = TransformerLM(config), []
+            variables = jax.jit(model.init)(
+                jax.random.key(0), jnp.zeros((1, 8), jnp.int32)
+            )
+            for _ in range(3):  # the first one compiles
+                began = time.perf_counter()
+                found = evaluate(model, variables, store, shapes.sequences)
+                taken.append(1e6 * (time.perf_counter() - began))
+            row: Row = {"tiles": tiles, "way": name, **summary(taken[1:])}
+            row["tokens_per_second"] = round(1e6 * found.tokens / row["us"])
+            row["val_loss"] = found.val_loss
+            yield {"name": f"evaluation, {tiles} tiles: {name}", **row}
+
+
+def store_of(tokens: np.ndarray) -> Store:
+    """Tokens as a store's validation split, of a text that nobody has."""
+    split, missing = Split([tokens]), {"tokens": len(tokens), "bytes": None}
+    tokenizer: Any = None
+    return Store(Path(), split, split, tokenizer, {"splits": {"val": missing}})

@@ -1,0 +1,89 @@
+"""`measured.jsonl`: a line a part, written when the part ends.
+
+```
+{"part": "layer", "shapes": "full", "device": "NVIDIA H100 80GB HBM3", "git_commit": ..., "finished": ..., "seconds": 51.2, "rows": [...]}
+{"part": "step", ..., "error": "XlaRuntimeError: RESOURCE_EXHAUSTED ...", "traceback": "..."}
+```
+
+A line is on the disk as a whole before the next part starts. What a process that was
+ended left of a line is cut off by the next one.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from trix_jax.files import sync
+
+NAME = "measured.jsonl"
+Line = dict[str, Any]
+
+
+def read(path: Path) -> list[Line]:
+    """The whole lines of a file; none if there is no file.
+
+    Raises:
+        ValueError: a line that is no JSON object with a part; the message names it.
+    """
+    if not path.exists():
+        return []
+    whole = _whole(path.read_bytes()).decode("utf-8")
+    return [_parsed(path, i, text) for i, text in enumerate(whole.splitlines(), 1)]
+
+
+def _parsed(path: Path, number: int, text: str) -> Line:
+    try:
+        line = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}, line {number}, must be JSON. Got {text[:60]!r}."
+        ) from error
+    if not isinstance(line, dict) or "part" not in line:
+        raise ValueError(
+            f"{path}, line {number}, must name its part. Got {text[:60]!r}."
+        )
+    return line
+
+
+def append(path: Path, line: Line) -> None:
+    """Adds a line, and returns when it is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("r+b" if path.exists() else "w+b") as file:
+        end = len(_whole(file.read()))
+        file.truncate(end)
+        file.seek(end)
+        file.write(json.dumps(line).encode("utf-8") + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    sync(path.parent)
+
+
+def _whole(data: bytes) -> bytes:
+    """Up to the end of the last whole line."""
+    return data[: data.rfind(b"\n") + 1]
+
+
+def check(path: Path, lines: list[Line], about: dict[str, str]) -> None:
+    """Raises a ValueError where a file holds what another device or other shapes gave."""
+    for line in lines:
+        for name, value in about.items():
+            if line.get(name) != value:
+                raise ValueError(
+                    f"--output must name a folder without measurements of another {name}: {path} is "
+                    f"of {line.get(name)!r}, this is {value!r}."
+                )
+
+
+def measured(lines: list[Line]) -> set[str]:
+    """The parts that ended without an error."""
+    return {line["part"] for line in lines if "error" not in line}
+
+
+def failures(line: Line) -> list[str]:
+    """What went wrong in a part: its error, or what of it was not equal."""
+    if "error" in line:
+        return [line["error"]]
+    return [
+        f"{row['name']}: {row['failed']}" for row in line["rows"] if "failed" in row
+    ]

@@ -1,0 +1,92 @@
+"""Cross-entropy in parts: the loss and the gradients of the whole, without its memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from trix_jax import TransformerConfig, TransformerLM
+from trix_jax.lm.train import loss
+
+B, L, D, V = 3, 4, 8, 10
+
+
+def plain(x, head, labels):
+    logits = (x @ head.astype(x.dtype).T).astype(jnp.promote_types(x.dtype, "float32"))
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+def inputs(dtype="float32"):
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (B, L, D), dtype)
+    return x, jax.random.normal(keys[1], (V, D)), jnp.arange(B * L).reshape(B, L) % V
+
+
+def error(found, exact):
+    found, exact = (np.asarray(a, np.float64) for a in (found, exact))
+    return np.abs(found - exact).max()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parts_are_as_near_to_float64_as_the_whole(dtype, monkeypatch):
+    x, head, labels = inputs(dtype)
+    weights = jax.random.normal(jax.random.key(2), labels.shape)
+
+    def gradients(of, *args):
+        def total(x, head):
+            losses = of(x, head, labels)
+            return (losses * weights).sum(), losses
+
+        (_, losses), grads = jax.value_and_grad(total, (0, 1), has_aux=True)(*args)
+        return losses, *grads
+
+    with jax.enable_x64(True):
+        exact = gradients(plain, *(a.astype("float64") for a in (x, head)))
+    whole = gradients(plain, x, head)
+    monkeypatch.setattr(loss, "LOGITS", 25)  # six parts of two tokens
+    parts = gradients(loss.cross_entropy, x, head)
+    for part, one, real in zip(parts, whole, exact, strict=True):
+        assert part.dtype == one.dtype
+        assert error(part, real) <= 1.5 * error(one, real) + 1e-7
+
+
+def test_parts_are_the_fewest_equal_ones_that_fit():
+    assert loss.parts_of(16384, 32768) == 8
+    assert loss.parts_of(12 * 64, 65) == 1
+    assert loss.parts_of(loss.LOGITS // 1000, 1000) == 1
+    assert loss.parts_of(35, loss.LOGITS // 10) == 5
+    assert loss.parts_of(7, 2 * loss.LOGITS) == 7  # a token is the least
+    assert loss.parts_of(1, 2 * loss.LOGITS) == 1
+
+
+def test_parts_hold_a_part_of_the_logits(monkeypatch):
+    """16,384 tokens and 32,768 ids: 2 GiB of float32 logits."""
+    x = jax.ShapeDtypeStruct((16, 1024, 8), jnp.bfloat16)
+    head = jax.ShapeDtypeStruct((32768, 8), jnp.float32)
+    labels = jax.ShapeDtypeStruct((16, 1024), jnp.int32)
+
+    def temporary_bytes():
+        def mean(x, head, labels):
+            return loss.cross_entropy(x, head, labels).mean()
+
+        compiled = jax.jit(jax.grad(mean, (0, 1))).lower(x, head, labels).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes() < 0.8 * 2**30
+    monkeypatch.setattr(loss, "LOGITS", 2**40)
+    assert temporary_bytes() > 2 * 2**30
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_hidden_states_and_head_are_the_models_logits(tied):
+    sizes = {"vocab_size": V, "context": L, "d_model": D, "n_layers": 1, "n_heads": 2}
+    model = TransformerLM(TransformerConfig(ffn="dense", tied=tied, **sizes))
+    tokens = np.arange(B * L).reshape(B, L) % V
+    variables = model.init(jax.random.key(0), tokens)
+    apply = functools.partial(model.apply, variables, tokens)
+    hidden, logits = apply(hidden=True)[0], apply()[0]
+    head = loss.head_weights(variables["params"], model.config)
+    np.testing.assert_array_equal(hidden @ head.T, logits)

@@ -1,0 +1,52 @@
+"""Cross-entropy that never holds all logits.
+
+    loss_t = log sum_v exp(x_t . head_v) - x_t . head_label(t)
+
+Logits are made of a part of the tokens at a time, used, and made again in the backward
+pass. The gradient of the head is summed over the parts in the head's own dtype.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from trix_jax.nn.transformer import TransformerConfig
+from trix_jax.typing import Array, Float, Integer
+
+# At a time: 256 MiB of float32. A step of 16,384 tokens and 32,768 ids has eight parts,
+# each of enough tokens for a product at full speed; one that has fewer logits is whole.
+LOGITS = 2**26
+
+
+def head_weights(params: Any, config: TransformerConfig) -> Float[Array, "V D"]:
+    """The head of a model with these `"params"`: `logits = hidden @ head.T`, in the
+    model's dtype.
+    """
+    return params["embed"]["embedding"] if config.tied else params["head"]["kernel"].T
+
+
+def cross_entropy(
+    x: Float[Array, "B L D"], head: Float[Array, "V D"], labels: Integer[Array, "B L"]
+) -> Float[Array, "B L"]:
+    """The loss of every token in nats, float32. Logits are rounded to the dtype of `x`,
+    as the model's are.
+    """
+
+    def losses(part):
+        x, labels = part
+        logits = jnp.dot(x, head.astype(x.dtype).T).astype(jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+    count = parts_of(labels.size, head.shape[0])
+    if count == 1:
+        return losses((x, labels))
+    cut = x.reshape(count, -1, x.shape[-1]), labels.reshape(count, -1)
+    return jax.lax.map(jax.checkpoint(losses), cut).reshape(labels.shape)
+
+
+def parts_of(tokens: int, vocabulary: int) -> int:
+    """The fewest equal parts of the tokens that have at most `LOGITS` logits each."""
+    least = -(-tokens * vocabulary // LOGITS)
+    return next((n for n in range(least, tokens) if tokens % n == 0), tokens)
