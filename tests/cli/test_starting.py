@@ -20,7 +20,7 @@ KEPT = "JAX_COMPILATION_CACHE_DIR"
 
 def test_the_table_of_flags_is_that_of_the_parsers():
     kept = json.loads(flags.FILE.read_text("utf-8"))
-    assert flags.collect() == kept, "run: python -m trix_jax.cli.flags"
+    assert flags.collect() == kept, flags.__doc__
 
 
 @pytest.mark.parametrize(

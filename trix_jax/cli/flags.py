@@ -1,7 +1,7 @@
 """The flags of every verb, so that a mistyped one is named without importing JAX.
 
-`flags.json` is made from the verbs' own dataclasses by `python -m trix_jax.cli.flags`;
-a test compares the two. Values are the parser's to check.
+`flags.json` is made from the verbs' own dataclasses, by
+`python -c "from trix_jax.cli import flags; flags.write()"`; a test compares the two. Values are the parser's to check.
 """
 
 import difflib
@@ -39,6 +39,11 @@ def collect() -> dict[str, list[str]]:
     return {verb: sorted(_flags_of(verb)) for verb in VERBS}
 
 
+def write() -> None:
+    """Makes `flags.json` anew."""
+    FILE.write_text(json.dumps(collect(), indent=1) + "\n", "utf-8")
+
+
 def _flags_of(verb: str) -> set[str]:
     module = importlib.import_module(f"trix_jax.cli.{verb}")
     kinds = [kind for name, kind in vars(module).items() if name in KINDS]
@@ -61,7 +66,3 @@ def _options(kind: Any) -> set[str]:
         for option in action.option_strings
         if option.startswith("--")
     }
-
-
-if __name__ == "__main__":
-    FILE.write_text(json.dumps(collect(), indent=1) + "\n", "utf-8")
