@@ -163,6 +163,26 @@ def from_blocks(y: Float[Array, "M R D"], plan: Plan) -> Float[Array, "T K D"]:
     return linear_map(_read, _put_back, plan, y)
 
 
+def numbers_to_blocks(x: Float[Array, "T K"], plan: Plan) -> Float[Array, "M R"]:
+    """The number of every assignment in its row; 0 in padding rows."""
+    x, plan = vary_alike((x, plan))
+    return linear_map(_place, _collect, plan, x)
+
+
+def numbers_from_blocks(x: Float[Array, "M R"], plan: Plan) -> Float[Array, "T K"]:
+    """The number in every assignment's row, the inverse of `numbers_to_blocks`."""
+    x, plan = vary_alike((x, plan))
+    return linear_map(_collect, _place, plan, x)
+
+
+def _place(plan, x):
+    return _rows(x.reshape(-1), plan.source)
+
+
+def _collect(plan, x):
+    return _at(x.reshape(-1), plan.slot)
+
+
 def _copy(plan, x):
     return _rows(x, plan.source // plan.slot.shape[-1])
 

@@ -7,6 +7,7 @@ the XLA path a frozen layer therefore equals its fake-quantized forward bit for 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,12 @@ from trix_jax.typing import Array, Float, Integer, Variables
 from trix_kernels import Packed as Packed
 from trix_kernels.derivatives import linear_map as linear_map
 from trix_kernels.derivatives import with_backward as with_backward
+from trix_kernels.derivatives import with_kept as with_kept
+from trix_kernels.grouped_matmul import api as grouped
+from trix_kernels.grouped_matmul import grouped_matmul as grouped_matmul
+from trix_kernels.grouped_matmul import grouped_outer as grouped_outer
+from trix_kernels.grouped_matmul import transposed_matmul as transposed_matmul
+from trix_kernels.grouped_matmul.api import Implementation as Implementation
 from trix_kernels.quantize import quantize
 from trix_kernels.tile_ffn import xla as ffn_xla
 from trix_kernels.tile_matmul import xla
@@ -26,6 +33,8 @@ from trix_kernels.varying import vary_like as vary_like
 from trix_kernels.weights import ROWS, layout_of, planar_unsupported_reason
 
 PACKED = "packed"  # the Flax collection that holds packed weights
+
+GROUPED_ROWS = grouped.ROWS  # of a block that the kernels of grouped products take
 
 Weights = Ternary | Packed
 
@@ -57,13 +66,23 @@ def implementation(variables: Variables, activations: Activations = "float") -> 
     """Which ternary matmuls a model with these variables runs on the default device."""
     packed = "packed" if activations == "float" else "packed, int8 activations"
     if PACKED not in variables:
-        return f"xla, weights not {packed}"
+        runs_whole = activations == "float" and grouped.device_reason() is None
+        where = "mosaic_gpu where shapes allow" if runs_whole else "xla"
+        return f"{where}, weights not {packed}"
     reason = trix_kernels.device.unsupported_reason()
     if reason is None and activations == "int8":
         reason = int8_reason()
     if reason:
         return f"xla, {packed}. {reason}"
     return f"mosaic_gpu where shapes allow, {packed}"
+
+
+def grouped_reason(dtype: Any, inputs: int, outputs: int) -> str | None:
+    """Why the GPU kernels of grouped products do not run on rows of `dtype` and weights of
+    `inputs` and `outputs`, in blocks of `GROUPED_ROWS`; None where they do.
+    """
+    block = jax.ShapeDtypeStruct((1, GROUPED_ROWS, inputs), dtype)
+    return grouped.unsupported_reason(block, inputs, outputs)
 
 
 def least_rows(weights: Weights) -> int:
@@ -113,6 +132,7 @@ def tile_ffn(
     act: Callable,
     used: Integer[Array, "1"] | None = None,
     activations: Activations = "float",
+    implementation: Implementation | None = None,
 ) -> Float[Array, "M R O"]:
     """Computes `act(x_m @ up_n) @ down_n`, `n = block_tile[m]`, in one kernel where
     there is one.
@@ -121,9 +141,11 @@ def tile_ffn(
         shape: F, the hidden width, and O.
         used: blocks from this one on need not be computed; None computes all.
         activations: as for `matmul`.
+        implementation: of packed weights, see `trix_kernels.block_ffn`; others run XLA.
     """
-    mode = {"used": used, "activations": activations}
     if isinstance(up, Packed) and isinstance(down, Packed):
+        mode: dict[str, Any] = {"used": used, "activations": activations}
+        mode["implementation"] = implementation
         return trix_kernels.block_ffn(x, up, down, block_tile, shape, act, **mode)
     if activations == "float":
         return ffn_xla.tile_ffn(x, up, down, block_tile, shape, act, used)

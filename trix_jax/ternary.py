@@ -199,6 +199,11 @@ def expand_scale(
     return scale if groups == 1 else jnp.repeat(scale, contraction // groups, axis=-2)
 
 
+def whole(weights: Ternary) -> Float[Array, "*N I O"]:
+    """Computes `q * scale`; exact in bfloat16 where `q` is ternary."""
+    return weights.q * expand_scale(weights.scale, weights.q.shape[-2])
+
+
 def round_scale(scale: Float[Array, "..."]) -> Float[Array, "..."]:
     """Rounds to bfloat16 and stays float32. (A cast there and back may be optimized
     away; this is not.)

@@ -2,6 +2,7 @@
 
     linear_map:     y = forward(fixed, x), linear in x;  dx = transpose(fixed, dy)
     with_backward:  y = function(x, fixed);              dx = backward((x, fixed), dy)
+    with_kept:      y, kept = function(x, fixed);        dx = backward((x, fixed, kept), dy)
 
 A gather along a permutation is transposed by the gather along its inverse, where JAX
 would scatter; a loop of unknown length by another such loop, where JAX gives up.
@@ -43,6 +44,31 @@ def with_backward(function: Map, backward: Map) -> Map:
     @call.defjvp
     def _(primals, tangents):
         return call(*primals), linear_map(tangent, backward, primals, tangents[0])
+
+    return call
+
+
+def with_kept(function: Map, backward: Map) -> Map:
+    """The `y` of `y, kept = function(x, fixed)` with `backward((x, fixed, kept), dy)` as
+    its gradient to `x`; without a gradient nothing is kept.
+
+    Arguments are those of `with_backward`. Derivatives of derivatives are those that JAX
+    has of `function` and `backward`.
+    """
+
+    def value(x, fixed):
+        return function(x, fixed)[0]
+
+    def tangent(primals, dx):
+        x, fixed, _ = primals
+        return jax.jvp(lambda x: value(x, fixed), (x,), (dx,))[1]
+
+    call = jax.custom_jvp(value)
+
+    @call.defjvp
+    def _(primals, tangents):
+        y, kept = function(*primals)
+        return y, linear_map(tangent, backward, (*primals, kept), tangents[0])
 
     return call
 

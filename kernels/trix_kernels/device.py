@@ -1,8 +1,13 @@
 """Which GPU the Mosaic kernels would be compiled for, and why not where they cannot be."""
 
-from typing import Literal
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Literal, NamedTuple
 
 import jax
+
+from trix_kernels.gpu_specs import Gpu
 
 Arch = Literal["sm_90a", "sm_100a"]
 
@@ -14,15 +19,35 @@ _REASONS = {
 }
 
 
+class _Device(NamedTuple):
+    platform: str
+    kind: str
+    capability: str
+
+
+_assumed: ContextVar[_Device | None] = ContextVar("assumed", default=None)
+
+
+@contextlib.contextmanager
+def assumed(gpu: Gpu) -> Iterator[None]:
+    """Kernels are chosen as if this GPU were the default device: for what is compiled
+    ahead of time, or interpreted.
+    """
+    token = _assumed.set(_Device("gpu", gpu.name, gpu.capability))
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
 def arch() -> Arch | None:
     """The architecture of the default device; None where there is no kernel for it."""
-    return ARCHS.get(_capability(jax.devices()[0]))
+    return ARCHS.get(_default().capability)
 
 
 def unsupported_reason() -> str | None:
     """Why the default device runs the XLA path; None where the Mosaic kernels run."""
-    device = jax.devices()[0]
-    return reason_for(device.platform, device.device_kind, _capability(device))
+    return reason_for(*_default())
 
 
 def reason_for(platform: str, kind: str, capability: str) -> str | None:
@@ -35,5 +60,9 @@ def reason_for(platform: str, kind: str, capability: str) -> str | None:
     return f"{kind} has compute capability {capability}: {why}."
 
 
-def _capability(device: jax.Device) -> str:
-    return str(getattr(device, "compute_capability", ""))
+def _default() -> _Device:
+    if found := _assumed.get():
+        return found
+    device = jax.devices()[0]
+    capability = str(getattr(device, "compute_capability", ""))
+    return _Device(device.platform, device.device_kind, capability)

@@ -221,6 +221,11 @@ def test_doctor_says_why_blackwell_keeps_xla_for_grouped_products(monkeypatch, c
     (told,) = out["devices"].values()
     assert told.startswith("Mosaic GPU kernels (sm_100a), XLA for grouped products")
     assert "multiply by wgmma" in told
+    monkeypatch.setattr("trix_kernels.device.arch", lambda: "sm_90a")
+    assert main(["doctor", "--json"]) == 0
+    out = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (told,) = out["devices"].values()
+    assert told.startswith("Mosaic GPU kernels (sm_90a); the FFN in training too")
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from trix_jax.dispatch import make_plan
+from trix_jax.grouped_ffn import Inputs, grouped_ffn
 from trix_kernels import device, grouped_matmul, grouped_outer, transposed_matmul
 from trix_kernels.grouped_matmul import hopper, reference
 
@@ -147,3 +148,38 @@ def test_gradients_and_tangents_are_those_of_the_xla_path():
             np.asarray(found, np.float32)[rows], np.asarray(expected, np.float32)[rows]
         )
     np.testing.assert_array_equal(*dw)
+
+
+def test_an_ffn_and_its_backward_pass_err_no_more_than_by_xla():
+    rng = np.random.default_rng(4)
+    tiles = jnp.asarray(rng.integers(0, 2, 40)[:, None] * [1, 2] + [0, 1])  # 0 to 3
+    mask = jnp.arange(40) < 36
+
+    def drawn(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    inputs = Inputs(
+        drawn(40, 128).astype(jnp.bfloat16),
+        drawn(40, 2),
+        drawn(4, 128, 128) / 11,
+        drawn(4, 128, 128) / 11,
+    )
+    dy = drawn(40, 128)
+    plan = make_plan(tiles, 4, ROWS, mask)
+
+    def pulled(inputs, implementation):
+        act = jax.nn.silu
+        y, pull = jax.vjp(
+            lambda inputs: grouped_ffn(inputs, plan, act, implementation, mask), inputs
+        )
+        return y, *pull(dy.astype(y.dtype))[0]
+
+    exact = pulled(inputs._replace(x=inputs.x.astype(jnp.float32)), "xla")
+    found, expected = pulled(inputs, "mosaic_gpu"), pulled(inputs, "xla")
+    for ours, theirs, true in zip(found, expected, exact, strict=True):
+        assert ours.dtype == theirs.dtype
+        error, bound = (
+            np.abs(np.asarray(a, np.float32) - np.asarray(true, np.float32)).max()
+            for a in (ours, theirs)
+        )
+        assert 0 < error <= 1.5 * bound

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from trix_kernels.hlo import Launch, launches, while_loops
+from trix_kernels.hlo import launches, while_loops
 
 TEXT = """HloModule jit_step, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
 
@@ -38,11 +38,12 @@ ENTRY %main (x.1: f32[8]) -> f32[8] {
 
 
 def test_launches_of_a_module_are_those_of_its_entry_and_its_loops():
-    assert launches(TEXT) == [
-        Launch("copy", ""),
-        Launch("fusion", ""),
-        Launch("fusion", "jit(step)/loop/mul"),
-        Launch("custom-call", "jit(step)/dot"),
+    found = launches(TEXT)
+    assert [(launch.op, launch.name) for launch in found] == [
+        ("copy", ""),
+        ("fusion", ""),
+        ("fusion", "jit(step)/loop/mul"),
+        ("custom-call", "jit(step)/dot"),
     ]
     assert while_loops(TEXT) == 1
 
@@ -57,3 +58,40 @@ def test_loops_of_what_jax_compiles_are_found_and_nested_ones_too():
     assert any("sin" in launch.name for launch in launches(text))
     straight = jax.jit(jnp.sin).lower(jnp.ones(3)).compile().as_text()
     assert while_loops(straight) == 0
+
+
+def test_bytes_and_products_of_a_launch_are_those_of_its_arrays():
+    copy, condition, in_loop, gemm = launches(TEXT)
+    assert (copy.bytes, in_loop.bytes) == (32 + 32, 32 + 32)
+    assert condition.bytes == (4 + 32) + 1  # a tuple in, a truth value out
+    assert gemm.bytes == 32 + (32 + 64)
+    assert gemm.target == "gemm"
+    fusions = """HloModule m
+
+%dots (p: bf16[6,4], q: f32[5,4]) -> f32[6,5] {
+  %p = bf16[6,4]{1,0} parameter(0)
+  %q = f32[5,4]{1,0} parameter(1)
+  %wide = f32[6,4]{1,0} convert(%p)
+  %dot.1 = f32[6,5]{1,0} dot(%wide, %q), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  ROOT %dot.2 = f32[6,6]{1,0} dot(%p, %p), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+}
+
+%gathers (p: bf16[6,4], i: s32[9]) -> bf16[9,4] {
+  %p = bf16[6,4]{1,0} parameter(0)
+  %i = s32[9]{0} parameter(1)
+  ROOT %g = bf16[9,4]{1,0} gather(%p, %i), offset_dims={1}, slice_sizes={1,4}
+}
+
+ENTRY %main (p: bf16[6,4], q: f32[5,4], i: s32[9]) -> bf16[9,4] {
+  %p = bf16[6,4]{1,0} parameter(0)
+  %q = f32[5,4]{1,0} parameter(1)
+  %i = s32[9]{0} parameter(2)
+  %a = (f32[6,5]{1,0}, (pred[3]{0}, f32[6,6]{1,0})) fusion(%p, %q, %p), kind=kOutput, calls=%dots
+  ROOT %b = bf16[9,4]{1,0} fusion(%p, %i), kind=kLoop, calls=%gathers
+}
+"""
+    dots, gathers = launches(fusions)
+    assert dots.macs == 2 * 6 * 5 * 4 + 6 * 6 * 4
+    assert dots.bytes == (48 + 80) + (120 + 3 + 144)
+    assert gathers.macs == 0
+    assert gathers.bytes == (48 + 36) + 72  # what is read again is in the cache

@@ -45,14 +45,6 @@ MODEL = {
 }
 
 
-LAYER = """
-import json, sys
-from trix_jax.lm.aot import compile_layer
-
-print(json.dumps(compile_layer("h100", int(sys.argv[1]))))
-"""
-
-
 @pytest.fixture
 def environment(user_env):
     if PYTHON is None and util.find_spec("jax_cuda13_plugin") is None:
@@ -90,17 +82,24 @@ def test_spread_tiles_compile_for_eight_gpus_and_talk_by_all_to_all(environment)
     print(json.dumps(found))
 
 
-@pytest.mark.parametrize("tiles", [16, 64])
-def test_training_layer_has_no_loop_and_a_lean_router(environment, tiles):
+@pytest.mark.parametrize("target", ["h100", "b200"])
+def test_training_layer_has_no_loop_a_lean_router_and_little_memory(
+    environment, target
+):
+    command = [sys.executable, "-m", "trix_jax.lm.aot", target, "training"]
     done = subprocess.run(
-        [sys.executable, "-c", LAYER, str(tiles)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
+        command, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["while_loops"] == 0
-    assert 10 < found["routing_launches"] <= 25
-    assert found["launches"] <= 70
+    rows = json.loads(done.stdout.splitlines()[-1])
+    assert [row["tiles"] for row in rows] == [16, 64]
+    for row in rows:
+        print(json.dumps(row))
+        assert row["while_loops"] == row["spill_bytes"] == 0
+        assert not row["serialized"]
+        assert 10 < row["routing_launches"] <= 25
+        assert row["launches"] <= 70
+        assert min(row["dense_modelled_us"], row["modelled_us"]) > 0
+        assert row["kernels"] == (6 if target == "h100" else 0)
+        if target == "h100":  # six products, and no copy of a tile's weights a block
+            assert row["temporary_bytes"] <= 2**29

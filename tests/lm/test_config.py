@@ -62,9 +62,10 @@ def test_config_round_trips_through_its_tree():
 
 def test_config_without_later_settings_is_as_it_was():
     tree = cfg.to_tree(cfg.RunConfig(model=TransformerConfig(vocab_size=9)))
-    del tree["model"]["attention"], tree["model"]["remat"]
+    for name in ("attention", "remat", "implementation"):
+        del tree["model"][name]
     model = cfg.from_tree(tree).model
-    assert (model.attention, model.remat) == ("auto", False)
+    assert (model.attention, model.remat, model.implementation) == ("auto", False, None)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ ARGUMENTS = {
     "param_dtype": jnp.bfloat16,
     "axis_name": "data",
     "tile_axis": "tile",
+    "implementation": "xla",
 }
 
 

@@ -42,14 +42,29 @@ def main(argv: list[str]) -> int:
     if grouped:
         report("Products of whole weights, as in training:")
         report(grouped_table(grouped))
-    if args.configs:
-        from trix_jax.lm import aot as train_steps
+    from trix_jax.lm import aot as train_steps
 
+    result["training"] = train_steps.compile_training(args.target)
+    report(f"One FFN, forward and backward, {_products_of(args.target)}:")
+    report(training_table(result["training"]))
+    if args.configs:
         result["configs"] = train_steps.compile_configs(args.target)
         report(config_table(result["configs"]))
     if args.json:
         print_json(result)
-    return 1 if any(k["spill_bytes"] for k in [*result["kernels"], *grouped]) else 0
+    kernels = [*result["kernels"], *grouped, *result["training"]]
+    return 1 if any(k["spill_bytes"] for k in kernels) else 0
+
+
+def _products_of(target: str) -> str:
+    """What computes a training layer's products there."""
+    from trix_kernels import device
+    from trix_kernels.gpu_specs import GPUS
+    from trix_kernels.grouped_matmul import device_reason
+
+    with device.assumed(GPUS[target]):
+        reason = device_reason()
+    return f"by XLA alone. {reason}" if reason else "its products by our kernels"
 
 
 def kernel_table(kernels: list[dict[str, Any]]) -> str:
@@ -73,13 +88,32 @@ def kernel_table(kernels: list[dict[str, Any]]) -> str:
 def grouped_table(products: list[dict[str, Any]]) -> str:
     """Markdown: resources and times of every product of whole weights."""
     rows = [
-        "| product | registers | spills | shared memory, bytes | MB | bytes, us | tensor, us |",
-        "|---|" + "---:|" * 6,
+        "| product | registers | spills | shared memory, bytes | MB | bytes, us | tensor, us "
+        "| modelled us |",
+        "|---|" + "---:|" * 7,
     ]
     for p in products:
         rows.append(
             f"| {p['name']} | {p['registers']} | {p['spill_bytes']} | {p['smem_bytes']:,} | "
-            f"{p['bytes_moved'] / 1e6:.0f} | {p['bytes_us']:.1f} | {p['tensor_us']:.1f} |"
+            f"{p['bytes_moved'] / 1e6:.0f} | {p['bytes_us']:.1f} | {p['tensor_us']:.1f} | "
+            f"{p['modelled_us']:.1f} |"
+        )
+    return "\n".join(rows)
+
+
+def training_table(layers: list[dict[str, Any]]) -> str:
+    """Markdown: what a layer starts and holds, and its time beside the dense FFN's."""
+    rows = [
+        "| layer | loops | launches | our kernels | temporaries, MiB | modelled us "
+        "| dense of equal parameters, us | ratio |",
+        "|---|" + "---:|" * 7,
+    ]
+    for row in layers:
+        ours, dense = row["modelled_us"], row["dense_modelled_us"]
+        rows.append(
+            f"| {row['name']} | {row['while_loops']} | {row['launches']} | {row['kernels']} | "
+            f"{row['temporary_bytes'] / 2**20:,.0f} | {ours:,.0f} | {dense:,.0f} | "
+            f"{dense / ours:.2f} |"
         )
     return "\n".join(rows)
 

@@ -1,7 +1,9 @@
-"""Train steps compiled for GPUs that are not here: memory and collectives.
+"""Train steps and FFN layers compiled for GPUs that are not here: memory, collectives,
+launches and modelled times.
 
     python -m trix_jax.lm.aot h100
-    python -m trix_jax.lm.aot h100 < cases.json     # what `compile_case` sends
+    python -m trix_jax.lm.aot h100 training         # the FFN, forward and backward
+    python -m trix_jax.lm.aot h100 - < case.json    # what `compile_case` sends
 
 Run in a process with the environment of `trix_kernels.aot.environment`.
 """
@@ -22,6 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -30,9 +33,10 @@ from trix_jax.lm.config import TrainConfig, model_from_tree
 from trix_jax.lm.train import parallel
 from trix_jax.lm.train.optimizer import make_optimizer
 from trix_jax.lm.train.step import init_state, make_train_step
+from trix_jax.nn.block import DenseFFN
 from trix_jax.nn.sparse_ffn import SparseTriXFFN
 from trix_jax.nn.transformer import TransformerConfig, TransformerLM
-from trix_kernels import aot, hlo
+from trix_kernels import aot, device, hlo, sass, times
 from trix_kernels.gpu_specs import GPUS, target_config
 
 CONFIGS = {
@@ -69,6 +73,8 @@ STEPS: list[tuple[str, str, int, parallel.Mapping]] = [
     (DENSE, "", 8, "shard_map"),
 ]
 BATCH = 32  # sequences a GPU
+LAYER_TOKENS = jax.ShapeDtypeStruct((16384, 1024), jnp.bfloat16)  # of `compile_layer`
+LAYER_WIDTH = 256
 COLLECTIVES = re.compile(
     r"(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
 )
@@ -177,7 +183,9 @@ def compile_train_step(
     state = jax.tree.map(place, state, parallel.state_specs(state, mesh, mapping))
     rows = (accumulate, batch_size // accumulate, model.context + 1)
     batch = place(jax.ShapeDtypeStruct(rows, jnp.int32), parallel.rows_over(mesh))
-    compiled = parallel.shard_mapped(make, mesh, mapping).lower(state, batch).compile()
+    step = parallel.shard_mapped(make, mesh, mapping)
+    with device.assumed(GPUS[target]):
+        compiled = step.lower(state, batch).compile()
     memory: Any = compiled.memory_analysis()
     found = Counter(COLLECTIVES.findall(compiled.as_text() or ""))
     return {
@@ -189,44 +197,89 @@ def compile_train_step(
     }
 
 
+def compile_training(target: str) -> list[dict[str, Any]]:
+    """`compile_layer` with 16 and with 64 tiles, each beside the dense FFN of equal
+    parameters, in a process of its own.
+
+    Raises:
+        RuntimeError: the compilation failed; the message ends with what it printed.
+    """
+    command = [sys.executable, "-m", "trix_jax.lm.aot", target, "training"]
+    return _in_a_process(command, target)
+
+
+def training(target: str) -> list[dict[str, Any]]:
+    """The same in this process."""
+    return [
+        compile_layer(target, tiles)
+        | {"dense_modelled_us": _dense_us(target, tiles * LAYER_WIDTH)}
+        for tiles in (16, 64)
+    ]
+
+
 def compile_layer(target: str, tiles: int) -> dict[str, Any]:
     """Compiles forward and backward of one layer (16,384 tokens, D=1024, F=256, K=4,
-    bfloat16), and counts what it starts.
+    bfloat16), counts what it starts, and models its time (`trix_kernels.times`).
 
     `routing_launches` are those of scores, selection, gates, counts and the plan, in
     both passes, with what the compiler made without a name; not of the balance losses.
+    Registers that spill and wgmmas that wait for each other are those of our kernels.
     """
-    x = jax.ShapeDtypeStruct((16384, 1024), jnp.bfloat16)
     layer = SparseTriXFFN(
-        x.shape[1],
+        LAYER_TOKENS.shape[1],
         num_tiles=tiles,
-        expansion=tiles // 4,
+        expansion=tiles * LAYER_WIDTH // LAYER_TOKENS.shape[1],
         tiles_per_token=4,
         dtype=jnp.bfloat16,
     )
+    folder = Path(os.environ["MOSAIC_GPU_DUMP_TO"])
+    before = set(folder.glob("*.ptxas"))
+    compiled = _compile_gradient(layer, target)
+    new = set(folder.glob("*.ptxas")) - before
+    kernels = [sass.resources(folder, file.stem) for file in new]
+    memory: Any = compiled.memory_analysis()
+    text = compiled.as_text() or ""
+    launches = hlo.launches(text)
+    return {
+        "name": f"FFN forward + backward, {tiles} tiles",
+        "tiles": tiles,
+        "while_loops": hlo.while_loops(text),
+        "launches": len(launches),
+        "routing_launches": sum(map(_is_routing, launches)),
+        "kernels": sum(launch.target.startswith("mosaic_gpu") for launch in launches),
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "spill_bytes": sum(kernel.spill_bytes for kernel in kernels),
+        "serialized": any(kernel.serialized for kernel in kernels),
+        "modelled_us": round(times.module_us(text, GPUS[target]), 1),
+    }
+
+
+def _dense_us(target: str, width: int) -> float:
+    """Modelled time of the dense FFN, forward and backward."""
+    layer = DenseFFN(LAYER_TOKENS.shape[1], width, "relu2", dtype=jnp.bfloat16)
+    text = _compile_gradient(layer, target).as_text() or ""
+    return round(times.module_us(text, GPUS[target]), 1)
+
+
+def _compile_gradient(layer: nn.Module, target: str) -> Any:
+    """Output, state and gradients to parameters and tokens, all of them returned."""
+    x, gpu = LAYER_TOKENS, GPUS[target]
     variables = jax.eval_shape(layer.init, jax.random.key(0), x)
     topology = topologies.get_topology_desc(
-        platform="cuda", target_config=target_config(GPUS[target]), topology="1x1x1"
+        platform="cuda", target_config=target_config(gpu), topology="1x1x1"
     )
     one = NamedSharding(topologies.make_mesh(topology, (1,), ("device",)), P())
 
     def loss(params, x, dy, state):
         given = {"params": params, "routing": state}
         (y, _, aux), new = layer.apply(given, x, True, mutable=["routing"])
-        return jnp.sum((y * dy).astype(jnp.float32)) + aux["total_aux"], new
+        total = jnp.sum((y * dy).astype(jnp.float32)) + aux["total_aux"]
+        return total, (y, new)
 
     step = jax.jit(jax.grad(loss, (0, 1), has_aux=True), in_shardings=one)
-    compiled = step.lower(variables["params"], x, x, variables["routing"]).compile()
-    memory: Any = compiled.memory_analysis()
-    text = compiled.as_text() or ""
-    launches = hlo.launches(text)
-    return {
-        "tiles": tiles,
-        "while_loops": hlo.while_loops(text),
-        "launches": len(launches),
-        "routing_launches": sum(map(_is_routing, launches)),
-        "temporary_bytes": memory.temp_size_in_bytes,
-    }
+    with device.assumed(gpu):
+        args = variables["params"], x, x, variables.get("routing", {})
+        return step.lower(*args).compile()
 
 
 def _is_routing(launch: hlo.Launch) -> bool:
@@ -254,5 +307,9 @@ def _case(target: str, case: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    given = json.load(sys.stdin) if sys.argv[2:] == ["-"] else None
-    print(json.dumps(_case(sys.argv[1], given) if given else main(sys.argv[1])))
+    of, what = sys.argv[1], sys.argv[2:]
+    if what == ["-"]:
+        found: Any = _case(of, json.load(sys.stdin))
+    else:
+        found = training(of) if what == ["training"] else main(of)
+    print(json.dumps(found))

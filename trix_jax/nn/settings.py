@@ -8,11 +8,12 @@ field and a line of documentation in `TileSettings`, an argument and a line of
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import jax.numpy as jnp
 from flax import linen as nn
 
+from trix_jax.grouped_ffn import Implementation
 from trix_jax.nn.activations import activation
 from trix_jax.routing import RoutingConfig
 from trix_jax.ternary import TernaryConfig
@@ -52,10 +53,13 @@ class TileSettings:
         tile_axis: mapped axis that the tiles are spread over
             (`trix_jax.expert_parallel`): a device holds its own tiles and the
             parameters of no others; None holds all.
+        implementation: of the tiles' products: "xla", "mosaic_gpu" (kernels for GPUs),
+            which runs or raises with the reason, or None, the kernels where they run.
 
     Raises:
         ValueError: clusters that do not divide the tiles, `top_k_clusters` or
-            `tiles_per_token` below 1 or above what there is, an unknown activation.
+            `tiles_per_token` below 1 or above what there is, an unknown activation or
+            implementation.
     """
 
     num_tiles: int
@@ -73,6 +77,7 @@ class TileSettings:
     param_dtype: Dtype = jnp.float32
     axis_name: AxisName | None = None
     tile_axis: str | None = None
+    implementation: Implementation | None = None
 
     def __post_init__(self):
         choice, what = self.num_tiles, "num_tiles"
@@ -89,6 +94,11 @@ class TileSettings:
                 f"tiles_per_token={self.tiles_per_token} must be at least 1 and at most {what}={choice}."
             )
         activation(self.activation)
+        if self.implementation not in (None, *get_args(Implementation)):
+            kinds, name = ", ".join(get_args(Implementation)), self.implementation
+            raise ValueError(
+                f"implementation must be None or one of {kinds}. Got {name!r}."
+            )
 
     @property
     def num_clusters(self) -> int:
@@ -120,6 +130,7 @@ class TileArguments(LayerArguments, kw_only=True):
     activation: str = TileSettings.activation
     ternary: TernaryConfig = TileSettings.ternary
     routing: RoutingConfig = TileSettings.routing
+    implementation: Implementation | None = TileSettings.implementation
 
     def tile_arguments(self) -> dict[str, Any]:
         """These keywords by name: what a block hands to its FFN, and an FFN to its
@@ -135,6 +146,7 @@ class TileArguments(LayerArguments, kw_only=True):
             "param_dtype": self.param_dtype,
             "axis_name": self.axis_name,
             "tile_axis": self.tile_axis,
+            "implementation": self.implementation,
         }
 
 

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from trix_jax import dispatch, expert_parallel, ops, routing
+from trix_jax import dispatch, expert_parallel, grouped_ffn, ops, routing
+from trix_jax.grouped_ffn import Implementation
 from trix_jax.nn import inputs, misuse
 from trix_jax.nn.activations import activation
 from trix_jax.nn.kernel import TernaryKernel
@@ -18,8 +19,8 @@ from trix_jax.nn.router import Route, Router
 from trix_jax.nn.settings import TileSettings, check_divides
 from trix_jax.ops import PACKED
 from trix_jax.routing import RoutingInfo
-from trix_jax.ternary import Activations
-from trix_jax.typing import AnyArray, Array, Bool, Float, Scalar, Shaped
+from trix_jax.ternary import Activations, Ternary, whole
+from trix_jax.typing import AnyArray, Array, Bool, Float, Integer, Scalar, Shaped
 
 Aux = dict[str, Float[Array, ""]]
 Output = tuple[Float[Array, "*B D"], RoutingInfo, Aux]
@@ -35,6 +36,7 @@ def tile_ffn(
     tile_axis: str | None = None,
     activations: Activations = "float",
     mask: Bool[Array, " T"] | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "T D"]:
     """Computes `sum_k gate_tk * (act((h_t @ q_up) * s_up) @ q_down) * s_down` over the
     tiles k chosen for token t.
@@ -45,18 +47,71 @@ def tile_ffn(
             over; None has them all on this device.
         activations: see `TernaryConfig`.
         mask: False for tokens that are not computed; what they get means nothing.
+        implementation: see `TileSettings`.
+
+    Raises:
+        NotImplementedError: the named implementation does not run on this device or these
+            shapes, and why.
     """
-    compute = partial(_outputs, tile_width=shape[1], act=act, activations=activations)
+    pair: Any = up, down
+    how = {"activations": activations, "implementation": implementation}
+    is_latent = isinstance(up, Ternary) and isinstance(down, Ternary)
+    if is_latent and runs_whole(h, route.tiles, up, **how):
+        pair = whole(up), whole(down)
+        if tile_axis is None:
+            return _summed(h, route, pair, act=act, mask=mask)
+        compute = partial(_alone, act=act)
+    else:
+        compute = partial(_outputs, tile_width=shape[1], act=act, **how)
     if tile_axis is None:
-        y_TKD = compute(h, route.tiles, (up, down), mask=mask)
+        y_TKD = compute(h, route.tiles, pair, mask=mask)
     else:
         y_TKD = expert_parallel.route_tiles(
-            compute, h, route.tiles, (up, down), shape[0], tile_axis, mask
+            compute, h, route.tiles, pair, shape[0], tile_axis, mask
         )
     return (y_TKD * route.gates[..., None]).sum(axis=1).astype(h.dtype)
 
 
-def _outputs(h, tiles, weights, *, tile_width, act, activations, mask=None):
+def runs_whole(
+    h: Float[Array, "T D"],
+    tiles: Integer[Array, "T K"],
+    up: Ternary,
+    activations: Activations,
+    implementation: Implementation | None,
+) -> bool:
+    """Whether tiles meet whole weights in the GPU kernels of `grouped_ffn`.
+
+    Raises:
+        NotImplementedError: they were asked for by name and do not run, and why.
+    """
+    if implementation == "xla":
+        return False
+    num_tiles, d, width = up.q.shape
+    shapes = grouped_ffn.Shapes(h.dtype, d, width, num_tiles, tiles.size, activations)
+    if implementation is None:
+        return grouped_ffn.default_reason(shapes) is None
+    if reason := grouped_ffn.unsupported_reason(shapes):
+        raise NotImplementedError(f"implementation={implementation!r}: {reason}")
+    return True
+
+
+def _summed(h, route, pair, *, act, mask=None):
+    """The sum over a token's tiles, gated."""
+    with jax.named_scope("plan"):
+        plan = dispatch.make_plan(route.tiles, pair[0].shape[0], grouped_ffn.ROWS, mask)
+    inputs = grouped_ffn.Inputs(h, route.gates, *pair)
+    return grouped_ffn.grouped_ffn(inputs, plan, act, "mosaic_gpu", mask)
+
+
+def _alone(h, tiles, pair, *, act, mask=None):
+    """The output of every token's one tile, `[T, 1, D]`."""
+    route = Route(tiles, jnp.ones(tiles.shape, jnp.float32))
+    return _summed(h, route, pair, act=act, mask=mask)[:, None]
+
+
+def _outputs(
+    h, tiles, weights, *, tile_width, act, activations, implementation, mask=None
+):
     """The output of every chosen tile, `[T, K, D]`."""
     up, down = weights
     num_tiles = up[0].shape[0]
@@ -73,6 +128,7 @@ def _outputs(h, tiles, weights, *, tile_width, act, activations, mask=None):
         act,
         plan.used,
         activations,
+        implementation,
     )
     return dispatch.from_blocks(y, plan)
 
@@ -129,7 +185,9 @@ class RoutedTiles(nn.Module):
             **more,
         )
         act, mode = activation(s.activation), s.ternary.activations
-        y = tile_ffn(h, route, up, down, (n, f), act, axis, mode, tokens.mask)
+        y = tile_ffn(
+            h, route, up, down, (n, f), act, axis, mode, tokens.mask, s.implementation
+        )
         y = inputs.unflatten(inputs.hide(y, tokens.mask), lead)
         return y, inputs.in_shape_of(info, lead, tokens.mask), aux
 

@@ -195,7 +195,8 @@ def make_block(
     if c.ffn == "lookup":
         splines = c.grid_size, c.compress_hidden, c.ternary_splines
         return SparseLookupBlock(width, heads, n, m, *splines, **common)
-    common |= {"ternary": c.ternary, "activation": c.activation or "relu2"}
+    common |= {"ternary": c.ternary, "implementation": c.implementation}
+    common["activation"] = c.activation or "relu2"
     if c.ffn == "sparse":
         return SparseTriXBlock(width, heads, n, c.expansion, k, **common)
     sizes = c.tile_width, n, m, c.top_k_clusters, k

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal, get_args
 
+from trix_jax.grouped_ffn import Implementation
 from trix_jax.nn.activations import activation
 from trix_jax.nn.block import Norm
 from trix_jax.nn.cudnn import AttentionKind
@@ -68,6 +69,7 @@ class TransformerConfig:
             "cudnn" exactly that; see `CausalSelfAttention.implementation`.
         remat: a block's activations are computed again in the backward pass, which
             keeps the blocks' inputs alone: less memory, a third more work.
+        implementation: of the tiles' products, see `TileSettings`.
         end_token: the id that opens a document; None is filled in from the tokenizer by
             the training lane, where `document_mask` needs it.
     """
@@ -103,6 +105,7 @@ class TransformerConfig:
     end_token: int | None = None
     attention: AttentionKind = "auto"
     remat: bool = False
+    implementation: Implementation | None = None
     ternary: TernaryConfig = dataclasses.field(default_factory=TernaryConfig)
     routing: RoutingConfig = dataclasses.field(default_factory=RoutingConfig)
 
@@ -151,14 +154,15 @@ class TransformerConfig:
 
     def _check_tiles(self) -> None:
         n, m, k = self.num_tiles, self.tiles_per_cluster, self.tiles_per_token
+        how = self.implementation
         if self.ffn in ("sparse", "hierarchical"):
             width = self.expansion * self.d_model
             check_divides("expansion * d_model", width, "num_tiles", n)
         if self.ffn == "sparse":
-            TileSettings(num_tiles=n, tiles_per_token=k)
+            TileSettings(num_tiles=n, tiles_per_token=k, implementation=how)
         if self.ffn == "hierarchical":
             clusters = {"tiles_per_cluster": m, "top_k_clusters": self.top_k_clusters}
-            TileSettings(num_tiles=n, tiles_per_token=k, **clusters)
+            TileSettings(num_tiles=n, tiles_per_token=k, implementation=how, **clusters)
         if self.ffn == "lookup":
             TileSettings(num_tiles=n, tiles_per_cluster=m)
             compress_width(self.d_model, self.compress_hidden)

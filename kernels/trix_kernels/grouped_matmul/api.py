@@ -8,6 +8,7 @@ order, forward and reverse, that are these products in the same implementation.
 
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
@@ -110,7 +111,7 @@ def grouped_outer(
 
 
 def unsupported_reason(
-    x: Float[Array, "M R _"], inputs: int, outputs: int
+    x: Float[Array, "M R _"] | jax.ShapeDtypeStruct, inputs: int, outputs: int
 ) -> str | None:
     """Why the Mosaic GPU kernels do not run on these blocks and weights of `inputs` and
     `outputs`; None where they do.

@@ -1,11 +1,12 @@
 """The six products of a training FFN at the shapes that are timed, compiled for a GPU
 that need not be there, and a model of their time.
 
-    modelled_us = max(bytes / bandwidth, waves * clocks of one output)
+    bytes_us    = bytes / bandwidth
+    tensor_us   = outputs a core, rounded up, * clocks of one
+    modelled_us = `times.grouped_us`, with launches, latencies and rates that are reached
 
 Bytes are those of `x`, `w` and `y`, each once; what programs read again is taken to come
-from the L2 cache. Loads are balanced. Launches, latencies and clocks below boost are not
-in the model.
+from the L2 cache. Loads are balanced.
 """
 
 import functools
@@ -15,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from trix_kernels import sass
+from trix_kernels import sass, times
 from trix_kernels.gpu_specs import Gpu
 
 Product = Literal["forward", "transposed", "outer"]
@@ -114,13 +115,14 @@ def model(case: Case, gpu: Gpu) -> dict[str, float]:
     }
     down, across, contraction = target[case.product]
     width = hopper.columns_of(across)
-    waves = -(-(down // hopper.ROWS * across // width) // gpu.cores)
-    clocks = waves * hopper.ROWS * width * contraction / gpu.macs
+    outputs = down // hopper.ROWS * across // width
+    macs = hopper.ROWS * width * contraction
+    clocks = -(-outputs // gpu.cores) * macs / gpu.macs
     bytes_us = 1e6 * moved / gpu.bandwidth
     tensor_us = clocks / gpu.clock_ghz / 1e3
     return {
         "bytes_moved": moved,
         "bytes_us": round(bytes_us, 3),
         "tensor_us": round(tensor_us, 3),
-        "modelled_us": round(max(bytes_us, tensor_us), 3),
+        "modelled_us": round(times.grouped_us(gpu, moved, outputs, macs), 3),
     }

@@ -9,8 +9,10 @@ import pytest
 from trix_jax.lm.accounting import costs
 from trix_jax.lm.train import display
 from trix_jax.lm.train.display import Display, clock
-from trix_jax.lm.train.header import header
+from trix_jax.lm.train.header import header, products_text
 from trix_jax.lm.train.summary import _routing
+from trix_kernels import device
+from trix_kernels.gpu_specs import GPUS
 
 
 @pytest.fixture
@@ -88,8 +90,33 @@ def test_header_says_what_a_run_is(tiny_config, one_device, tmp_path):
     assert f"{cost.total:,} parameters" in text
     assert "compute of a dense one 34 wide" in text  # two tiles of 16 and four scores
     assert "2 x cpu, float32; 10 steps of 128 tokens, 1,280 in all" in text
+    assert (
+        "tiles' products: xla. The Mosaic GPU kernels need a GPU. This is cpu" in text
+    )
     assert f"{tmp_path}: from step 5" in text
     assert header(config, one_device, tmp_path, 0)[-1].endswith("from the start")
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({}, "mosaic_gpu"),
+        ({"implementation": "xla"}, "xla, as asked for"),
+        ({"dtype": "float32"}, "xla. The Mosaic GPU kernels take bfloat16"),
+        ({"num_tiles": 2, "expansion": 1}, "Got 128 and 64."),
+        ({"context": 1}, "Got 8 for 2 tiles."),
+        ({"ffn": "dense"}, None),
+    ],
+)
+def test_header_says_what_computes_the_tiles(tiny_config, changed, told):
+    wide = {"d_model": 128, "num_tiles": 2, "tiles_per_token": 1, "expansion": 2}
+    sizes = {"ffn": "sparse", "context": 16, "dtype": "bfloat16"} | wide | changed
+    model = dataclasses.replace(tiny_config.model, **sizes)
+    train = dataclasses.replace(tiny_config.train, batch_size=16, accumulate=1)
+    config = dataclasses.replace(tiny_config, model=model, train=train)
+    with device.assumed(GPUS["h100"]):
+        found = products_text(config, 2)
+    assert found is None if told is None else told in found
 
 
 def test_one_tile_has_all_of_its_entropy():

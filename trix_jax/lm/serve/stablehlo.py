@@ -26,7 +26,8 @@ def write_program(
         data = Path("model.stablehlo").read_bytes()
         logits = jax.export.deserialize(bytearray(data)).call(tokens)
     """
-    config = dataclasses.replace(model.config, attention="xla")  # runs everywhere
+    runs_everywhere: dict = {"attention": "xla", "implementation": "xla"}
+    config = dataclasses.replace(model.config, **runs_everywhere)
     model = TransformerLM(config)
     shape = jax.ShapeDtypeStruct((batch, model.config.context), jnp.int32)
     forward = jax.jit(lambda tokens: model.apply(variables, tokens)[0])

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
+from trix_jax import grouped_ffn
 from trix_jax.lm.accounting import costs
 from trix_jax.lm.config import RunConfig
 from trix_jax.nn.transformer import TransformerConfig
@@ -27,15 +29,39 @@ def header(
     device, many = devices[0].device_kind, len(devices)
     on = f"{many} x {device}" if many > 1 else device
     where = f"from step {start}" if start else "from the start"
+    products = products_text(config, many)
     return [
         f"arm {config.arm}: {ffn_text(model)}; {shape}; {cost.total:,} parameters",
         f"FFN: {cost.ffn:,} parameters, compute of a dense one {width:.0f} wide, "
         f"{bits / 8 / 2**10:,.0f} KiB as served",
+        *([f"tiles' products: {products}"] if products else []),
         f"{on}, {model.dtype}; "
         f"{steps:,} steps of {tokens:,} tokens, {steps * tokens:,} in all; "
         f"{config.train.optimizer}, rate {config.train.learning_rate:g}",
         f"{workdir}: {where}",
     ]
+
+
+def products_text(config: RunConfig, devices: int) -> str | None:
+    """What computes the products of the tiles in training, and why if it is XLA; None of
+    an FFN without such tiles.
+    """
+    model, train = config.model, config.train
+    if model.ffn not in ("sparse", "hierarchical"):
+        return None
+    sequences = train.batch_size // (train.accumulate * devices)
+    shapes = grouped_ffn.Shapes(
+        jnp.dtype(model.dtype),
+        model.d_model,
+        model.tile_width,
+        model.num_tiles,
+        sequences * model.context * model.tiles_per_token,
+        model.ternary.activations,
+    )
+    if model.implementation:
+        return f"{model.implementation}, as asked for"
+    reason = grouped_ffn.default_reason(shapes)
+    return f"xla. {reason}" if reason else "mosaic_gpu"
 
 
 def ffn_text(model: TransformerConfig) -> str:

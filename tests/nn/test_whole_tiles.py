@@ -1,0 +1,276 @@
+"""Layers whose tiles meet whole weights in Hopper's kernels: the numbers are those of
+XLA's path. Stand-ins compute what the kernels do, also of float32; what a kernel leaves
+unwritten is NaN. The kernels themselves are in `kernels/test_grouped_hopper.py`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from trix_jax import (
+    HierarchicalTriXFFN,
+    RoutingConfig,
+    SparseTriXFFN,
+    TernaryConfig,
+    expert_parallel,
+    freeze,
+)
+from trix_jax.nn.tiles import runs_whole
+from trix_jax.ternary import Ternary
+from trix_kernels import device
+from trix_kernels.gpu_specs import GPUS
+from trix_kernels.grouped_matmul import api, hopper
+
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+D = 8
+X, DY = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 6, D)), jnp.float32)
+MASK = jnp.arange(6)[None] < jnp.asarray([[6], [4], [0], [5]])
+
+
+def matmul(x, w, block_tile, used, *, transposed=False):
+    w = jnp.swapaxes(w, 1, 2) if transposed else w
+    y = jnp.matmul(x, w[block_tile], preferred_element_type=jnp.float32)
+    is_used = jnp.arange(x.shape[0])[:, None, None] < used[0]
+    return jnp.where(is_used, y, jnp.nan).astype(x.dtype)
+
+
+def outer(x, dy, first, rows):
+    place = jnp.arange(x.shape[0] * x.shape[1])[None] - x.shape[1] * first[:, None]
+    counts = (place >= 0) & (place < rows[:, None])
+    x, dy = (a.reshape(-1, a.shape[-1]).astype(jnp.float32) for a in (x, dy))
+
+    def of_tile(counts):
+        return jnp.where(counts, x.T, 0) @ jnp.where(counts[:, None], dy, 0)
+
+    return jax.vmap(of_tile)(counts)
+
+
+@pytest.fixture
+def hopper_stands_in(monkeypatch):
+    monkeypatch.setattr(hopper, "grouped_matmul", matmul)
+    monkeypatch.setattr(hopper, "grouped_outer", outer)
+    monkeypatch.setattr(api, "unsupported_reason", lambda *_: None)
+
+
+def pulled(layer, variables, x, dy, **given):
+    """Output, tiles and gradients in training."""
+    state = {"routing": variables["routing"]}
+
+    def loss(params, x):
+        (y, info, aux), _ = layer.apply(
+            {"params": params, **state}, x, True, mutable=["routing"], **given
+        )
+        return jnp.sum(y * dy) + aux["total_aux"], (y, info.tiles)
+
+    grads, (y, tiles) = jax.grad(loss, (0, 1), has_aux=True)(variables["params"], x)
+    return (y, *grads), tiles
+
+
+def assert_same(found, expected):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        bound = 1e-5 * np.abs(b).max()
+        assert bound > 0
+        np.testing.assert_allclose(a, b, rtol=0, atol=bound)
+
+
+def assert_equals_xla(layer, x=X, dy=DY, **given):
+    variables = jit(layer.init)(jax.random.key(0), x)
+    (found, tiles), (expected, theirs) = (
+        jit(functools.partial(pulled, layer.clone(implementation=how), **given))(
+            variables, x, dy
+        )
+        for how in ("mosaic_gpu", "xla")
+    )
+    np.testing.assert_array_equal(tiles, theirs)
+    assert_same(found, expected)
+
+
+SLOW = pytest.mark.slow
+
+
+def default_runs(name, cases):
+    """All cases by name, all but one with the slow tests."""
+    marks = {n: () if n == name else SLOW for n in cases}
+    return pytest.mark.parametrize(
+        "name", [pytest.param(n, marks=marks[n]) for n in cases]
+    )
+
+
+TERNARY = {
+    "real": {"mode": "none"},
+    "soft": {"mode": "soft"},
+    "progressive": {"mode": "progressive"},
+    "late": {"full_precision_fraction": 0.7},
+    "threshold channel": {"rule": "threshold", "granularity": "channel"},
+    "fixed": {"rule": "fixed"},
+}
+ROUTING = {
+    "sign": {"signature": "sign", "gate": "none"},
+    "softmax": {"gate": "softmax"},
+    "renormalized": {"gate": "renormalized"},
+    "learned": {"source": "learned"},
+}
+
+
+@pytest.mark.usefixtures("hopper_stands_in")
+@default_runs("threshold channel", TERNARY)
+def test_every_ternary_mode_has_the_numbers_of_xla(name):
+    ternary = TernaryConfig(**TERNARY[name])
+    layer = SparseTriXFFN(D, tiles_per_token=2, ternary=ternary)
+    assert_equals_xla(layer, mask=MASK, progress=0.5)
+
+
+@pytest.mark.usefixtures("hopper_stands_in")
+@default_runs("softmax", ROUTING)
+def test_every_gate_has_the_numbers_of_xla(name):
+    clusters = {"num_tiles": 4, "tiles_per_cluster": 2, "top_k_clusters": 2}
+    routing = RoutingConfig(**ROUTING[name])
+    layer = HierarchicalTriXFFN(D, tiles_per_token=2, routing=routing, **clusters)
+    assert_equals_xla(layer)
+
+
+@SLOW
+@pytest.mark.usefixtures("hopper_stands_in")
+def test_groups_have_the_numbers_of_xla():
+    ternary = TernaryConfig(granularity="group")
+    layer = SparseTriXFFN(256, num_tiles=2, expansion=1, ternary=ternary)
+    x, dy = (jnp.tile(a, (1, 1, 256 // D)) for a in (X, DY))
+    assert_equals_xla(layer, x, dy * jnp.linspace(-1, 1, 256)[None, None])
+
+
+LAYER = SparseTriXFFN(D, tiles_per_token=2, activation="gelu")
+MAPPED = {
+    "vmap": lambda run: jax.vmap(run, (None, 0, 0)),
+    "remat": lambda run: jax.checkpoint(run),
+    "pmap": lambda run: jax.pmap(run, in_axes=(None, 0, 0)),
+    "jvp": lambda run: (
+        lambda variables, x, dy: jax.jvp(
+            lambda x: run(variables, x, dy), (x,), (jnp.flip(x),)
+        )[1]
+    ),
+    "scan": lambda run: (
+        lambda variables, x, dy: jax.lax.scan(
+            lambda _, given: (None, run(variables, *given)), None, (x, dy)
+        )[1]
+    ),
+}
+
+
+@pytest.mark.usefixtures("hopper_stands_in")
+@default_runs("", MAPPED)
+def test_transformed_it_has_the_numbers_of_xla(name):
+    variables = jit(LAYER.init)(jax.random.key(0), X)
+    found, expected = (
+        MAPPED[name](
+            lambda *args, how=how: pulled(LAYER.clone(implementation=how), *args)[0]
+        )(variables, X, DY)
+        for how in ("mosaic_gpu", "xla")
+    )
+    assert_same(found, expected)
+
+
+@pytest.mark.usefixtures("hopper_stands_in")
+def test_a_shard_map_that_checks_what_varies_sums_the_gradient_of_shared_weights():
+    layer = LAYER.clone(implementation="mosaic_gpu")
+    variables = jit(layer.init)(jax.random.key(0), X)
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
+
+    def total(call):
+        def loss(params, x, dy):
+            return jnp.sum(call({**variables, "params": params}, x) * dy)
+
+        return lambda x, dy: jax.grad(loss)(variables["params"], x, dy)
+
+    spread = jax.shard_map(
+        lambda v, x: layer.apply(v, x)[0], mesh=mesh, in_specs=(P(), P("d")), out_specs=P("d")
+    )  # fmt: skip
+    whole = LAYER.clone(implementation="xla")
+    assert_same(
+        jit(total(spread))(X, DY), jit(total(lambda v, x: whole.apply(v, x)[0]))(X, DY)
+    )
+
+
+@SLOW
+@pytest.mark.usefixtures("hopper_stands_in")
+def test_tiles_spread_over_devices_run_the_kernels():
+    layer = LAYER.clone(implementation="xla")
+    variables = jit(layer.init)(jax.random.key(0), X)
+    cut = expert_parallel.specs(variables["params"], "tile")
+    mesh = jax.make_mesh((4,), ("tile",), axis_types=(AxisType.Auto,))
+    spread = LAYER.clone(implementation="mosaic_gpu", tile_axis="tile")
+
+    @jit
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(cut, P(), P("tile"), P("tile")),
+        out_specs=(P("tile"), cut),
+        check_vma=False,
+    )
+    def many(params, state, x, dy):
+        def loss(params):
+            y = spread.apply({"params": params, "routing": state}, x)[0]
+            return jnp.sum(y * dy), y
+
+        grads, y = jax.grad(loss, has_aux=True)(params)
+        return y, grads
+
+    def one(params):
+        y = layer.apply({**variables, "params": params}, X)[0]
+        return jnp.sum(y * DY), y
+
+    grads, y = jit(jax.grad(one, has_aux=True))(variables["params"])
+    assert_same(many(variables["params"], variables["routing"], X, DY), (y, grads))
+
+
+H, TILES = jnp.zeros((64, 128), jnp.bfloat16), jnp.zeros((64, 4), jnp.int32)
+FEW = {"h": H[:16], "tiles": TILES[:16]}
+WEIGHTS = Ternary(jnp.zeros((4, 128, 256)), jnp.ones((4, 1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("given", "runs"),
+    [
+        ({}, True),
+        ({"implementation": "xla"}, False),
+        ({"h": H.astype(jnp.float32)}, "take bfloat16. Got float32"),
+        ({"activations": "int8"}, "Int8 activations are rounded between"),
+        ({"up": WEIGHTS._replace(q=jnp.zeros((4, 128, 64)))}, "Got 128 and 64"),
+        (FEW, False),  # 16 rows a tile: blocks of padding
+        (FEW | {"implementation": "mosaic_gpu"}, True),
+    ],
+)
+def test_kernels_run_where_they_can_and_a_name_runs_or_says_why_not(given, runs):
+    asked = {"h": H, "tiles": TILES, "up": WEIGHTS, "activations": "float"}
+    asked |= {"implementation": None} | given
+    with device.assumed(GPUS["h100"]):
+        assert runs_whole(**asked) is (runs is True)
+        if isinstance(runs, str):
+            with pytest.raises(NotImplementedError, match=runs):
+                runs_whole(**asked | {"implementation": "mosaic_gpu"})
+    with device.assumed(GPUS["b200"]):
+        assert not runs_whole(**asked | {"implementation": None})
+
+
+def test_a_cpu_refuses_the_kernels_by_name():
+    layer = SparseTriXFFN(D)
+    variables = jax.eval_shape(layer.init, jax.random.key(0), X)
+    named = layer.clone(implementation="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match=r"'mosaic_gpu': .* need a GPU"):
+        jax.eval_shape(named.apply, variables, X)
+    frozen = jax.eval_shape(lambda v: freeze(layer, v, X), variables)
+    with pytest.raises(NotImplementedError, match="take planar weights"):
+        jax.eval_shape(named.apply, frozen, X)
+
+
+@pytest.mark.usefixtures("no_type_hook")
+def test_an_unknown_implementation_is_refused():
+    layer = SparseTriXFFN(D, implementation="triton")
+    with pytest.raises(ValueError, match=r"one of xla, mosaic_gpu\. Got 'triton'"):
+        jax.eval_shape(layer.init, jax.random.key(0), X)

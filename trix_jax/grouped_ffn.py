@@ -1,0 +1,173 @@
+"""The FFN of tiles on whole weights, with one backward pass over all of it: up-projection,
+activation, down-projection and the sum over a token's tiles.
+
+    forward    h_r = x_t @ up_n                    y_t = sum_k g_tk * (a_r @ down_n)
+               a_r = act(h_r)
+    backward   p_r = dy_t @ down_n.T               ddown_n = sum_r (g_tk * a_r).T @ dy_t
+               dg_tk = <p_r, a_r>                  dup_n = sum_r x_t.T @ dh_r
+               dh_r = g_tk * p_r * act'(h_r)       dx_t = sum_k dh_r @ up_n.T
+
+r is the row of token t's k-th tile n in the blocks of a plan. Kept for the backward pass
+are the arguments, h and the plan. The tiles' outputs are not, since the gradient of the
+gates does without (`<dy_t, a_r @ down_n> = <p_r, a_r>`), nor are copies of tokens. The six
+products are `trix_kernels.grouped_matmul`'s, so that forward mode and derivatives of
+derivatives are those of the products.
+
+References:
+    Guo et al., 2025, "SonicMoE: Accelerating MoE with IO and Tile-aware Optimizations",
+    https://arxiv.org/abs/2512.14080 (the gates' gradient, and what is kept).
+"""
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from trix_jax import ops
+from trix_jax.dispatch import (
+    Plan,
+    from_blocks,
+    numbers_from_blocks,
+    numbers_to_blocks,
+    to_blocks,
+)
+from trix_jax.ternary import Activations
+from trix_jax.typing import Array, Bool, Float
+
+Implementation = Literal["xla", "mosaic_gpu"]
+
+ROWS = ops.GROUPED_ROWS  # of a block
+LEAST_LOAD = 32  # rows of a tile, on average, below which blocks are mostly padding
+
+
+class Inputs(NamedTuple):
+    """What takes gradients."""
+
+    x: Float[Array, "T D"]
+    gates: Float[Array, "T K"]
+    up: Float[Array, "N D F"]
+    down: Float[Array, "N F D"]
+
+
+def grouped_ffn(
+    inputs: Inputs,
+    plan: Plan,
+    act: Callable,
+    implementation: Implementation,
+    mask: Bool[Array, " T"] | None = None,
+) -> Float[Array, "T D"]:
+    """Computes `y_t = sum_k g_tk * (act(x_t @ up_n) @ down_n)` over token t's tiles n, in
+    the dtype of `x`.
+
+    Products are of numbers in the dtype of `x`, summed in float32 and rounded to it.
+    Gradients of weights are float32 sums.
+
+    Args:
+        plan: made of the tiles; of blocks of 128 rows for the GPU kernels.
+        act: elementwise, one object for one function.
+        implementation: of the products.
+        mask: of the plan; masked tokens get 0.
+
+    Raises:
+        NotImplementedError: the named implementation does not run on this device or these
+            shapes, and why.
+    """
+    if mask is not None:  # they have no row, and read that of another
+        x, gates = _hide(inputs.x, mask), _hide(inputs.gates, mask)
+        inputs = inputs._replace(x=x, gates=gates)
+    y = _differentiable(act, implementation)(*ops.vary_alike((inputs, plan)))
+    return y if mask is None else _hide(y, mask)
+
+
+def _hide(x_TI, mask):
+    return jnp.where(mask[:, None], x_TI, 0)
+
+
+class Shapes(NamedTuple):
+    """What decides whether the GPU kernels run: `assignments` is T * K."""
+
+    dtype: Any
+    d_model: int
+    tile_width: int
+    num_tiles: int
+    assignments: Any
+    activations: Activations = "float"
+
+
+def unsupported_reason(shapes: Shapes) -> str | None:
+    """Why the GPU kernels of the products do not run; None where they do."""
+    if shapes.activations == "int8":
+        return "Int8 activations are rounded between the products, by XLA."
+    if not isinstance(shapes.assignments, int):
+        return "The GPU kernels take a number of tokens that is known, not a symbol."
+    return ops.grouped_reason(shapes.dtype, shapes.d_model, shapes.tile_width)
+
+
+def default_reason(shapes: Shapes) -> str | None:
+    """Why `implementation=None` takes XLA; None where it takes the GPU kernels."""
+    if reason := unsupported_reason(shapes):
+        return reason
+    if shapes.assignments < LEAST_LOAD * shapes.num_tiles:
+        return (
+            f"Fewer than {LEAST_LOAD} tokens a tile would leave blocks of {ROWS} rows "
+            f"mostly empty. Got {shapes.assignments} for {shapes.num_tiles} tiles."
+        )
+    return None
+
+
+@lru_cache
+def _differentiable(act, implementation):
+    forward, backward = (partial(f, act, implementation) for f in (_forward, _backward))
+    return ops.with_kept(forward, backward)
+
+
+def _forward(act, implementation, inputs: Inputs, plan: Plan):
+    products = _products(plan, inputs, implementation)
+    h = products.forward(to_blocks(inputs.x, plan), inputs.up)
+    y_TKD = from_blocks(products.forward(act(h), inputs.down), plan)
+    y = (y_TKD * inputs.gates[..., None]).sum(axis=1)
+    return y.astype(inputs.x.dtype), h
+
+
+def _backward(act, implementation, primals: Any, dy: Float[Array, "T D"]) -> Inputs:
+    inputs, plan, h = primals
+    products = _products(plan, inputs, implementation)
+    # Or XLA would find the rows of x and act(h) where the way forward has made them, and
+    # keep them until now.
+    x, h, dy = jax.lax.optimization_barrier((inputs.x, h, dy))
+    a, act_back = jax.vjp(act, h)
+    dy_MRD = to_blocks(dy, plan)
+    p = products.transposed(dy_MRD, inputs.down)
+    gate = numbers_to_blocks(inputs.gates, plan)[..., None]
+    dgates = numbers_from_blocks((p * a.astype(gate.dtype)).sum(axis=-1), plan)
+    (dh,) = act_back((gate * p).astype(h.dtype))
+    ddown = products.outer((gate * a).astype(h.dtype), dy_MRD)
+    dup = products.outer(to_blocks(x, plan), dh)
+    dx = from_blocks(products.transposed(dh, inputs.up), plan).sum(axis=1)
+    return Inputs(
+        dx,
+        dgates.astype(inputs.gates.dtype),
+        dup.astype(inputs.up.dtype),
+        ddown.astype(inputs.down.dtype),
+    )
+
+
+class _Products(NamedTuple):
+    """The products of one plan, of two arrays each."""
+
+    forward: Callable
+    transposed: Callable
+    outer: Callable
+
+
+def _products(plan, inputs, implementation):
+    filled = (plan.source < plan.slot.size).sum(axis=1, dtype=jnp.int32)
+    how = {"filled": filled, "implementation": implementation}
+    at, tiles = plan.block_tile, inputs.up.shape[0]
+    return _Products(
+        lambda x, w: ops.grouped_matmul(x, w, at, **how),
+        lambda dy, w: ops.transposed_matmul(dy, w, at, **how),
+        lambda x, dy: ops.grouped_outer(x, dy, at, tiles, **how),
+    )
