@@ -245,11 +245,12 @@ def test_deterministic_sets_a_flag_that_xla_knows(user_env, more, is_fine):
     assert (done.returncode == 0) == is_fine
 
 
-def test_help_and_a_mistyped_verb_need_no_jax(user_env):
+def test_help_and_a_mistyped_verb_or_flag_need_no_jax(user_env):
     code = (
         "import sys; from trix_jax.cli.main import main; "
         "assert main(['--help']) == 0; assert main(['trian']) == 2; "
-        "assert 'jax' not in sys.modules; import trix_jax; "
+        "assert main(['train', '--train.lerning-rate', '1']) == 2; "
+        "assert not {'jax', 'numpy', 'tyro'} & {*sys.modules}; import trix_jax; "
         "assert {'SparseTriXFFN', 'routing'} <= set(dir(trix_jax)); "
         "assert trix_jax.routing.update and trix_jax.nn.TriXLinear is trix_jax.TriXLinear"
     )
