@@ -14,7 +14,7 @@ Seconds are those of a training step as `experiments.speed.steps` measured it.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -222,10 +222,14 @@ def layers() -> str:
 PARTS = {p.__name__: p for p in (comparison, differences, losses, paired, layers)}
 
 
-def filled(page: str) -> str:
+def filled(
+    page: str,
+    parts: Mapping[str, Callable[[], str]] = PARTS,
+    mark: str = "front page",
+) -> str:
     """A page with its generated parts made anew."""
-    pattern = r"(<!-- front page: (\w+) -->\n).*?(<!-- end -->)"
-    return re.sub(pattern, lambda m: m[1] + PARTS[m[2]]() + m[3], page, flags=re.S)
+    pattern = rf"(<!-- {mark}: (\w+) -->\n).*?(<!-- end -->)"
+    return re.sub(pattern, lambda m: m[1] + parts[m[2]]() + m[3], page, flags=re.S)
 
 
 def main() -> None:

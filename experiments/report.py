@@ -3,13 +3,16 @@
     python -m experiments.report
 
 writes quality/REPORT.md with its figures, the tables of the front page and of the
-results page, and the REPORT.md of every experiment in scale/ that has results; of the figures there, those that need no run directory.
+results page, those of a GPU in kernels/README.md, and the REPORT.md of every experiment
+in scale/ that has results; of the figures there, those that need no run directory.
 """
 
 from pathlib import Path
 
 from experiments import front_page
 from experiments.quality import report as quality
+from experiments.speed.gpu import choices
+from experiments.speed.gpu import page as gpu_page
 from trix_jax.cli.experiment import parse_run
 from trix_jax.lm.experiment.report import write_experiment_report
 from trix_jax.lm.experiment.spec import RESULTS, Experiment, read_experiment
@@ -20,6 +23,8 @@ SCALE = Path(__file__).parent / "scale"
 def main() -> None:
     print(quality.write())
     front_page.main()
+    gpu_page.main()
+    choices.main()
     for name, experiment in with_results().items():
         print(write_experiment_report(SCALE / name, experiment=experiment))
 

@@ -1,8 +1,13 @@
 """The stricter world that tests live in; users never see it.
 
-Before JAX starts: eight virtual CPU devices, no compilation cache, and an error where
-arrays of different rank would broadcast. On every import of ours: beartype checks the
-jaxtyping annotations of each call.
+Before JAX starts: eight virtual CPU devices, and an error where arrays of different rank
+would broadcast. On every import of ours: beartype checks the jaxtyping annotations of
+each call.
+
+Nearly all of the time is XLA compiling and Python starting. So code is compiled without
+optimization, since it runs once or twice; what is compiled is kept in a folder that
+lives as long as the session, for both workers and the processes that tests start; and
+bytecode is written even where the environment forbids it.
 
 What a user's process would see is another matter: a test that starts one passes the
 `user_env` fixture to it.
@@ -10,6 +15,7 @@ What a user's process would see is another matter: a test that starts one passes
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -19,19 +25,38 @@ if "jax" in sys.modules:
         "tests/conftest.py must run before jax is imported: a pytest plugin imported it first."
     )
 
-_EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# A worker of pytest-xdist uses the folder of the process that started it.
+_SESSION = None
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _SESSION = tempfile.TemporaryDirectory(prefix="trix-tests-")
+_QUICK_ENV = {
+    "JAX_COMPILATION_CACHE_DIR": _SESSION.name
+    if _SESSION
+    else os.environ["JAX_COMPILATION_CACHE_DIR"],
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
 _STRICT_ENV = {
     "JAX_PLATFORMS": "cpu",
-    "JAX_ENABLE_COMPILATION_CACHE": "false",
     "JAX_NUMPY_RANK_PROMOTION": "raise",
     "MPLBACKEND": "agg",
 }
-# A worker of pytest-xdist inherits what the first process has set, hence taken out by
-# name.
-_USER_FLAGS = os.environ.get("XLA_FLAGS", "").replace(_EIGHT_DEVICES, "").strip()
-_USER_ENV = {k: v for k, v in os.environ.items() if k not in _STRICT_ENV}
-_USER_ENV["XLA_FLAGS"] = _USER_FLAGS
-os.environ.update(_STRICT_ENV, XLA_FLAGS=f"{_USER_FLAGS} {_EIGHT_DEVICES}".strip())
+_EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
+_UNOPTIMIZED = "--xla_backend_optimization_level=0"
+# A worker inherits what the first process has set, hence taken out by name.
+_USER_FLAGS = [
+    flag
+    for flag in os.environ.get("XLA_FLAGS", "").split()
+    if flag not in (_EIGHT_DEVICES, _UNOPTIMIZED)
+]
+_USER_ENV = {k: v for k, v in os.environ.items() if k not in _STRICT_ENV} | _QUICK_ENV
+_USER_ENV["XLA_FLAGS"] = " ".join([_UNOPTIMIZED, *_USER_FLAGS])
+os.environ.update(
+    _STRICT_ENV | _QUICK_ENV, XLA_FLAGS=f"{_EIGHT_DEVICES} {_USER_ENV['XLA_FLAGS']}"
+)
 
 import hypothesis  # noqa: E402  the environment above must be there before anything imports jax
 import jaxtyping  # noqa: E402
@@ -55,6 +80,11 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("trix-ci" if os.environ.get("CI") else "trix")
 
 
+def pytest_unconfigure():
+    if _SESSION:
+        _SESSION.cleanup()
+
+
 @pytest.fixture
 def no_type_hook():
     """Switches the checks of annotations off: they would answer before our own
@@ -69,7 +99,7 @@ def no_type_hook():
 @pytest.fixture
 def user_env() -> dict[str, str]:
     """The environment for a subprocess that should run as a user's would: one CPU
-    device, JAX's own defaults.
+    device, JAX's own defaults but for what makes tests quick.
     """
     return {**_USER_ENV, "JAX_PLATFORMS": "cpu", "MPLBACKEND": "agg"}
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
+from optimized import jit
 
 from trix_jax import (
     HierarchicalTriXFFN,
@@ -125,7 +126,7 @@ def test_frozen_layer_equals_the_jitted_fake_quantized_one(kind, config):
     frozen = freeze(model, variables, X)
     assert_packed(frozen, KERNELS[kind])
     assert frozen.get("routing") is variables.get("routing")
-    call = jax.jit(functools.partial(model.apply, progress=1.0))
+    call = jit(functools.partial(model.apply, progress=1.0))
     expected = call(variables, X)
     assert np.abs(jax.tree.leaves(expected)[0]).max() > 1e-3
     assert_equal(call(frozen, X), expected)
@@ -137,7 +138,7 @@ def test_frozen_groups_without_jit_equal_the_jitted_ones():
     model = layer("linear", CONFIGS["threshold-group"])
     variables = random_variables(model, X)
     y = model.apply(freeze(model, variables, X), X)
-    expected = jax.jit(model.apply)(variables, X)
+    expected = jit(model.apply)(variables, X)
     assert_equal(y, expected)
 
 
@@ -149,7 +150,7 @@ def test_frozen_layer_equals_with_few_and_many_blocks(tokens):
     x = jnp.asarray(np.random.default_rng(1).normal(size=(tokens, 16)), jnp.float32)
     variables = random_variables(model, x)
     frozen = freeze(model, variables, x)
-    assert_equal(jax.jit(model.apply)(frozen, x), jax.jit(model.apply)(variables, x))
+    assert_equal(jit(model.apply)(frozen, x), jit(model.apply)(variables, x))
 
 
 def test_packed_tensors_are_a_sixteenth_of_float32():
@@ -188,9 +189,7 @@ def test_frozen_language_model_equals_the_jitted_one(ffn):
     frozen = freeze(model, variables, TOKENS)
     kind = KERNELS[ffn]
     assert_packed(frozen, {f"block_00/ffn/{k}" for k in kind})
-    assert_equal(
-        jax.jit(model.apply)(frozen, TOKENS), jax.jit(model.apply)(variables, TOKENS)
-    )
+    assert_equal(jit(model.apply)(frozen, TOKENS), jit(model.apply)(variables, TOKENS))
 
 
 class Scanned(nn.Module):
@@ -250,7 +249,7 @@ def test_frozen_scanned_layers_equal_the_jitted_ones(kind, make):
     frozen = freeze(model, variables, x)
     assert_packed(frozen, {f"steps/ffn/{name}" for name in KERNELS[kind]})
     assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(frozen["packed"]))
-    assert_equal(jax.jit(model.apply)(frozen, x), jax.jit(model.apply)(variables, x))
+    assert_equal(jit(model.apply)(frozen, x), jit(model.apply)(variables, x))
 
 
 def test_freezing_twice_is_refused():

@@ -36,10 +36,17 @@ def test_source_runs_no_data():
                 assert ast.unparse(keywords["weights_only"]) == "True", path
 
 
-def test_compilation_cache_is_left_to_the_user():
-    """It is machine code that JAX trusts: none of ours turns it on, or names a folder."""
-    for path in SOURCES:
-        assert "compilation_cache" not in path.read_text("utf-8").lower(), path
+def test_only_the_command_line_turns_the_compilation_cache_on():
+    """It is machine code that JAX trusts: the library leaves it to the user. What the
+    command line does is held by `tests/cli/test_starting.py`.
+    """
+    names = "jax_compilation_cache", "set_cache_dir", "jax_persistent_cache"
+    found = [
+        path.relative_to(ROOT).as_posix()
+        for path in SOURCES
+        if any(name in path.read_text("utf-8").lower() for name in names)
+    ]
+    assert found == ["trix_jax/cli/compilations.py"]
 
 
 def test_downloads_are_over_https():

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from optimized import jit
 
 from trix_jax import routing, ternary
 from trix_jax.ternary import (
@@ -17,8 +18,8 @@ from trix_jax.ternary import (
     zero_fraction,
 )
 
-jit_ternarize = jax.jit(ternarize, static_argnums=1)
-jit_hard = jax.jit(hard_ternary, static_argnums=1)
+jit_ternarize = jit(ternarize, static_argnums=1)
+jit_hard = jit(hard_ternary, static_argnums=1)
 
 EVERY_HARD_CONFIG = [
     TernaryConfig(rule=rule, granularity=granularity)
@@ -125,7 +126,7 @@ def test_gradient_is_that_of_the_latent_matmul(rule, granularity):
         )
         return jnp.sum(y * dy)
 
-    gradient = jax.jit(jax.grad(quantized))(w)
+    gradient = jit(jax.grad(quantized))(w)
     # The scale is divided by and multiplied with: two roundings, and five for the sum
     # over tokens.
     exact = x.astype(np.float64).T @ dy
@@ -150,7 +151,7 @@ def test_ternarize_agrees_with_and_without_jit(config):
         def product(w):
             return (x @ ternarize(w, config).q) * ternarize(w, config).scale
 
-        np.testing.assert_array_equal(product(w), jax.jit(product)(w))
+        np.testing.assert_array_equal(product(w), jit(product)(w))
 
 
 @pytest.mark.parametrize("rule", ["absmean", "threshold", "fixed"])
@@ -178,7 +179,7 @@ def test_soft_staircase_is_smooth_odd_and_has_three_levels():
 def test_soft_staircase_has_its_own_gradient():
     config = TernaryConfig(mode="soft", temperature=0.1)
     w = weights(1, 40)
-    gradient = jax.jit(jax.grad(lambda w: ternarize(w, config).q.sum()))(w)
+    gradient = jit(jax.grad(lambda w: ternarize(w, config).q.sum()))(w)
     scale = np.float64(jnp.bfloat16(np.abs(w).mean()))
 
     def slope(x):
@@ -243,7 +244,7 @@ def test_all_zero_weights_give_zero_and_finite_gradients(rule, mode):
         return jnp.sum(q * scale)
 
     w = jnp.zeros((4, 3))
-    value, gradient = jax.jit(jax.value_and_grad(total))(w)
+    value, gradient = jit(jax.value_and_grad(total))(w)
     assert value == 0
     assert np.isfinite(gradient).all()
 

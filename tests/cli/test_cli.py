@@ -221,6 +221,8 @@ def test_doctor_says_why_blackwell_keeps_xla_for_grouped_products(monkeypatch, c
     (told,) = out["devices"].values()
     assert told.startswith("Mosaic GPU kernels (sm_100a), XLA for grouped products")
     assert "multiply by wgmma" in told
+    assert len(out["choices"]) == 4
+    assert all(line.endswith("mosaic_gpu, not measured") for line in out["choices"])
     monkeypatch.setattr("trix_kernels.device.arch", lambda: "sm_90a")
     assert main(["doctor", "--json"]) == 0
     out = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -243,11 +245,12 @@ def test_deterministic_sets_a_flag_that_xla_knows(user_env, more, is_fine):
     assert (done.returncode == 0) == is_fine
 
 
-def test_help_and_a_mistyped_verb_need_no_jax(user_env):
+def test_help_and_a_mistyped_verb_or_flag_need_no_jax(user_env):
     code = (
         "import sys; from trix_jax.cli.main import main; "
         "assert main(['--help']) == 0; assert main(['trian']) == 2; "
-        "assert 'jax' not in sys.modules; import trix_jax; "
+        "assert main(['train', '--train.lerning-rate', '1']) == 2; "
+        "assert not {'jax', 'numpy', 'tyro'} & {*sys.modules}; import trix_jax; "
         "assert {'SparseTriXFFN', 'routing'} <= set(dir(trix_jax)); "
         "assert trix_jax.routing.update and trix_jax.nn.TriXLinear is trix_jax.TriXLinear"
     )

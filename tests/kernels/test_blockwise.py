@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from optimized import jit
 
 from trix_kernels.tile_ffn import blockwise, xla
 from trix_kernels.tile_ffn.blockwise import Rows
@@ -72,7 +73,7 @@ def test_blocks_in_turn_equal_all_at_once(pattern, used, groups, lane, monkeypat
     expected = batched(x, pairs, tiles)[:used]
     assert np.any(expected)
     for weights in (pairs, packed):
-        y = jax.jit(lambda r, w: blockwise.forward(r, w, (F, D), RELU))(rows, weights)
+        y = jit(lambda r, w: blockwise.forward(r, w, (F, D), RELU))(rows, weights)
         np.testing.assert_array_equal(y[:used], expected)
         assert not y[used:].any()
 
@@ -90,7 +91,7 @@ def test_gradients_equal_those_of_all_at_once(pattern, groups):
     def naive(x, pairs):
         return jnp.sum(batched(x, pairs, tiles) * dy)
 
-    got = jax.jit(jax.grad(ours, (0, 1)))(x, pairs)
+    got = jit(jax.grad(ours, (0, 1)))(x, pairs)
     expected = jax.grad(naive, (0, 1))(x, pairs)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -105,7 +106,7 @@ def test_packed_weights_pass_the_gradient_to_the_input():
     def total(x, w):
         return jnp.sum(xla.tile_ffn(x, *w, tiles, (F, D), RELU))
 
-    got = jax.jit(jax.grad(total))(x, packed)
+    got = jit(jax.grad(total))(x, packed)
     np.testing.assert_array_equal(got, jax.grad(total)(x, pairs))
     assert np.any(got)
 
@@ -119,10 +120,10 @@ def test_vmapped_blocks_equal_each_alone_forward_and_backward():
         y = xla.tile_ffn(x, *pairs, tiles, (F, D), RELU)
         return jnp.sum(y * y), y
 
-    run = jax.jit(jax.vmap(jax.grad(value, has_aux=True)))
+    run = jit(jax.vmap(jax.grad(value, has_aux=True)))
     dx, y = run(both, tiles)
     for i in range(2):
-        dx_alone, alone = jax.jit(jax.grad(value, has_aux=True))(both[i], tiles[i])
+        dx_alone, alone = jit(jax.grad(value, has_aux=True))(both[i], tiles[i])
         np.testing.assert_array_equal(y[i], alone)
         np.testing.assert_array_equal(dx[i], dx_alone)
 

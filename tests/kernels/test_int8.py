@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from optimized import jit
 
 import trix_kernels
 from trix_jax import SparseTriXFFN, TernaryConfig, TriXLinear, freeze, ops
@@ -41,7 +42,7 @@ def tokens(rng, *shape, dtype=jnp.float32):
 @given(st.integers(0, 99), st.integers(1, 70), st.sampled_from(["float32", "bfloat16"]))
 def test_rounding_equals_the_oracle_bit_for_bit(seed, width, dtype):
     x = tokens(np.random.default_rng(seed), 9, width, dtype=dtype)
-    for function in (quantize, jax.jit(quantize)):
+    for function in (quantize, jit(quantize)):
         values, scale = function(x)
         expected, expected_scale = reference.quantize(x)
         np.testing.assert_array_equal(values, expected)
@@ -160,9 +161,9 @@ def output(result):
 def test_a_frozen_layer_equals_the_trained_one_bit_for_bit(which, granularity, dtype):
     layer = layers(dataclasses.replace(INT8, granularity=granularity), 256)[which]
     x = tokens(np.random.default_rng(3), 12, 256, dtype=dtype)  # two groups
-    variables = jax.jit(layer.init)(jax.random.key(1), x)
+    variables = jit(layer.init)(jax.random.key(1), x)
     frozen = freeze(layer, variables, x)
-    run = jax.jit(lambda v: output(layer.apply(v, x)))
+    run = jit(lambda v: output(layer.apply(v, x)))
     np.testing.assert_array_equal(run(frozen), run(variables))
 
 

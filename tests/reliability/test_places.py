@@ -16,6 +16,7 @@ import urllib.request
 import pytest
 
 from trix_jax import files
+from trix_jax.cli import compilations
 from trix_jax.cli.main import main
 from trix_jax.lm.checkpoint import checkpoint
 from trix_jax.lm.config import RunConfig
@@ -208,6 +209,18 @@ def test_data_set_that_has_no_place_says_what_to_set(no_cache):
     """Before anything is asked of the hub."""
     with pytest.raises(OSError, match=rf"{no_cache}.*: set XDG_CACHE_HOME to a folder"):
         download.fetch(DATASETS["fineweb_5m"], lambda _: None)
+
+
+def test_compilations_that_cannot_be_kept_are_said_and_stop_nothing(
+    no_cache, monkeypatch
+):
+    monkeypatch.delitem(sys.modules, "jax")
+    environment, said = {}, []
+    assert compilations.keep(environment, said.append) is None
+    assert environment == {}
+    (line,) = said
+    assert line.startswith("compilations are not kept for the next time: ")
+    assert no_cache in line
 
 
 def test_compilation_that_cannot_be_kept_is_said_and_counted(no_cache, monkeypatch):

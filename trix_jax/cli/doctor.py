@@ -36,6 +36,9 @@ def main(argv: list[str]) -> int:
     devices = _devices()
     for device, implementation in devices.items():
         report(f"{device}: {implementation}")
+    choices = _choices()
+    for line in choices:
+        report(f"  {line}")
     checks = _smoke()
     for name, problem in checks.items():
         report(
@@ -49,6 +52,7 @@ def main(argv: list[str]) -> int:
                 "passed": passed,
                 "versions": versions,
                 "devices": devices,
+                "choices": choices,
                 "checks": checks,
             }
         )
@@ -78,6 +82,14 @@ def _devices() -> dict[str, str]:
             else "; the FFN in training too, in bfloat16 with widths in multiples of 128"
         )
     return {f"{d.platform} {d.device_kind}": runs for d in jax.devices()}
+
+
+def _choices() -> list[str]:
+    """What is taken where both the kernels and XLA's path run, and why."""
+    from trix_kernels import choice, device
+
+    arch = device.arch()
+    return [] if device.unsupported_reason() or arch is None else choice.told(arch)
 
 
 def _smoke() -> dict[str, str | None]:

@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 
+from trix_jax.cli import compilations, flags
 from trix_jax.cli.common import silence
 from trix_jax.lm.allocator import keep_freed_memory
 from trix_jax.lm.signals import (
@@ -52,6 +53,10 @@ def main(argv: list[str] | None = None) -> int:
         hint = f" Did you mean {near[0]}?" if near else ""
         print(f"trix-jax: {verb!r} is no verb.{hint}\n\n{_usage()}", file=sys.stderr)
         return BAD_INPUT
+    if wrong := flags.mistake(verb, rest):
+        print(f"trix-jax {verb}: {wrong}", file=sys.stderr)
+        return BAD_INPUT
+    rest = _keep_compilations(verb, rest)
     keep_freed_memory()
     try:
         return importlib.import_module(f"trix_jax.cli.{verb}").main(rest) or DONE
@@ -84,6 +89,13 @@ def main(argv: list[str] | None = None) -> int:
         return _explain(verb, error)
 
 
+def _keep_compilations(verb: str, argv: list[str]) -> list[str]:
+    """Keeps what XLA compiles unless a flag says no; returns the other flags."""
+    if verb in compilations.VERBS and flags.ANY_VERB not in argv:
+        compilations.keep(os.environ, lambda text: print(text, file=sys.stderr))
+    return [flag for flag in argv if flag != flags.ANY_VERB]
+
+
 def _open_standard_streams() -> None:
     """Where one is closed (`>&-`), what is written goes nowhere; otherwise the next file
     that is opened would take its place, and its lines.
@@ -99,7 +111,7 @@ def _open_standard_streams() -> None:
 
 def _usage() -> str:
     rows = "\n".join(f"  {verb:<10} {text}" for verb, text in VERBS.items())
-    return f"usage: trix-jax VERB [options]\n\n{rows}\n\n`trix-jax VERB --help` lists a verb's options."
+    return f"usage: trix-jax VERB [options]\n\n{rows}\n\n`trix-jax VERB --help` lists a verb's options; `{flags.ANY_VERB}` keeps nothing of what it compiles."
 
 
 def _explain(verb: str, error: Exception) -> int:

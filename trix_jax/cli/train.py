@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 import tyro
 
 from trix_jax.cli.common import be_deterministic, print_json, say
-from trix_jax.cli.report import run_report
 from trix_jax.lm import hosts
 from trix_jax.lm.config import RunConfig
 from trix_jax.lm.data import check_typed
@@ -70,6 +69,9 @@ def main(argv: list[str]) -> None:
         report=report,
     )
     if hosts.is_first():
+        # Plots take seconds to import, and a mistake needs none.
+        from trix_jax.cli.report import run_report
+
         report(f"read {run_report(args.workdir, report)}")
         if args.json:
             print_json(summary)

@@ -3,6 +3,7 @@ from the config alone.
 """
 
 import dataclasses
+import functools
 from typing import Literal, NamedTuple
 
 import jax
@@ -114,6 +115,7 @@ def active_width(config: TransformerConfig, routes: Routes = "signatures") -> fl
     return (_active(config) - saved) / (2 * config.d_model)
 
 
+@functools.lru_cache(maxsize=256)  # tracing the model takes all of the time of counting
 def _param_shapes(config):
     # Who attends to whom has no parameters, and needs an end mark.
     model = TransformerLM(dataclasses.replace(config, document_mask=False))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.speed.gpu.layer import ACTIVATION, ACTIVE, EQUAL, implementations
+from experiments.speed.gpu.layer import ACTIVATION, ACTIVE, EQUAL, IMPLEMENTATIONS
 from experiments.speed.gpu.shapes import Shapes
 from experiments.speed.gpu.timing import Row, summary
 from trix_jax import freeze
@@ -24,6 +24,7 @@ from trix_jax.lm.train.optimizer import make_optimizer
 from trix_jax.lm.train.step import init_state, make_train_step
 from trix_jax.nn.transformer import TransformerConfig, TransformerLM
 
+WAYS = ("trix", EQUAL, ACTIVE)
 BFLOAT16 = 2.0**-8  # relative distance of neighbours: how far two losses may be apart
 
 
@@ -51,7 +52,7 @@ def configs(shapes: Shapes, tiles: int) -> dict[str, TransformerConfig]:
     active = shapes.per_token * shapes.tile_width
     ours = {
         f"trix{name}": dataclasses.replace(dense, **trix, **how)
-        for name, how in implementations(TransformerConfig).items()
+        for name, how in IMPLEMENTATIONS.items()
     }
     twins = {EQUAL: dense, ACTIVE: dataclasses.replace(dense, ffn_width=active)}
     return ours | twins
@@ -80,6 +81,11 @@ class Stepper:
         self.loss = float(metrics.loss)
         return time.perf_counter() - began
 
+    def step_loss(self) -> float:
+        """The loss of a step."""
+        self()
+        return self.loss
+
     def about(self) -> Row:
         """Parameters, and bytes: of the state, and of all at the peak."""
         held: Any = self.compiled.memory_analysis()
@@ -92,41 +98,45 @@ class Stepper:
 
 
 def step(shapes: Shapes) -> Iterator[Row]:
-    """Training steps in turn; the loss of ours beside that of XLA's path."""
+    """Training steps of all models in turn, and their losses beside XLA's path."""
+    models = {
+        (tiles, name): config
+        for tiles in shapes.tiles
+        for name, config in configs(shapes, tiles).items()
+        if name in WAYS
+    }
+    # The dense twin of equal compute is the same for all.
+    steppers = {c: Stepper(c, shapes.sequences) for c in dict.fromkeys(models.values())}
+    for stepper in steppers.values():
+        stepper()
+    taken = {config: [] for config in steppers}
+    for _ in range(shapes.rounds):
+        for config, stepper in steppers.items():
+            taken[config].append(1e6 * stepper())
+    tokens = shapes.sequences * shapes.context
+    for (tiles, name), config in models.items():
+        row: Row = {"tiles": tiles, "way": name, **summary(taken[config])}
+        row["tokens_per_second"] = round(1e6 * tokens / row["us"])
+        row |= steppers[config].about() | {"loss": steppers[config].loss}
+        yield {"name": f"step, {tiles} tiles: {name}", **row}
+    del steppers
     for tiles in shapes.tiles:
-        steppers = {
-            name: Stepper(config, shapes.sequences)
-            for name, config in configs(shapes, tiles).items()
-        }
-        losses: dict[str, list[float]] = {name: [] for name in steppers}
-        for _ in range(shapes.trains_for):
-            for name, stepper in steppers.items():
-                stepper()
-                losses[name].append(stepper.loss)
-        taken: dict[str, list[float]] = {name: [] for name in steppers}
-        for _ in range(shapes.rounds):
-            for name, stepper in steppers.items():
-                taken[name].append(1e6 * stepper())
-        tokens = shapes.sequences * shapes.context
-        for name, stepper in steppers.items():
-            row: Row = {
-                "tiles": tiles,
-                "way": name,
-                **summary(taken[name]),
-                **stepper.about(),
-            }
-            row["tokens_per_second"] = round(1e6 * tokens / row["us"])
-            row |= {"losses": losses[name], **_apart(losses, name)}
-            yield {"name": f"step, {tiles} tiles: {name}", **row}
+        yield from losses(shapes, tiles)
 
 
-def _apart(losses: dict[str, list[float]], name: str) -> Row:
-    """Says so where the default's losses are not those of XLA's path."""
-    other = losses.get("trix, xla")
-    if name != "trix" or other is None:
-        return {}
-    far = max(abs(a - b) / abs(b) for a, b in zip(losses[name], other, strict=True))
-    return {"failed": f"losses {far:.2g} from XLA's path"} if far > BFLOAT16 else {}
+def losses(shapes: Shapes, tiles: int) -> Iterator[Row]:
+    """Losses of a model of two layers as it is computed by default, beside XLA's path."""
+    found: dict[str, list[float]] = {}
+    small = shapes._replace(layers=min(shapes.layers, 2))
+    for name, config in configs(small, tiles).items():
+        if name.startswith("trix"):
+            stepper = Stepper(config, shapes.sequences)
+            found[name] = [stepper.step_loss() for _ in range(shapes.trains_for)]
+    for name, ours in found.items():
+        row = {"tiles": tiles, "way": name, "losses": ours}
+        far = max(abs(a - b) / abs(b) for a, b in zip(ours, found["trix"], strict=True))
+        failed = {"failed": f"losses {far:.2g} apart"} if far > BFLOAT16 else {}
+        yield {"name": f"losses, {tiles} tiles: {name}", **row, "apart": far, **failed}
 
 
 def served(config: TransformerConfig) -> tuple[TransformerLM, Any]:
@@ -150,7 +160,7 @@ def generation(shapes: Shapes) -> Iterator[Row]:
     ways = {
         name: served(config)
         for name, config in configs(shapes, tiles).items()
-        if name in ("trix", EQUAL, ACTIVE)
+        if name in WAYS
     }
     for batch in shapes.batches:
         taken: dict[str, list[float]] = {name: [] for name in ways}
@@ -179,30 +189,30 @@ def _generate(model: Any, variables: Any, batch: int, shapes: Shapes) -> float:
     """Seconds that a batch takes."""
     rng, most = np.random.default_rng(0), shapes.vocabulary
     prompts = rng.integers(0, most, (batch, shapes.prompt), np.int32)
-    config, began = SamplingConfig(temperature=0), time.perf_counter()
+    config, began = SamplingConfig(temperature=0.0), time.perf_counter()
     generate_batch(model, variables, list(prompts), shapes.new_tokens, config)
     return time.perf_counter() - began
 
 
 def evaluation(shapes: Shapes) -> Iterator[Row]:
-    """Tokens a second of an evaluation on random tokens."""
+    """Tokens a second of an evaluation on random tokens, of the most tiles."""
     length = shapes.evaluated * shapes.context + 1
     tokens = np.random.default_rng(0).integers(0, shapes.vocabulary, length, np.uint16)
     store = store_of(tokens)
-    for tiles in shapes.tiles:
-        for name, config in configs(shapes, tiles).items():
-            model, taken = TransformerLM(config), []
-            variables = jax.jit(model.init)(
-                jax.random.key(0), jnp.zeros((1, 8), jnp.int32)
-            )
-            for _ in range(3):  # the first one compiles
-                began = time.perf_counter()
-                found = evaluate(model, variables, store, shapes.sequences)
-                taken.append(1e6 * (time.perf_counter() - began))
-            row: Row = {"tiles": tiles, "way": name, **summary(taken[1:])}
-            row["tokens_per_second"] = round(1e6 * found.tokens / row["us"])
-            row["val_loss"] = found.val_loss
-            yield {"name": f"evaluation, {tiles} tiles: {name}", **row}
+    tiles = shapes.tiles[-1]
+    for name, config in configs(shapes, tiles).items():
+        if name not in WAYS:
+            continue
+        model, taken = TransformerLM(config), []
+        variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
+        for _ in range(3):  # the first one compiles
+            began = time.perf_counter()
+            found = evaluate(model, variables, store, shapes.sequences)
+            taken.append(1e6 * (time.perf_counter() - began))
+        row: Row = {"tiles": tiles, "way": name, **summary(taken[1:])}
+        row["tokens_per_second"] = round(1e6 * found.tokens / row["us"])
+        row["val_loss"] = found.val_loss
+        yield {"name": f"evaluation, {tiles} tiles: {name}", **row}
 
 
 def store_of(tokens: np.ndarray) -> Store:

@@ -15,15 +15,12 @@ from trix_jax.nn.sparse_ffn import SparseTriXFFN
 from trix_jax.ternary import TernaryConfig, ternarize
 
 ACTIVATION = "relu2"  # of the dense FFNs too: the cheaper one
+# How the tiles' products are computed: by default, and by XLA.
+IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
+    "": {},
+    ", xla": {"implementation": "xla"},
+}
 EQUAL, ACTIVE = "dense, equal parameters", "dense, active width"
-
-
-def implementations(kind: Any) -> dict[str, dict[str, Any]]:
-    """Arguments that choose how the layer is computed: the default, and XLA where the
-    layer has a choice.
-    """
-    has_choice = "implementation" in kind.__dataclass_fields__
-    return {"": {}} | ({", xla": {"implementation": "xla"}} if has_choice else {})
 
 
 def models(shapes: Shapes, tiles: int) -> dict[str, Any]:
@@ -40,7 +37,7 @@ def models(shapes: Shapes, tiles: int) -> dict[str, Any]:
     }
     layers = {
         f"trix{name}": SparseTriXFFN(d, **sizes, dtype=jnp.bfloat16, **how)
-        for name, how in implementations(SparseTriXFFN).items()
+        for name, how in IMPLEMENTATIONS.items()
     }
     return layers | dense
 

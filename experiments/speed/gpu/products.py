@@ -94,7 +94,7 @@ def call_of(case: Product, implementation: Any = None) -> Callable:
 
 def oracle(case: Product, left: Any, right: Any, tile: Any, filled: Any) -> np.ndarray:
     """The same in numpy, in float64."""
-    tile, filled = np.asarray(tile), np.asarray(filled)
+    left, right, tile, filled = map(np.asarray, (left, right, tile, filled))
     match case.product:
         case "forward":
             return reference.grouped_matmul(left, right, tile)

@@ -8,6 +8,7 @@ from trix_kernels.ternary_matmul import reference, xla
 from trix_kernels.tile_matmul.api import (
     Implementation,
     block_matmul,
+    chosen,
     unsupported_reason,
 )
 from trix_kernels.weights import ROWS, Packed, unpack
@@ -46,7 +47,9 @@ def ternary_matmul(
     padding = -x.shape[0] % rows
     blocks = jnp.pad(x, ((0, padding), (0, 0))).reshape(-1, rows, x.shape[1])
     reason = unsupported_reason(blocks, one_tile, activations)
-    if implementation == "xla" or (implementation is None and reason):
+    if implementation is None:
+        implementation = "xla" if reason else chosen(rows, activations)
+    if implementation == "xla":
         return xla.ternary_matmul(x, weights, features, activations)
     tile = jnp.zeros(blocks.shape[0], jnp.int32)
     y = block_matmul(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, Num
 
-from trix_kernels import device
+from trix_kernels import choice, device
 from trix_kernels.blocks import block_rows, make_blocks
 from trix_kernels.derivatives import without_derivative
 from trix_kernels.quantize import Activations, quantize
@@ -81,7 +81,7 @@ def block_matmul(
             None computes all.
         activations: "float" multiplies `x` as it is; "int8" rounds every row to
             integers first, see `quantize`.
-        implementation: None takes "mosaic_gpu" where it runs and "xla" elsewhere; a
+        implementation: None takes what `trix_kernels.choice` says of those that run; a
             name runs exactly that. "reference" is numpy, on concrete arrays.
 
     Raises:
@@ -90,7 +90,7 @@ def block_matmul(
     """
     reason = unsupported_reason(x, weights, activations)
     if implementation is None:
-        implementation = "xla" if reason else "mosaic_gpu"
+        implementation = "xla" if reason else chosen(x.shape[1], activations)
     if implementation == "reference":
         oracle = reference.tile_matmul
         if activations == "int8":
@@ -185,6 +185,12 @@ def unsupported_reason(
     if activations == "int8":
         return int8_reason() or _int8_groups_reason(weights)
     return None
+
+
+def chosen(rows: int, activations: Activations) -> Implementation:
+    """What `None` is where the Mosaic GPU kernel runs."""
+    arch: Any = device.arch()
+    return choice.choose(arch, rows, activations).implementation
 
 
 def int8_reason() -> str | None:

@@ -1,0 +1,55 @@
+"""Which implementation `None` is, where more than one runs: by committed measurements.
+
+`choices.json` has a row for each architecture, kind of activations and class of shapes.
+`experiments.speed.gpu.choices` writes it from what was measured on a GPU; a class that
+nothing was measured of takes the kernel.
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from trix_kernels.device import Arch
+from trix_kernels.quantize import Activations
+
+PATH = Path(__file__).with_name("choices.json")
+FEW_ROWS = 16  # of a block: at most so many are few, where weights are the traffic
+Size = Literal["few", "many"]
+
+
+class Choice(NamedTuple):
+    """What `None` is for products of packed weights, and why."""
+
+    implementation: Literal["mosaic_gpu", "xla"]
+    reason: str
+
+
+def size_of(rows: int) -> Size:
+    """The class of blocks of so many rows."""
+    return "few" if rows <= FEW_ROWS else "many"
+
+
+def choose(arch: Arch, rows: int, activations: Activations = "float") -> Choice:
+    """What `None` is on an architecture, for blocks of `rows` rows."""
+    kind = {"arch": arch, "activations": activations, "rows": size_of(rows)}
+    for row in _table():
+        if kind.items() <= row.items():
+            return Choice(row["implementation"], row["reason"])
+    return Choice("mosaic_gpu", "not measured")
+
+
+def told(arch: Arch) -> list[str]:
+    """The choices of an architecture, a sentence each."""
+    lines = []
+    for activations in ("float", "int8"):
+        for rows, what in ((FEW_ROWS, f"up to {FEW_ROWS}"), (FEW_ROWS + 1, "more")):
+            chosen = choose(arch, rows, activations)
+            about = f"packed weights, {activations} activations, blocks of {what} rows"
+            lines.append(f"{about}: {chosen.implementation}, {chosen.reason}")
+    return lines
+
+
+@cache
+def _table() -> list[dict[str, Any]]:
+    return json.loads(PATH.read_text("utf-8"))

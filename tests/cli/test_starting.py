@@ -1,0 +1,115 @@
+"""What starts a verb quickly: its flags as a table, and compilations that are kept."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from trix_jax.cli import compilations, flags
+from trix_jax.lm.train import metrics
+
+TRIX = [sys.executable, "-c", "from trix_jax.cli import main; exit(main())"]
+SMALL = (
+    "--model.ffn sparse --model.context 16 --model.d-model 16 --model.n-layers 1 "
+    "--model.n-heads 2 --model.num-tiles 4 --data.tokenizer char --train.steps 4 "
+    "--train.eval-every 2"
+).split()
+KEPT = "JAX_COMPILATION_CACHE_DIR"
+
+
+def test_the_table_of_flags_is_that_of_the_parsers():
+    kept = json.loads(flags.FILE.read_text("utf-8"))
+    assert flags.collect() == kept, flags.__doc__
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--train.lerning-rate", "1"], "Did you mean --train.learning-rate or"),
+        (["--model.num-tile=8"], "--model.num-tile is no flag of this verb. Did you"),
+        (["x.yaml", "--zzzzzz"], "--zzzzzz is no flag of this verb. `trix-jax train"),
+        (["x.yaml", "--model.num_tiles=8", "--other_data", "--seed", "-1"], None),
+        (["--no-compilation-cache", "--no-json", "-h", "--help"], None),
+    ],
+)
+def test_a_flag_that_no_verb_has_is_named_with_the_nearest(argv, sentence):
+    said = flags.mistake("train", argv)
+    assert said is None if sentence is None else sentence in said
+
+
+@pytest.fixture
+def before_jax(monkeypatch, tmp_path):
+    """A process that has not imported JAX, and the folder of its user's caches."""
+    monkeypatch.delitem(sys.modules, "jax")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_compilations_are_kept_for_their_user_alone(before_jax):
+    environment, said = {}, []
+    folder = compilations.keep(environment, said.append)
+    assert folder == before_jax / "trix_jax" / "compilations"
+    assert environment[KEPT] == str(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert said == []
+    folder.chmod(0o770)
+    environment = {}
+    assert compilations.keep(environment, said.append) is None
+    assert environment == {}
+    (line,) = said
+    assert f"{folder} must be yours alone" in line
+
+
+@pytest.mark.parametrize(
+    "chosen", [{KEPT: "/elsewhere"}, {"JAX_ENABLE_COMPILATION_CACHE": "false"}]
+)
+def test_what_the_user_set_for_jax_stays(before_jax, chosen):
+    environment = dict(chosen)
+    assert compilations.keep(environment, print) is None
+    assert environment == chosen
+    assert list(before_jax.iterdir()) == []
+
+
+def test_a_process_that_has_jax_is_left_as_it_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    environment = {}
+    assert compilations.keep(environment, print) is None
+    assert environment == {}
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_kept_compilation_gives_the_bits_of_a_new_one(corpus, user_env, tmp_path):
+    """Compiled as for a user. And none is in a run directory, or kept where a flag says
+    no.
+    """
+    folder = tmp_path / "cache" / "trix_jax" / "compilations"
+    env = {k: v for k, v in user_env.items() if "CACHE" not in k and k != "XLA_FLAGS"}
+    env["XDG_CACHE_HOME"] = str(tmp_path / "cache")
+
+    def losses(name, *more):
+        flags = ["--data.path", str(corpus), "--workdir", str(tmp_path / name)]
+        command = [*TRIX, "train", *flags, *SMALL, *more]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        lines = metrics.read(tmp_path / name / "metrics.jsonl")
+        return [
+            {k: v for k, v in line.items() if k in ("step", "loss", "val_loss")}
+            for line in lines
+        ]
+
+    new = losses("off", "--no-compilation-cache")
+    assert not folder.exists()
+    assert losses("miss") == new
+    entries, used = read(folder, "*-cache"), read(folder, "*-atime")
+    assert entries
+    assert losses("hit") == new
+    assert read(folder, "*-cache").keys() == entries.keys()
+    again = read(folder, "*-atime")
+    assert all(again[name] != used[name] for name in used)
+    assert all(folder in path.parents for path in tmp_path.glob("**/*-cache"))
+
+
+def read(folder, pattern):
+    return {path.name: path.read_bytes() for path in folder.glob(pattern)}
