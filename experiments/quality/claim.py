@@ -194,10 +194,10 @@ def claim(d_model: int) -> Setting:
         order=(
             Step("hash", 1),
             Step("dense-middle", 1),
+            Step("holding", 1),
             Step("hash", 4),
             Step("dense-curve", 1),
             Step("ladder", 1),
-            Step("holding", 1),
             Step("dense-curve", 4),
             Step("ladder", 4),
             Step("worth", 1),

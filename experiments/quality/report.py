@@ -57,6 +57,16 @@ COMPARISONS = (
         "hidden state; the hash gives each token id a set of tiles and has no gate.",
     ),
     Comparison("floats", best.name, "Ternary against float weights"),
+    Comparison(
+        "routes",
+        "tiles-64-hash",
+        "Who chooses the tiles, against a hash of the token",
+        f"{PAIRED} `held` reads signatures from the weights after a tenth of the training and keeps them.",
+    ),
+    Comparison(
+        "holding", "tiles-64-held", "What is held, when, and by what it is chosen"
+    ),
+    Comparison("worth", "tiles-64-held", "What else may make held tiles worth more"),
     Comparison("bodies", "body-gpt2", "The body around the FFN, chosen by a dense one"),
     Comparison(
         "ablations",
@@ -93,7 +103,7 @@ def write(folder: Path = HERE) -> Path:
         "Made by `python -m experiments.report` from `results/`; what is asked, and in which order, is `design.py`.\n",
     ]
     parts += claim_page.section(folder)
-    for setting in (claim.BODY, *SETTINGS.values()):
+    for setting in (*claim.SETTINGS.values(), *SETTINGS.values()):
         runs = results.read(folder / "results" / f"{setting.name}.json")
         for alike in results.by_sampler(runs).values():
             parts += section(setting, alike, folder / "results")
