@@ -50,6 +50,7 @@ class TrainConfig:
             follows; 0 never.
         eval_every: steps between evaluations on the whole validation split; each
             checkpoints. The last step always is.
+        eval_epochs: evaluates at the end of every epoch too.
         checkpoint_every: further checkpoints, without an evaluation; 0 none.
         eval_batch_size: sequences in an evaluation batch.
         log_every: steps between lines of metrics.jsonl.
@@ -77,6 +78,7 @@ class TrainConfig:
     balance_rate: float = 0.5
     rebuild_every: int = 500
     eval_every: int = 500
+    eval_epochs: bool = False
     checkpoint_every: int = 0
     eval_batch_size: int = 64
     log_every: int = 1

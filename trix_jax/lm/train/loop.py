@@ -232,7 +232,7 @@ def _loop(
         trace.after(step, values)
         logger.after(step, values)
         asked = _asked(run, step, signals)
-        is_due = step in held or milestone.wants_checkpoint(config, step)
+        is_due = step in held or milestone.wants_checkpoint(run, step)
         if not (is_due or any(asked)):
             continue
         logger.flush()

@@ -2,13 +2,14 @@
 
 import math
 import time
+from fractions import Fraction
 from typing import Any
 
 import jax
 
 from trix_jax import routing
 from trix_jax.lm import allocator
-from trix_jax.lm.config import TrainConfig
+from trix_jax.lm.data.pipeline import epoch_windows
 from trix_jax.lm.train import metrics, parallel
 from trix_jax.lm.train.display import Display
 from trix_jax.lm.train.evaluate import Evaluation, evaluate
@@ -24,14 +25,27 @@ def is_multiple(step: int, every: int) -> bool:
     return bool(every) and step > 0 and step % every == 0
 
 
-def wants_evaluation(config: TrainConfig, step: int) -> bool:
-    """Whether the validation loss is due; the last step always is."""
-    return step == config.steps or is_multiple(step, config.eval_every)
+def wants_evaluation(run: Run, step: int) -> bool:
+    """Whether the validation loss is due; at the last step it always is."""
+    config = run.config.train
+    is_end = config.eval_epochs and epochs(run, step) > epochs(run, step - 1)
+    return is_end or step == config.steps or is_multiple(step, config.eval_every)
 
 
-def wants_checkpoint(config: TrainConfig, step: int) -> bool:
+def wants_checkpoint(run: Run, step: int) -> bool:
     """Whether a checkpoint is due: with every evaluation, and in between."""
-    return wants_evaluation(config, step) or is_multiple(step, config.checkpoint_every)
+    is_between = is_multiple(step, run.config.train.checkpoint_every)
+    return is_between or wants_evaluation(run, step)
+
+
+def epochs(run: Run, step: int) -> int:
+    """Whole epochs, so many windows as the training split has, up to a step."""
+    return math.floor(_epochs(run, step))
+
+
+def _epochs(run: Run, step: int) -> Fraction:
+    windows = epoch_windows(run.store.train, run.config.model.context)
+    return Fraction(step * run.config.train.batch_size, windows)
 
 
 def keep(
@@ -39,7 +53,7 @@ def keep(
 ) -> Position:
     """Evaluates if that is due, and saves; the state is as it lies on the devices."""
     val_loss = None
-    if wants_evaluation(run.config.train, position.step):
+    if wants_evaluation(run, position.step):
         position, val_loss = _evaluate(run, position, log, display)
     position = position._replace(seconds=time.perf_counter() - began)
     save(run, position, val_loss)
@@ -66,20 +80,23 @@ def _evaluate(
             f"validation loss ({result.val_loss}) is not finite after step {step}: "
             "stopped, and not saved. The newest good checkpoint is as it was."
         )
-    log.write(**_eval_line(run, step, result, position.routes))
+    log.write(**_eval_line(run, step, result, position))
     display.evaluation(step, result)
     best = min(position.best, result.val_loss)
     return position._replace(routes=result.routes, best=best), result.val_loss
 
 
-def _eval_line(run: Run, step: int, result: Evaluation, routes: Any) -> dict[str, Any]:
-    kept = []
-    if step > run.config.train.eval_every and len(result.routes):
-        kept = jax.device_get(_stability(routes, result.routes)).tolist()
+def _eval_line(
+    run: Run, step: int, result: Evaluation, before: Position
+) -> dict[str, Any]:
+    kept, is_first = [], math.isinf(before.best)
+    if len(result.routes) and not is_first:
+        kept = jax.device_get(_stability(before.routes, result.routes)).tolist()
     return {
         "event": "eval",
         "step": step,
         "tokens": step * run.tokens_per_step,
+        "epochs": float(_epochs(run, step)),
         "val_loss": result.val_loss,
         **_unquantized(result),
         "val_ppl": result.val_ppl,
