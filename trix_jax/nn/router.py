@@ -108,7 +108,7 @@ class Router(nn.Module):
             gates = self.get_variable(PACKED, "gates")[token_ids]
         counts = routing.count_tiles(tiles, n, mask)
         none = jnp.zeros((1, n))
-        info = _info(tiles, gates, counts, none, none, mask)
+        info = _info(tiles, gates, counts, none, none, None)
         info = info._replace(tie_rate=none[0, 0], signature_cosine=none[0, 0])
         losses = dict.fromkeys(("balance", "diversity", "total_aux"), none[0, 0])
         return Route(tiles, gates), info, losses

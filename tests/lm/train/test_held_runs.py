@@ -176,7 +176,7 @@ def after_steps(config, devices, mapping):
 
     step = parallel.compile_step(make, devices, mapping)
     state = parallel.place(init_state(lm, optimizer, 0), devices, mapping)
-    chance = np.random.default_rng(0)
+    chance = np.random.default_rng(1)  # no margin lies on the edge of a bin
     for _ in range(10):
         batch = chance.integers(0, 40, (2, 8, model.context + 1), np.int32)
         state, _ = step(state, batch)
@@ -194,7 +194,7 @@ def test_many_devices_hold_what_one_holds(config, mapping):
     many = after_steps(config, jax.devices()[:8], mapping)
     names = jax.tree_util.tree_leaves_with_path(one.routing)
     for (path, x), y in zip(names, jax.tree.leaves(many.routing), strict=True):
-        np.testing.assert_allclose(x, y, atol=2e-3, err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(x, y, atol=1e-5, err_msg=jax.tree_util.keystr(path))
     assert bool(many.routing["router_input"]["held"])
 
 
