@@ -300,17 +300,22 @@ def test_every_part_runs_at_tiny_shapes(rehearsed):
     assert abs(rows["losses, 4 tiles: trix"]["losses"][0] - 3.47) < 0.3  # log(32)
 
 
-@pytest.mark.slow
-def test_a_rehearsals_file_fills_every_table_of_the_page(rehearsed, monkeypatch):
-    monkeypatch.setattr(page, "GPU", rehearsed)
-    tables = {
+def measured_tables():
+    """The cells of the page's tables, but for the one of another file."""
+    return {
         name: [
             [cell.strip(" *") for cell in line.split("|")[1:-1]]
             for line in part().splitlines()[2:]
         ]
         for name, part in page.PARTS.items()
-        if name != "packed"  # of another file
+        if name != "packed"
     }
+
+
+@pytest.mark.slow
+def test_a_rehearsals_file_fills_every_table_of_the_page(rehearsed, monkeypatch):
+    monkeypatch.setattr(page, "GPU", rehearsed)
+    tables = measured_tables()
     assert {name: len(rows) for name, rows in tables.items()} == {
         "products": 6,
         "layer": 2,
