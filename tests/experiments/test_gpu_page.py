@@ -159,9 +159,10 @@ def test_a_measured_file_becomes_tables(measured, monkeypatch):
 def test_a_row_never_takes_anothers_place(monkeypatch, tmp_path):
     path = tmp_path / record.NAME
     monkeypatch.setattr(page, "GPU", path)
-    rows = [{"name": name, "way": "trix", "tiles": 4} for name in ("step", "losses")]
+    row = {"way": "trix", "tiles": 4, "us": 2.0}
+    rows = [{"name": "step", **row}, {"name": "step again", **row}]
     record.append(path, {"part": "step", "rows": rows})
-    with pytest.raises(ValueError, match="'step' and 'losses'"):
+    with pytest.raises(ValueError, match="'step' and 'step again'"):
         page.step()
 
 

@@ -67,14 +67,14 @@ def _us(row: Row) -> float:
 
 
 def _grouped(rows: Iterable[Row], *keys: str) -> dict[tuple, dict[str, Row]]:
-    """Rows by their keys, and in each group by their way; without what was only traced.
+    """Timed rows by their keys, and in each group by their way.
 
     Raises:
         ValueError: two rows of a group have the same way.
     """
     found: dict[tuple, dict[str, Row]] = {}
     for row in rows:
-        if "traced_only" in row:
+        if "us" not in row:
             continue
         ways = found.setdefault(tuple(row[key] for key in keys), {})
         if (way := row["way"]) in ways:
