@@ -62,11 +62,22 @@ def unpack(weights: Weights, features: int) -> Ternary:
     return Ternary(q, scale)
 
 
-def implementation(variables: Variables, activations: Activations = "float") -> str:
-    """Which ternary matmuls a model with these variables runs on the default device."""
+def implementation(
+    variables: Variables,
+    activations: Activations = "float",
+    dtype: Any = jnp.bfloat16,
+    asked: Implementation | None = None,
+) -> str:
+    """Which ternary matmuls a model with these variables runs on the default device.
+
+    Args:
+        dtype: of the computation.
+        asked: the model's `implementation`, which says what computes whole weights.
+    """
     packed = "packed" if activations == "float" else "packed, int8 activations"
     if PACKED not in variables:
-        runs_whole = activations == "float" and grouped.device_reason() is None
+        is_taken = asked != "xla" and jnp.dtype(dtype) == jnp.bfloat16
+        runs_whole = activations == "float" and is_taken and not grouped.device_reason()
         where = "mosaic_gpu where shapes allow" if runs_whole else "xla"
         return f"{where}, weights not {packed}"
     reason = trix_kernels.device.unsupported_reason()

@@ -1,12 +1,15 @@
 """What starts a verb quickly: its flags as a table, and compilations that are kept."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 
 import pytest
 
 from trix_jax.cli import compilations, flags
+from trix_jax.cli.main import _keep_compilations
 from trix_jax.lm.train import metrics
 
 TRIX = [sys.executable, "-c", "from trix_jax.cli import main; exit(main())"]
@@ -15,7 +18,7 @@ SMALL = (
     "--model.n-heads 2 --model.num-tiles 4 --data.tokenizer char --train.steps 4 "
     "--train.eval-every 2"
 ).split()
-KEPT = "JAX_COMPILATION_CACHE_DIR"
+KEPT, OFF = "JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"
 
 
 def test_the_table_of_flags_is_that_of_the_parsers():
@@ -31,6 +34,8 @@ def test_the_table_of_flags_is_that_of_the_parsers():
         (["x.yaml", "--zzzzzz"], "--zzzzzz is no flag of this verb. `trix-jax train"),
         (["x.yaml", "--model.num_tiles=8", "--other_data", "--seed", "-1"], None),
         (["--no-compilation-cache", "--no-json", "-h", "--help"], None),
+        (["--no_compilation_cache", "---", "-- a b", "--workdir", "--"], None),
+        (["--", "--zzzzzz"], None),
     ],
 )
 def test_a_flag_that_no_verb_has_is_named_with_the_nearest(argv, sentence):
@@ -53,12 +58,47 @@ def test_compilations_are_kept_for_their_user_alone(before_jax):
     assert environment[KEPT] == str(folder)
     assert folder.stat().st_mode & 0o777 == 0o700
     assert said == []
-    folder.chmod(0o770)
+    for path in (folder, folder.parent):
+        path.chmod(0o770)
+        environment, said = {}, []
+        assert compilations.keep(environment, said.append) is None
+        assert environment == {}
+        (line,) = said
+        assert f"{path} must be yours alone" in line
+        path.chmod(0o700)
+
+
+def test_what_a_killed_process_left_half_written_goes(before_jax):
+    folder = compilations.keep({}, pytest.fail)
+    for name, age in (("whole", 100), ("stump", 100), ("being-written", 1)):
+        (folder / f"{name}-cache").write_bytes(b"...")
+        os.utime(folder / f"{name}-cache", (time.time() - age,) * 2)
+    (folder / "whole-atime").write_bytes(b"")
+    assert compilations.keep({}, pytest.fail) == folder
+    left = {path.name for path in folder.iterdir()}
+    assert left == {"whole-cache", "whole-atime", "being-written-cache"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "rest", "kept"),
+    [
+        (["a", "--no-compilation-cache"], ["a"], {OFF: "false"}),
+        (["--no_compilation_cache", "a"], ["a"], {OFF: "false"}),
+        (["--distributed", "a"], ["--distributed", "a"], {}),
+    ],
+)
+def test_a_flag_holds_for_the_processes_that_a_verb_starts(
+    before_jax, monkeypatch, argv, rest, kept
+):
+    """They inherit the environment."""
     environment = {}
-    assert compilations.keep(environment, said.append) is None
-    assert environment == {}
-    (line,) = said
-    assert f"{folder} must be yours alone" in line
+    monkeypatch.setattr(os, "environ", environment)
+    assert _keep_compilations("train", argv) == rest
+    assert environment == kept
+    assert not (before_jax / "trix_jax").exists()
+    environment[KEPT] = "/elsewhere"
+    compilations.keep_nothing(environment)
+    assert environment == {KEPT: "/elsewhere", **kept}
 
 
 @pytest.mark.parametrize(

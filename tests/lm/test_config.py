@@ -220,3 +220,16 @@ def test_decay_mask_leaves_norms_scales_embeddings_and_splines_alone(ffn):
         "bias",
     ):
         assert not any(word in name for name in decayed)
+
+
+def test_kernels_by_name_bind_the_step_and_not_who_counts_or_serves(no_type_hook):
+    named = TransformerConfig(
+        vocab_size=7, ffn="sparse", attention="cudnn", implementation="mosaic_gpu"
+    )
+    plain = dataclasses.replace(named, attention="auto", implementation=None)
+    assert named.on_any_device() == plain
+    assert costs(named) == costs(plain)
+    xla = dataclasses.replace(named, attention="xla", implementation="xla")
+    assert xla.on_any_device() == xla
+    with pytest.raises(ValueError, match="implementation must be one of"):
+        TransformerConfig(ffn="dense", implementation="bogus")

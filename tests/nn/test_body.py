@@ -260,7 +260,7 @@ def test_computing_blocks_again_gives_the_gradients_in_less_memory(ffn):
         ),
         ({"capability": "8.6", "width": 136}, "at most 128. Got 136."),
         ({"width": 12}, "heads must be a multiple of 8 wide, at most 256. Got 12."),
-        ({"is_plain": False}, "it takes no mask, no segments and no cache here."),
+        ({"is_plain": False}, "it takes no mask and no segments here."),
     ],
 )
 def test_cudnn_attention_runs_where_it_says(how, reason):

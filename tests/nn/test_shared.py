@@ -10,6 +10,8 @@ import pytest
 from trix_jax import SparseTriXBlock, freeze
 from trix_jax.interop.safetensors import from_tensors, to_tensors
 from trix_jax.lm.accounting import active_width, costs
+from trix_jax.lm.data.tokenizer import CharTokenizer
+from trix_jax.lm.serve.export import export
 from trix_jax.nn import DenseFFN
 from trix_jax.nn.transformer import TransformerConfig, TransformerLM
 
@@ -69,7 +71,8 @@ def test_it_is_drawn_as_the_twin_is_and_served_as_it_is():
     logits = model.apply(variables, tokens)[0]
     frozen = freeze(model, variables, tokens)
     np.testing.assert_allclose(model.apply(frozen, tokens)[0], logits, atol=1e-5)
-    again = from_tensors(model, to_tensors(model, frozen)[0])
+    tensors, _ = to_tensors(model, frozen)
+    again = from_tensors(model, tensors)
     np.testing.assert_array_equal(
         model.apply(again, tokens)[0], model.apply(frozen, tokens)[0]
     )
@@ -83,3 +86,17 @@ def test_it_is_drawn_as_the_twin_is_and_served_as_it_is():
 def test_a_width_below_zero_is_refused():
     with pytest.raises(ValueError, match=r"shared_width must be at least 0. Got -1\."):
         dataclasses.replace(CONFIG, shared_width=-1)
+
+
+def test_an_export_counts_it_on_both_sides(tmp_path):
+    model, tokens = TransformerLM(CONFIG), jnp.arange(6)[None]
+    variables = model.init(jax.random.key(2), tokens)
+    text = "abcdefghijk"
+    sizes = export(model, variables, CharTokenizer(text), tmp_path)
+    bare = TransformerLM(dataclasses.replace(CONFIG, shared_width=0))
+    less = export(
+        bare, bare.init(jax.random.key(2), tokens), CharTokenizer(text), tmp_path
+    )
+    held = 4 * CONFIG.n_layers * 2 * D * WIDTH  # bytes, as float32
+    assert sizes["ffn_float32"] - less["ffn_float32"] == held
+    assert sizes["ffn_packed"] - less["ffn_packed"] == held

@@ -5,9 +5,11 @@ It is machine code that JAX trusts, so the folder is the user's alone, and it ne
 in a run, which people pass on.
 """
 
+import contextlib
 import os
 import stat
 import sys
+import time
 from collections.abc import Callable, MutableMapping
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from trix_jax.files import cache_folder
 
 FOLDER = "compilations"  # in `cache_folder()`
 MAX_BYTES = 1 << 30  # beyond it JAX removes what was used least recently
+STUMP_SECONDS = 60  # an entry without the time of its use is being written until then
 MIN_SECONDS = 0.1  # what compiles faster is not kept
 # Those whose time is not compiling, or is measured, keep nothing.
 VERBS = "demo train experiment eval generate export inspect".split()
@@ -37,6 +40,7 @@ def keep(
     try:
         folder = cache_folder() / FOLDER
         _make_private(folder)
+        _remove_stumps(folder)
     except OSError as error:
         report(f"compilations are not kept for the next time: {error}")
         return None
@@ -48,17 +52,39 @@ def keep(
     return folder
 
 
+def keep_nothing(environment: MutableMapping[str, str]) -> None:
+    """Tells this process and those that it starts to keep no compilation; a folder that
+    the user has set for JAX stays in use.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in environment:
+        environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
+
 def _make_private(folder: Path) -> None:
-    """Makes the folder, for its owner alone, unless it is there.
+    """Makes the folder, for its owner alone, unless it is there, in one that nobody else
+    can write.
 
     Raises:
         OSError: it cannot be made or written, or others have a right to it.
     """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    about = folder.stat()
-    if about.st_uid != os.geteuid() or stat.S_IMODE(about.st_mode) & 0o077:
-        raise PermissionError(
-            f"{folder} must be yours alone, since what lies there is run: chmod 700, or remove it."
-        )
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    for path, rights in ((folder, 0o077), (folder.parent, 0o022)):
+        about = path.stat()
+        if about.st_uid != os.geteuid() or stat.S_IMODE(about.st_mode) & rights:
+            raise PermissionError(
+                f"{path} must be yours alone, since what lies there is run: chmod 700, or remove it."
+            )
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(f"{folder} cannot be written.")
+
+
+def _remove_stumps(folder: Path) -> None:
+    """Removes entries that a process was killed in writing, which JAX would warn of and
+    never mend: it writes their `-atime` last.
+    """
+    for entry in folder.glob("*-cache"):
+        is_whole = entry.with_name(f"{entry.name[: -len('cache')]}atime").exists()
+        with contextlib.suppress(FileNotFoundError):  # another process was first
+            if not is_whole and time.time() - entry.stat().st_mtime > STUMP_SECONDS:
+                entry.unlink()

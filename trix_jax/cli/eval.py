@@ -52,7 +52,9 @@ def main(argv: list[str]) -> None:
     )
     if result.val_loss_unquantized is not None:
         report(f"unquantized, as it trained: {result.val_loss_unquantized:.4f}")
-    runs = implementation(variables, model.config.ternary.activations)
+    c = model.config
+    how = c.ternary.activations, c.dtype, c.implementation
+    runs = implementation(variables, *how)
     report(f"ternary matmuls: {runs}")
     if args.json:
         print_json(

@@ -6,7 +6,9 @@
 
 import difflib
 import importlib
+import itertools
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,18 +16,20 @@ from typing import Any
 FILE = Path(__file__).with_name("flags.json")
 ANY_VERB = "--no-compilation-cache"  # `trix_jax.cli.compilations` takes it
 KINDS = ("Args", "PresetArgs")  # what verbs call the dataclasses that they parse
+NAME = re.compile(r"--[A-Za-z][\w.-]*")
 NEAR = 3  # names suggested at most
 
 
 def mistake(verb: str, argv: list[str]) -> str | None:
     """What to say of the first flag that a verb does not have; None if it has them all.
 
-    A flag is what begins with two dashes, up to an equals sign; like the parser this
-    takes underscores for dashes.
+    A flag is two dashes and a name, up to an equals sign and before a bare `--`; like
+    the parser this takes underscores for dashes.
     """
     known = {*json.loads(FILE.read_text("utf-8"))[verb], ANY_VERB}
-    for flag in (arg.partition("=")[0] for arg in argv):
-        if flag.startswith("--") and flag.replace("_", "-") not in known:
+    before = itertools.takewhile(lambda arg: arg != "--", argv)
+    for flag in (arg.partition("=")[0] for arg in before):
+        if NAME.fullmatch(flag) and flag.replace("_", "-") not in known:
             near = difflib.get_close_matches(flag, sorted(known), NEAR)
             hint = f" Did you mean {' or '.join(near)}?" if near else ""
             return f"{flag} is no flag of this verb.{hint} `trix-jax {verb} --help` lists them."

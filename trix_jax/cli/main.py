@@ -90,10 +90,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _keep_compilations(verb: str, argv: list[str]) -> list[str]:
-    """Keeps what XLA compiles unless a flag says no; returns the other flags."""
-    if verb in compilations.VERBS and flags.ANY_VERB not in argv:
+    """Keeps what XLA compiles unless a flag says no, or several processes train one
+    run, of which JAX would have one alone read and write; returns the other flags.
+    """
+    named = [flag.replace("_", "-").partition("=")[0] for flag in argv]
+    if flags.ANY_VERB in named:
+        compilations.keep_nothing(os.environ)
+    elif verb in compilations.VERBS and "--distributed" not in named:
         compilations.keep(os.environ, lambda text: print(text, file=sys.stderr))
-    return [flag for flag in argv if flag != flags.ANY_VERB]
+    pairs = zip(argv, named, strict=True)
+    return [flag for flag, name in pairs if name != flags.ANY_VERB]
 
 
 def _open_standard_streams() -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from trix_jax.cli.common import print_json, say
+from trix_jax.lm.checkpoint import checkpoint
 from trix_jax.lm.experiment.report import write_experiment_report
 from trix_jax.lm.experiment.spec import NOTES
 from trix_jax.lm.ngram import floors
@@ -53,11 +54,13 @@ def main(argv: list[str]) -> None:
 
 
 def run_report(
-    directory: str | Path, report: Callable[[str], None], twin: str | None = None
+    directory: str | Path, report: Callable[[str], None], twin: str | Path | None = None
 ) -> Path:
     """The report of a run, beside what counting n-grams in (the first of) its data
     achieves.
     """
+    if twin:
+        _check_twin(Path(directory), Path(twin))
     try:
         store = open_run_data(directory)
     except (OSError, ValueError) as error:
@@ -66,3 +69,21 @@ def run_report(
     counted = min(len(store.train), COUNTED)
     found = Floors(floors(store, ORDERS, counted), counted)
     return write_run_report(directory, found, twin)
+
+
+def _check_twin(directory: Path, twin: Path) -> None:
+    """Raises a ValueError unless two runs were trained on the same data: nats of
+    different tokens are not compared.
+    """
+    found = []
+    for run in (directory, twin):
+        checkpoints = run / "checkpoints"
+        steps = checkpoint.steps(checkpoints) if checkpoints.is_dir() else []
+        if not steps:
+            raise ValueError(f"twin needs a checkpoint of both runs. {run} has none.")
+        found.append(checkpoint.read_meta(checkpoints, steps[-1])["data_fingerprint"])
+    if found[0] != found[1]:
+        raise ValueError(
+            f"twin must be a run on the data of {directory}: its fingerprint is "
+            f"{found[0][:12]}. Got {twin}, trained on {found[1][:12]}."
+        )

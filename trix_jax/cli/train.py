@@ -75,6 +75,7 @@ def main(argv: list[str]) -> None:
         report(f"read {run_report(args.workdir, report)}")
         if args.json:
             print_json(summary)
+    hosts.wait_for_all("the report is written")
 
 
 def _model_of(argv: list[str]) -> RunConfig | None:

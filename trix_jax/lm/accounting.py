@@ -118,7 +118,8 @@ def active_width(config: TransformerConfig, routes: Routes = "signatures") -> fl
 @functools.lru_cache(maxsize=256)  # tracing the model takes all of the time of counting
 def _param_shapes(config):
     # Who attends to whom has no parameters, and needs an end mark.
-    model = TransformerLM(dataclasses.replace(config, document_mask=False))
+    config = dataclasses.replace(config.on_any_device(), document_mask=False)
+    model = TransformerLM(config)
     tokens = jax.ShapeDtypeStruct((1, config.context), jnp.int32)
     return jax.eval_shape(lambda t: model.init(jax.random.key(0), t), tokens)["params"]
 

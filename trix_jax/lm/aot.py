@@ -145,6 +145,15 @@ def _in_a_process(command: list[str], target: str, text: str = "") -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def sources() -> list[Path]:
+    """The files that a compiled step is made of."""
+    package, kernels = Path(__file__).parents[1], Path(aot.__file__).parent
+    train = "step loss optimizer parallel sharding".split()
+    lm = [package / "lm" / "train" / f"{name}.py" for name in train]
+    found = (package.glob("*.py"), package.glob("nn/*.py"), kernels.rglob("*.py"))
+    return [Path(__file__), *lm, *(file for each in found for file in sorted(each))]
+
+
 def _folders() -> list[str]:
     """Where this package, the kernels and what the lm extra brings lie, for a Python
     that has only the aot group.
@@ -161,7 +170,12 @@ def compile_train_step(
     batch_size: int | None = None,
     accumulate: int = 1,
 ) -> dict[str, Any]:
-    """Compiles one step as the training lane maps it, and reads what it needs."""
+    """Compiles one step as the training lane maps it, and reads what it needs.
+
+    With XLA's attention, since cuDNN's does not compile for a GPU that is not here: where
+    a run takes cuDNN's, `peak_bytes` and `temporary_bytes` are more than it needs.
+    """
+    model = dataclasses.replace(model, attention="xla")
     batch_size = batch_size or BATCH * devices
     topology = topologies.get_topology_desc(
         platform="cuda",
@@ -173,7 +187,8 @@ def compile_train_step(
     config = TrainConfig(steps=1000, batch_size=batch_size, accumulate=accumulate)
     lm, optimizer = TransformerLM(model), make_optimizer(config)
     make = partial(make_train_step, lm, optimizer, config)
-    state = jax.eval_shape(lambda: init_state(lm, optimizer, 0))
+    with device.assumed(GPUS[target]):
+        state = jax.eval_shape(lambda: init_state(lm, optimizer, 0))
 
     def place(x, spec):
         return jax.ShapeDtypeStruct(
@@ -190,6 +205,7 @@ def compile_train_step(
     found = Counter(COLLECTIVES.findall(compiled.as_text() or ""))
     return {
         "devices": devices,
+        "attention": model.attention,
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "peak_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
@@ -264,7 +280,8 @@ def _dense_us(target: str, width: int) -> float:
 def _compile_gradient(layer: nn.Module, target: str) -> Any:
     """Output, state and gradients to parameters and tokens, all of them returned."""
     x, gpu = LAYER_TOKENS, GPUS[target]
-    variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+    with device.assumed(gpu):
+        variables = jax.eval_shape(layer.init, jax.random.key(0), x)
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=target_config(gpu), topology="1x1x1"
     )

@@ -41,7 +41,7 @@ class CausalSelfAttention(nn.Module):
         qk_norm: RMS norms, with a learned scale a head's width, of queries and keys
             (Dehghani et al., 2023, https://arxiv.org/abs/2302.05442).
         implementation: "auto" takes cuDNN where it runs (see `trix_jax.nn.cudnn`) and
-            XLA elsewhere; a name runs exactly that. cuDNN's agrees with XLA's up to
+            XLA elsewhere; a name runs exactly that, but for `decode`, which is XLA's. cuDNN's agrees with XLA's up to
             rounding, and has no forward mode.
     """
 
@@ -94,11 +94,11 @@ class CausalSelfAttention(nn.Module):
         if self.rotary:
             numbers = positions_of(self, shape, flat, ids, decode)
             q, k = rotate(q, numbers), rotate(k, numbers)
-        is_plain = mask is None and ids is None and not decode
-        if cudnn.choose(self.implementation, q.dtype, q.shape[-1], is_plain):
-            y = cudnn.attend(q, k, v)
-        elif decode:
+        is_plain = mask is None and ids is None
+        if decode:
             y = attend(q, *self._append(k, v, flat, ids))
+        elif cudnn.choose(self.implementation, q.dtype, q.shape[-1], is_plain):
+            y = cudnn.attend(q, k, v)
         else:
             y = attend(q, k, v, visible(length, flat, ids))
         y = nn.DenseGeneral(

@@ -108,7 +108,7 @@ class Block(LayerArguments):
         shared_width: hidden width of a `DenseFFN` of real weights beside the FFN, on the
             same input, added for every token: DeepSeekMoE's shared expert (Dai et al.,
             2024, https://arxiv.org/abs/2401.06066), beside ternary ones as in MoTE
-            (2025, https://arxiv.org/abs/2506.14435). 0 is none.
+            (2025, https://arxiv.org/abs/2506.14435). Its activation is gelu. 0 is none.
         shared_init: of its two matrices; None takes `lecun_normal`.
     """
 

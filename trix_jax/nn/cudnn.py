@@ -33,7 +33,7 @@ def choose(kind: AttentionKind, dtype: Any, width: int, is_plain: bool) -> bool:
     """Whether cuDNN computes the attention of heads of this width.
 
     Args:
-        is_plain: the whole sequence in one call, without a mask, segments or a cache.
+        is_plain: the whole sequence in one call, without a mask or segments.
 
     Raises:
         NotImplementedError: "cudnn" by name where it does not run, and why.
@@ -63,5 +63,5 @@ def unsupported_reason(
     if width % 8 or width > most:
         return f"heads must be a multiple of 8 wide, at most {most}. Got {width}."
     if not is_plain:
-        return "it takes no mask, no segments and no cache here."
+        return "it takes no mask and no segments here."
     return None

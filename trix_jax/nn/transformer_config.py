@@ -40,7 +40,7 @@ class TransformerConfig:
         num_tiles, tiles_per_cluster, top_k_clusters, tiles_per_token: see
             `TileSettings`.
         shared_width: hidden width of a dense FFN of real weights beside the tiles, added
-            for every token (`Block.shared_width`); 0 is none.
+            for every token (`Block.shared_width`), with gelu; 0 is none.
         router_input: what the signatures are matched with: "embedding" is the token's
             row of the embedding table, so that its tiles depend on the token alone,
             "hidden" the FFN's input, as the original has it. The first is ahead on
@@ -69,7 +69,8 @@ class TransformerConfig:
             "cudnn" exactly that; see `CausalSelfAttention.implementation`.
         remat: a block's activations are computed again in the backward pass, which
             keeps the blocks' inputs alone: less memory, a third more work.
-        implementation: of the tiles' products, see `TileSettings`.
+        implementation: of the products of tiles, see `TileSettings`; FFNs without such
+            tiles ("lookup", "dense") have no use for it.
         end_token: the id that opens a document; None is filled in from the tokenizer by
             the training lane, where `document_mask` needs it.
     """
@@ -136,6 +137,7 @@ class TransformerConfig:
             ("positions", self.positions, Positions),
             ("init", self.init, Init),
             ("attention", self.attention, AttentionKind),
+            ("implementation", self.implementation or "xla", Implementation),
         ):
             if value not in get_args(kind):
                 raise ValueError(
@@ -170,6 +172,14 @@ class TransformerConfig:
                 raise ValueError(
                     f"tiles_per_token must be 1 with ffn='lookup'. Got {k}."
                 )
+
+    def on_any_device(self) -> "TransformerConfig":
+        """The same model, whose kernels are taken where they run: what was trained with
+        kernels by name is served, counted and read elsewhere.
+        """
+        attention = "auto" if self.attention == "cudnn" else self.attention
+        asked = None if self.implementation == "mosaic_gpu" else self.implementation
+        return dataclasses.replace(self, attention=attention, implementation=asked)
 
     @property
     def tile_width(self) -> int:

@@ -264,7 +264,9 @@ def test_a_run_stands_beside_counting_and_its_twin(tmp_path):
         "| bigram, counting 5,000 tokens | 1.7000 | +0.0500 |",
         "| trigram, counting 5,000 tokens | 2.0000 | -0.2500 |",
     ]
-    assert re.search(r"beside it: dense FFNs of width \d+ \| 1.5000 \| \+0.2500", text)
+    assert re.search(
+        r"beside it: dense FFNs of width \d+, [\d,]+ tokens \| 1.5000 \| \+0.2500", text
+    )
 
 
 @pytest.mark.parametrize(
@@ -351,3 +353,18 @@ def test_a_run_is_reported_beside_its_own_data(run_dir, tmp_path):
     assert "counting" not in run_report(here, said.append).read_text()
     assert len(said) == 1
     assert said[0].startswith("no n-gram floor: ")
+
+
+def test_a_twin_on_other_data_is_refused(run_dir, tmp_path):
+    here, other = tmp_path / "run", tmp_path / "other"
+    for path in (here, other):
+        shutil.copytree(run_dir, path)
+    assert "beside it: sparse FFNs" in run_report(here, pytest.fail, other).read_text()
+    (path,) = (other / "checkpoints").glob("*10/meta.json")
+    meta = json.loads(path.read_text()) | {"data_fingerprint": "0123456789abcdef"}
+    path.write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match=r"Got .*other, trained on 0123456789ab\."):
+        run_report(here, pytest.fail, other)
+    shutil.rmtree(other / "checkpoints")
+    with pytest.raises(ValueError, match="other has none"):
+        run_report(here, pytest.fail, other)

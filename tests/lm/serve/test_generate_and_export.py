@@ -211,6 +211,21 @@ def test_export_loads_back_and_evaluates_the_same(run_dir, exported, loaded):
     assert tokenizer.decode(tokenizer.encode("the tile")) == "the tile"
 
 
+def test_what_trained_on_kernels_by_name_is_served_without_them(exported, tmp_path):
+    shutil.copytree(exported[0], tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    tree = json.loads(path.read_text())
+    tree["model"] |= {"attention": "cudnn", "implementation": "mosaic_gpu"}
+    path.write_text(json.dumps(tree))
+    model, variables, _ = load_run(tmp_path / "model")
+    assert (model.config.attention, model.config.implementation) == ("auto", None)
+    tokens = jnp.arange(9)[None]
+    other, same, _ = load_run(exported[0])
+    np.testing.assert_array_equal(
+        model.apply(variables, tokens)[0], other.apply(same, tokens)[0]
+    )
+
+
 def test_export_bytes_are_two_bits_a_weight_and_scales(exported, loaded):
     directory, sizes = exported
     model = loaded[0]

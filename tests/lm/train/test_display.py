@@ -119,6 +119,17 @@ def test_header_says_what_computes_the_tiles(tiny_config, changed, told):
     assert found is None if told is None else told in found
 
 
+def test_header_asks_for_the_tiles_that_a_device_holds(tiny_config):
+    sizes = {"d_model": 128, "num_tiles": 8, "expansion": 8, "tiles_per_token": 1}
+    how = {"ffn": "sparse", "context": 16, "dtype": "bfloat16", **sizes}
+    model = dataclasses.replace(tiny_config.model, **how)
+    train = dataclasses.replace(tiny_config.train, batch_size=16, accumulate=1)
+    config = dataclasses.replace(tiny_config, model=model, train=train)
+    with device.assumed(GPUS["h100"]):
+        assert "Got 128 for 8 tiles." in products_text(config, 2)
+        assert products_text(config, 2, spread=2) == "mosaic_gpu"
+
+
 def test_one_tile_has_all_of_its_entropy():
     line = {"routing_entropy": [-0.0], "tile_usage": [[1.0]], "dead_tiles": [0]}
     found = _routing([line])

@@ -7,6 +7,8 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
 from trix_jax.lm.checkpoint import checkpoint
@@ -66,6 +68,15 @@ def test_all_devices_of_a_state_evaluate_what_one_does(
     assert result.tile_usage == alone.tile_usage
     np.testing.assert_array_equal(result.routes, alone.routes)
     assert result.routes.devices() == set(EIGHT)
+
+
+def test_variables_on_a_mesh_of_explicit_axes_evaluate(model, state, store, alone):
+    variables = parallel.variables_of(state, EIGHT[:1])
+    mesh = jax.make_mesh((2,), ("x",), devices=EIGHT[:2])
+    placed = jax.device_put(variables, NamedSharding(mesh, P()))
+    result = evaluate(model, placed, store, BATCH)
+    assert result.val_loss == pytest.approx(alone.val_loss, rel=2e-6)
+    assert result.routes.devices() == set(EIGHT[:2])
 
 
 @pytest.mark.parametrize("mapping", ["jit", SPREAD])

@@ -31,8 +31,10 @@ def error(found, exact):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_parts_are_as_near_to_float64_as_the_whole(dtype, monkeypatch):
+@pytest.mark.parametrize("left_out", [0, 1])  # with one, the last part is not full
+def test_parts_are_as_near_to_float64_as_the_whole(dtype, left_out, monkeypatch):
     x, head, labels = inputs(dtype)
+    x, labels = x[:, left_out:], labels[:, left_out:]
     weights = jax.random.normal(jax.random.key(2), labels.shape)
 
     def gradients(of, *args):
@@ -46,20 +48,24 @@ def test_parts_are_as_near_to_float64_as_the_whole(dtype, monkeypatch):
     with jax.enable_x64(True):
         exact = gradients(plain, *(a.astype("float64") for a in (x, head)))
     whole = gradients(plain, x, head)
-    monkeypatch.setattr(loss, "LOGITS", 25)  # six parts of two tokens
+    monkeypatch.setattr(loss, "LOGITS", 45 if left_out else 25)
+    count, size = loss.parts_of(labels.size, V)
+    assert count > 1
+    assert bool(count * size - labels.size) is bool(left_out)
     parts = gradients(loss.cross_entropy, x, head)
     for part, one, real in zip(parts, whole, exact, strict=True):
         assert part.dtype == one.dtype
         assert error(part, real) <= 1.5 * error(one, real) + 1e-7
 
 
-def test_parts_are_the_fewest_equal_ones_that_fit():
-    assert loss.parts_of(16384, 32768) == 8
-    assert loss.parts_of(12 * 64, 65) == 1
-    assert loss.parts_of(loss.LOGITS // 1000, 1000) == 1
-    assert loss.parts_of(35, loss.LOGITS // 10) == 5
-    assert loss.parts_of(7, 2 * loss.LOGITS) == 7  # a token is the least
-    assert loss.parts_of(1, 2 * loss.LOGITS) == 1
+def test_parts_are_the_fewest_that_fit():
+    assert loss.parts_of(16384, 32768) == (8, 2048)
+    assert loss.parts_of(12 * 64, 65) == (1, 12 * 64)
+    assert loss.parts_of(loss.LOGITS // 1000, 1000)[0] == 1
+    assert loss.parts_of(35, loss.LOGITS // 10) == (4, 9)  # the last has eight
+    assert loss.parts_of(3 * 8191, 50257) == (19, 1294)
+    assert loss.parts_of(7, 2 * loss.LOGITS) == (7, 1)  # a token is the least
+    assert loss.parts_of(1, 2 * loss.LOGITS) == (1, 1)
 
 
 def test_parts_hold_a_part_of_the_logits(monkeypatch):

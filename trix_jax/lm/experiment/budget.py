@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -147,12 +146,8 @@ def _kept(name: str) -> dict[str, Any] | None:
 @functools.cache
 def _code() -> str:
     """sha256 of what a train step is made of."""
-    package = Path(__file__).parents[2]
-    made_of = ("train/step", "train/optimizer", "aot")
-    lm = [package / "lm" / f"{name}.py" for name in made_of]
-    files = [*sorted(package.glob("*.py")), *sorted(package.glob("nn/*.py")), *lm]
     digest = hashlib.sha256()
-    for file in files:
+    for file in train_steps.sources():
         digest.update(file.read_bytes())
     return digest.hexdigest()
 

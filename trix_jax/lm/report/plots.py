@@ -101,8 +101,8 @@ def losses(
     if twin:
         others, theirs = columns(twin, "tokens", "val_loss")
         ax.plot(others, theirs, color=ORANGE, linewidth=1.5, zorder=1)
-        labels.append(Label(theirs[-1], f"dense twin  {theirs[-1]:.3f}", ORANGE))
-    end = max(tokens[-1], at[-1])
+        labels.append(Label(theirs[-1], f"beside it  {theirs[-1]:.3f}", ORANGE))
+    end = max(tokens[-1], at[-1], *(line["tokens"] for line in twin))
     _draw_moments(ax, [moment for moment in moments if moment[0] <= end])
     set_tokens_axis(ax, end)
     each = tokens[-1] / steps[-1]["step"]

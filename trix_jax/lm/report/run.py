@@ -133,10 +133,11 @@ def moments(run: RunRecord) -> list[tuple[float, str]]:
         is_cosine = train.schedule == "cosine"
         begins = train.warmup_steps if is_cosine else decay_begins(train)
         found.append((begins / train.steps, "rate decays"))
-    if model.ffn != "dense":
+    if model.ffn in ("sparse", "hierarchical"):
         turns = {"ste": ternary.full_precision_fraction}
         turns["progressive"] = ternary.hard_fraction
         found.append((turns.get(ternary.mode, 0.0), "weights become ternary"))
+    if model.ffn != "dense":
         found.append((hold_after or 0.0, "addresses are held"))
     each = run.steps[-1]["tokens"] / run.steps[-1]["step"]
     return [
@@ -156,6 +157,7 @@ def _beside(
         rows.append((name, f"{floor:.4f}", f"{loss - floor:+.4f}"))
     if twin is not None:
         theirs, ffn = twin.summary["final_val_loss"], describe_ffn(twin.config)
-        rows.append((f"beside it: {ffn}", f"{theirs:.4f}", f"{loss - theirs:+.4f}"))
+        name = f"beside it: {ffn}, {twin.summary['tokens']:,} tokens"
+        rows.append((name, f"{theirs:.4f}", f"{loss - theirs:+.4f}"))
     head = ("", "validation loss", "this run less it")
     return [table(head, rows)] if rows else []

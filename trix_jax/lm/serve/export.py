@@ -56,7 +56,8 @@ def export(
     tokenizer.save(directory / TOKENIZER)
     table = {name for name in sizes if name.endswith(TABLES)}
     routing = {name for name in sizes if name.startswith("routing")} | table
-    packed = {name for name in sizes if ".ffn." in name} - routing
+    in_ffn = (".ffn.", ".shared.")
+    packed = {n for n in sizes if any(part in n for part in in_ffn)} - routing
     return {
         "ffn_float32": 4 * costs(model.config).ffn,
         "ffn_packed": sum(sizes[name] for name in packed),
@@ -73,6 +74,6 @@ def load(directory: str | Path) -> tuple[TransformerLM, dict[str, Any], Any]:
             config; says which.
     """
     directory = Path(directory)
-    model = TransformerLM(read_model_config(directory / CONFIG))
+    model = TransformerLM(read_model_config(directory / CONFIG).on_any_device())
     variables = safetensors.read(directory / WEIGHTS, model)
     return model, variables, load_tokenizer(directory / TOKENIZER)

@@ -58,9 +58,9 @@ def generate_batch(
     device: up to `new_tokens` of each, fewer where its end mark came.
 
     Sequence r is drawn with `seed + r`, and is what `generate` gives for its prompt with
-    that seed, in two cases up to rounding: the batch changes the order of sums in
-    matmuls; and the longest sequence fills the context for all, upon which the last half
-    context of each is read again.
+    that seed, up to rounding (the batch changes the order of sums in matmuls), until the
+    longest sequence fills the context. Then the last half context of each is read again,
+    and from there on the shorter ones, which have room left, go another way than alone.
 
     Args:
         prompts: token ids, of any lengths; see `generate`.

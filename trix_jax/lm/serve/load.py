@@ -32,7 +32,8 @@ def load_run(
         step: of a run: "latest" (the newest good one), "best" or a number.
 
     Returns:
-        the model, its variables (packed ones for an export), and the tokenizer.
+        the model, its variables (packed ones for an export), and the tokenizer. Kernels
+            that it was trained with by name are taken where they run.
 
     Raises:
         ValueError: no run there, or a config, tokenizer or checkpoint that is damaged
@@ -46,7 +47,7 @@ def load_run(
             )
         return export.load(directory)
     run = read_config(directory)
-    model = TransformerLM(run.model)
+    model = TransformerLM(run.model.on_any_device())
     checkpoints = directory / "checkpoints"
     number = checkpoint.resolve(checkpoints, step)
     arrays = checkpoint.restore_arrays(checkpoints, number, ("params", "routing"))
@@ -129,10 +130,9 @@ def check_fits(model: TransformerConfig, variables: dict[str, Any], what: str) -
     """Raises a ValueError unless the arrays have the names and shapes that the config
     gives.
     """
+    lm = TransformerLM(model.on_any_device())
     expected = jax.eval_shape(
-        lambda: TransformerLM(model).init(
-            jax.random.key(0), jnp.zeros((1, model.context), jnp.int32)
-        )
+        lambda: lm.init(jax.random.key(0), jnp.zeros((1, model.context), jnp.int32))
     )
     for name in ("params", "routing"):
         want = {

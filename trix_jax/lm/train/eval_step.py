@@ -73,11 +73,26 @@ def settle(variables: Any) -> tuple[Any, Placement]:
         variables = jax.device_put(variables)
         committed = [x for x in jax.tree.leaves(variables) if x.committed]
         return variables, Placement(committed[0].sharding if committed else None)
-    mesh = next(iter(meshes))
+    mesh = _automatic(next(iter(meshes)))
+    leaves = [_on(mesh, x) for x in leaves]
     everywhere = NamedSharding(mesh, P())
     leaves = [x if _mesh_of(x) else jax.device_put(x, everywhere) for x in leaves]
     specs = tuple(leaf.sharding.spec for leaf in leaves)
     return treedef.unflatten(leaves), Placement(everywhere, mesh, treedef, specs)
+
+
+def _automatic(mesh: Mesh) -> Mesh:
+    """The same devices and names, with axes that `shard_map` takes over (`jax.make_mesh`
+    gives explicit ones).
+    """
+    return Mesh(mesh.devices, mesh.axis_names)
+
+
+def _on(mesh: Mesh, leaf: Any) -> Any:
+    """The array where it lies, on a mesh of the same devices."""
+    if _mesh_of(leaf) is None:
+        return leaf
+    return jax.device_put(leaf, NamedSharding(mesh, leaf.sharding.spec))
 
 
 def _mesh_of(leaf: Any) -> Mesh | None:

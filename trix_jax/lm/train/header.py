@@ -13,13 +13,18 @@ from trix_jax.nn.transformer import TransformerConfig
 
 
 def header(
-    config: RunConfig, devices: Sequence[jax.Device], workdir: Path, start: int
+    config: RunConfig,
+    devices: Sequence[jax.Device],
+    workdir: Path,
+    start: int,
+    spread: int = 1,
 ) -> list[str]:
     """A model's shape and size, what it trains on, and where it starts.
 
     Args:
         config: with its vocabulary.
         start: steps that are done.
+        spread: devices that the tiles of a layer are spread over.
     """
     model, tokens = config.model, config.train.batch_size * config.model.context
     cost, steps = costs(model), config.train.steps
@@ -29,7 +34,7 @@ def header(
     device, many = devices[0].device_kind, len(devices)
     on = f"{many} x {device}" if many > 1 else device
     where = f"from step {start}" if start else "from the start"
-    products = products_text(config, many)
+    products = products_text(config, many, spread)
     return [
         f"arm {config.arm}: {ffn_text(model)}; {shape}; {cost.total:,} parameters",
         f"FFN: {cost.ffn:,} parameters, compute of a dense one {width:.0f} wide, "
@@ -42,7 +47,7 @@ def header(
     ]
 
 
-def products_text(config: RunConfig, devices: int) -> str | None:
+def products_text(config: RunConfig, devices: int, spread: int = 1) -> str | None:
     """What computes the products of the tiles in training, and why if it is XLA; None of
     an FFN without such tiles.
     """
@@ -54,7 +59,7 @@ def products_text(config: RunConfig, devices: int) -> str | None:
         jnp.dtype(model.dtype),
         model.d_model,
         model.tile_width,
-        model.num_tiles,
+        model.num_tiles // spread,
         sequences * model.context * model.tiles_per_token,
         model.ternary.activations,
     )

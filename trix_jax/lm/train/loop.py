@@ -216,7 +216,9 @@ def _loop(
     """
     config, devices, mapping = run.config.train, tuple(run.devices), run.mapping
     began = time.perf_counter() - position.seconds
-    display.say("\n".join(header(run.config, devices, run.workdir, position.step)))
+    spread = mapping.tiles if isinstance(mapping, parallel.Spread) else 1
+    lines = header(run.config, devices, run.workdir, position.step, spread)
+    display.say("\n".join(lines))
     misses = _compiled_step.cache_info().misses
     step_fn = _compiled_step(run.config.model, config, devices, mapping)
     if _compiled_step.cache_info().misses > misses:

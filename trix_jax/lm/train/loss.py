@@ -39,14 +39,20 @@ def cross_entropy(
         logits = jnp.dot(x, head.astype(x.dtype).T).astype(jnp.float32)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
-    count = parts_of(labels.size, head.shape[0])
+    count, size = parts_of(labels.size, head.shape[0])
     if count == 1:
         return losses((x, labels))
-    cut = x.reshape(count, -1, x.shape[-1]), labels.reshape(count, -1)
-    return jax.lax.map(jax.checkpoint(losses), cut).reshape(labels.shape)
+    # The last part is filled up with tokens whose losses are dropped.
+    more = count * size - labels.size
+    x_TD = jnp.pad(x.reshape(labels.size, -1), ((0, more), (0, 0)))
+    cut = x_TD.reshape(count, size, -1), jnp.pad(labels.ravel(), (0, more))
+    found = jax.lax.map(jax.checkpoint(losses), (cut[0], cut[1].reshape(count, size)))
+    return found.ravel()[: labels.size].reshape(labels.shape)
 
 
-def parts_of(tokens: int, vocabulary: int) -> int:
-    """The fewest equal parts of the tokens that have at most `LOGITS` logits each."""
-    least = -(-tokens * vocabulary // LOGITS)
-    return next((n for n in range(least, tokens) if tokens % n == 0), tokens)
+def parts_of(tokens: int, vocabulary: int) -> tuple[int, int]:
+    """The fewest parts that have at most `LOGITS` logits each, or a token; and the tokens
+    of one, all but the last full.
+    """
+    size = max(1, -(-tokens // -(-tokens * vocabulary // LOGITS)))
+    return -(-tokens // size), size
