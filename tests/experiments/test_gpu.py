@@ -3,13 +3,14 @@ of its parts at tiny shapes on this machine.
 """
 
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from experiments.speed.gpu import __main__ as command
-from experiments.speed.gpu import products, record
+from experiments.speed.gpu import language_model, page, products, record
 from experiments.speed.gpu.parts import PARTS, Part
 from experiments.speed.gpu.shapes import FULL, REHEARSAL
 
@@ -45,7 +46,10 @@ def test_a_failed_part_is_kept_with_its_error_and_alone_repeated(
     assert [line["part"] for line in lines] == ["a", "b", "c"]
     assert lines[1]["error"] == "ArithmeticError: out of memory"
     assert lines[0]["rows"] == [{"name": "a", "us": 2.0}]
-    assert "s, FAILED\n  ArithmeticError: out of memory" in capsys.readouterr().out
+    assert lines[1]["rows_before_error"] == [{"name": "b", "us": 2.0}]
+    assert "rows" not in lines[1]
+    said = "s, FAILED\n  ArithmeticError: out of memory\n  b: 2.0 us\n"
+    assert said in capsys.readouterr().out
     broken.clear()
     assert run(tmp_path) == 0
     assert done == ["a", "b", "c", "b"]
@@ -54,12 +58,57 @@ def test_a_failed_part_is_kept_with_its_error_and_alone_repeated(
     assert done == ["a", "b", "c", "b"]
 
 
-def test_a_row_that_is_not_equal_fails_the_part(monkeypatch, tmp_path):
-    rows = [{"name": "up", "failed": "3 numbers differ"}]
-    monkeypatch.setattr(command, "PARTS", {"a": Part("", 1, lambda shapes: iter(rows))})
+def test_a_row_that_is_not_equal_fails_the_part_until_it_is(monkeypatch, tmp_path):
+    unequal = {"name": "up", "failed": "3 numbers differ"}
+    rows = [unequal], [unequal], [{"name": "up"}]
+    turns = iter(rows)
+    monkeypatch.setattr(
+        command, "PARTS", {"a": Part("", 1, lambda shapes: iter(next(turns)))}
+    )
+    assert [run(tmp_path) for _ in range(4)] == [1, 1, 0, 0]
+    lines = record.read(tmp_path / record.NAME)
+    assert [line["rows"] for line in lines] == list(rows)
+    assert record.failures(lines[0]) == ["up: 3 numbers differ"]
+    assert record.measured(lines) == {"a"}
+    assert record.measured(lines[::-1]) == set()
+
+
+def test_an_error_is_written_without_the_machines_paths(monkeypatch, tmp_path):
+    def rows(shapes):
+        yield {"name": "up", "failed": "3 numbers differ"}
+        try:
+            json.loads("{")
+        except json.JSONDecodeError as error:
+            (tmp_path / "no folder" / "tuned.json").open().close()
+            raise AssertionError from error
+
+    monkeypatch.setattr(command, "PARTS", {"a": Part("", 1, rows)})
     assert run(tmp_path) == 1
+    text = (tmp_path / record.NAME).read_text()
+    for folder in (command.__file__, json.__file__, str(tmp_path), sys.prefix):
+        assert folder.removesuffix("__init__.py") not in text
     (line,) = record.read(tmp_path / record.NAME)
-    assert record.failures(line) == ["up: 3 numbers differ"]
+    error = "FileNotFoundError: [Errno 2] No such file or directory: 'tuned.json'"
+    assert record.failures(line) == [error, "up: 3 numbers differ"]
+    for file in (
+        "experiments/speed/gpu/__main__.py",
+        "tests/experiments/test_gpu.py",
+        "decoder.py",
+    ):
+        assert f'File "{file}", line ' in line["traceback"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"{record.ROOT}/kernels/aot.py:3:5: no", "kernels/aot.py:3:5: no"),
+        ("in /opt/cuda/lib/libcupti.so, twice", "in libcupti.so, twice"),
+        ("see https://jax.dev/errors.html", "see https://jax.dev/errors.html"),
+        ("3 GB / 2 of and/or in jit(f)/while/body/add", None),
+    ],
+)
+def test_paths_alone_are_shortened(text, expected):
+    assert record.portable(text) == (expected or text)
 
 
 def test_parts_are_chosen_and_minutes_stop_before_what_would_not_fit(
@@ -168,7 +217,46 @@ def test_a_wrong_number_in_a_counted_row_is_found_and_one_in_another_is_not(
     assert jnp.bfloat16 == expect(*products.ours_of(case, REHEARSAL).args).dtype
 
 
-@pytest.fixture
+WAYS = ("trix", "trix, xla")
+NAN, INF = float("nan"), float("inf")
+STEP = language_model.BFLOAT16
+
+
+@pytest.mark.parametrize(
+    ("ours", "xla", "failed"),
+    [
+        ([4.0, 2.0], [4.0, 2.0], {}),
+        ([4.0, 2 + 2 * STEP], [4.0, 2.0], {}),
+        ([4.0, 2 + 3 * STEP, 2.0], [4.0, 2.0, 2.0], {"trix": "losses 0.0059 apart"}),
+        ([4.0, NAN], [4.0, 2.0], {"trix": "losses are not finite"}),
+        ([NAN, 2.0], [4.0, 2.0], {"trix": "losses are not finite"}),
+        ([INF, 2.0], [4.0, 2.0], {"trix": "losses are not finite"}),
+        *(
+            (ours, [4.0, bad], dict.fromkeys(WAYS, "trix, xla: losses are not finite"))
+            for bad in (NAN, INF)
+            for ours in ([4.0, 2.0], [4.0, bad])
+        ),
+    ],
+)
+def test_losses_that_are_apart_or_not_finite_fail(ours, xla, failed, monkeypatch):
+    class Stepper:
+        def __init__(self, config, sequences):
+            self.losses = iter(xla if config.implementation == "xla" else ours)
+
+        def step_loss(self):
+            return next(self.losses)
+
+    monkeypatch.setattr(language_model, "Stepper", Stepper)
+    shapes = REHEARSAL._replace(trains_for=len(ours))
+    found = {row["way"]: row for row in language_model.losses(shapes)}
+    assert tuple(found) == WAYS
+    told = {way: row["failed"] for way, row in found.items() if "failed" in row}
+    assert told == failed
+    if not failed:
+        assert found["trix"]["apart"] == (ours[1] - xla[1]) / xla[1]
+
+
+@pytest.fixture(scope="module")
 def compiled_fast():
     name = "jax_disable_most_optimizations"
     before = jax.config.read(name)
@@ -177,23 +265,31 @@ def compiled_fast():
     jax.config.update(name, before)
 
 
-QUICK = ("versions", "ceilings", "router")
-
-
-@pytest.mark.parametrize(
-    "names", [QUICK, pytest.param(tuple(PARTS), marks=pytest.mark.slow)]
-)
-def test_every_part_runs_at_tiny_shapes(names, tmp_path, compiled_fast):
-    """What this machine cannot run is traced."""
+def test_quick_parts_run_at_tiny_shapes(tmp_path, compiled_fast):
+    names = "versions", "ceilings", "router"
     assert run(tmp_path, "--parts", *names) == 0
-    lines = {line["part"]: line for line in record.read(tmp_path / record.NAME)}
-    assert set(lines) == set(names)
-    rows = {row["name"]: row for line in lines.values() for row in line["rows"]}
+    lines = record.read(tmp_path / record.NAME)
+    assert [line["part"] for line in lines] == list(names)
+    rows = {row["name"]: row for line in lines for row in line["rows"]}
     assert all(row["us"] > 0 for row in rows.values() if "us" in row)
     assert rows["router, 4 tiles: plan"]["us"] > 0
-    if names is QUICK:
-        return
-    ways = {"trix", "dense, equal parameters", "dense, active width"}
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory, compiled_fast):
+    """The file of a rehearsal. What this machine cannot run is traced."""
+    folder = tmp_path_factory.mktemp("rehearsed")
+    assert run(folder) == 0
+    return folder / record.NAME
+
+
+@pytest.mark.slow
+def test_every_part_runs_at_tiny_shapes(rehearsed):
+    lines = {line["part"]: line for line in record.read(rehearsed)}
+    assert set(lines) == set(PARTS)
+    rows = {row["name"]: row for line in lines.values() for row in line["rows"]}
+    assert all(row["us"] > 0 for row in rows.values() if "us" in row)
+    ways = {"trix", page.EQUAL, page.ACTIVE}
     for part in ("layer", "step", "generation", "evaluation"):
         assert {row["way"] for row in lines[part]["rows"]} >= ways
     # Six products, three loads, two oracles.
@@ -202,3 +298,50 @@ def test_every_part_runs_at_tiny_shapes(names, tmp_path, compiled_fast):
     step = rows["step, 4 tiles: trix"]
     assert step["donated_bytes"] >= step["state_bytes"]
     assert abs(rows["losses, 4 tiles: trix"]["losses"][0] - 3.47) < 0.3  # log(32)
+
+
+def measured_tables():
+    """The cells of the page's tables, but for the one of another file."""
+    return {
+        name: [
+            [cell.strip(" *") for cell in line.split("|")[1:-1]]
+            for line in part().splitlines()[2:]
+        ]
+        for name, part in page.PARTS.items()
+        if name != "packed"
+    }
+
+
+@pytest.mark.slow
+def test_a_rehearsals_file_fills_every_table_of_the_page(rehearsed, monkeypatch):
+    monkeypatch.setattr(page, "GPU", rehearsed)
+    tables = measured_tables()
+    assert {name: len(rows) for name, rows in tables.items()} == {
+        "products": 6,
+        "layer": 2,
+        "step": 1,
+        "generation": 2,
+    }
+    rows = {
+        (line["part"], row["name"]): row
+        for line in record.read(rehearsed)
+        for row in line["rows"]
+    }
+    for cells in tables["products"]:
+        ours = rows["products", f"{cells[0]}: ours"]["us"]
+        ragged = rows["baselines", f"{cells[0]}: lax.ragged_dot"]["us"]
+        assert (cells[1], cells[3]) == (f"{ours:.1f}", f"{ragged:.1f}")
+        assert cells[4] == ""  # traced alone
+    for what, milliseconds, *_ in tables["layer"]:
+        assert milliseconds == f"{rows['layer', f'{what}: trix']['us'] / 1e3:.2f}"
+    for part, memory in (("step", "peak_bytes"), ("generation", "served_bytes")):
+        for cells in tables[part]:
+            trix, equal, active = (
+                rows[part, f"{part}, {cells[0]}: {way}"]
+                for way in ("trix", page.EQUAL, page.ACTIVE)
+            )
+            speed = trix["tokens_per_second"]
+            assert cells[1] == f"{speed:,}"
+            assert cells[2] == f"{speed / equal['tokens_per_second']:.2f}"
+            assert cells[3] == f"{speed / active['tokens_per_second']:.2f}"
+            assert cells[4] == f"{trix[memory] / 1e9:.2f}"

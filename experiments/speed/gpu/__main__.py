@@ -2,12 +2,12 @@
 
     python -m experiments.speed.gpu --output DIR
 
-writes `DIR/measured.jsonl`. The same command goes on: parts that are in the file are not
-repeated, but for those that failed. `--parts` chooses, `--minutes` stops before a part that
+writes `DIR/measured.jsonl`. The same command goes on: it repeats the parts that failed, by
+an error or by a check, and no other that is in the file. `--parts` chooses, `--minutes` stops before a part that
 would not fit, `--list` tells the parts, `--rehearse` runs all of it on any machine with
 tiny shapes.
 
-Returns 0 if every chosen part is in the file, 1 if one failed, 2 for arguments that make
+Returns 0 if every chosen part is in the file and none failed, 1 if one failed, 2 for arguments that make
 no sense, 3 if the minutes were too few.
 """
 
@@ -27,7 +27,7 @@ import jax
 from experiments.speed.gpu import record
 from experiments.speed.gpu.parts import PARTS
 from experiments.speed.gpu.shapes import FULL, REHEARSAL, Shapes
-from experiments.speed.gpu.timing import on_gpu
+from experiments.speed.gpu.timing import Row, on_gpu
 from trix_jax.lm.signals import BAD_INPUT, DONE, FAILED
 from trix_jax.lm.train.metrics import git_commit
 
@@ -119,15 +119,20 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def measured(name: str, shapes: Shapes) -> record.Line:
-    """A part's line: its rows, or what went wrong, which ends this part alone."""
+    """A part's line: its rows, and what went wrong, which ends this part alone."""
     began = time.monotonic()
     line: record.Line = {"part": name, "git_commit": git_commit()}
+    rows: list[Row] = []
     try:
-        line["rows"] = list(PARTS[name].rows(shapes))
+        for row in PARTS[name].rows(shapes):
+            rows.append(row)  # one by one, so that those before an error are kept
+        line["rows"] = rows
     except Exception as error:
         # Whatever it is: the next parts are worth their minutes.
-        line["error"] = f"{type(error).__name__}: {str(error)[:600]}"
-        line["traceback"] = traceback.format_exc()[-4000:]
+        message = record.portable(str(error))
+        line["error"] = f"{type(error).__name__}: {message[:600]}"
+        line["traceback"] = record.portable(traceback.format_exc())[-4000:]
+        line["rows_before_error"] = rows
     if on_gpu():  # compiled programs and arrays hold its memory
         jax.clear_caches()
         gc.collect()
@@ -142,7 +147,7 @@ def told(line: record.Line) -> list[str]:
     head = f"{line['part']}: {line['seconds']} s" + (", FAILED" if failures else "")
     rows = [
         f"  {row['name']}: {row.get('kernel_us') or row['us']:.1f} us"
-        for row in line.get("rows", [])
+        for row in record.rows(line)
         if "us" in row
     ]
     return [head, *(f"  {failure}" for failure in failures), *rows]

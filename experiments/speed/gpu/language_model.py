@@ -25,6 +25,7 @@ from trix_jax.lm.train.step import init_state, make_train_step
 from trix_jax.nn.transformer import TransformerConfig, TransformerLM
 
 WAYS = ("trix", EQUAL, ACTIVE)
+REFERENCE = "trix, xla"  # whose losses the others' are compared with
 BFLOAT16 = 2.0**-8  # relative distance of neighbours: how far two losses may be apart
 
 
@@ -98,7 +99,7 @@ class Stepper:
 
 
 def step(shapes: Shapes) -> Iterator[Row]:
-    """Training steps of all models in turn, and their losses beside XLA's path."""
+    """Training steps of all models in turn."""
     models = {
         (tiles, name): config
         for tiles in shapes.tiles
@@ -119,24 +120,35 @@ def step(shapes: Shapes) -> Iterator[Row]:
         row["tokens_per_second"] = round(1e6 * tokens / row["us"])
         row |= steppers[config].about() | {"loss": steppers[config].loss}
         yield {"name": f"step, {tiles} tiles: {name}", **row}
-    del steppers
-    for tiles in shapes.tiles:
-        yield from losses(shapes, tiles)
 
 
-def losses(shapes: Shapes, tiles: int) -> Iterator[Row]:
+def losses(shapes: Shapes) -> Iterator[Row]:
     """Losses of a model of two layers as it is computed by default, beside XLA's path."""
-    found: dict[str, list[float]] = {}
     small = shapes._replace(layers=min(shapes.layers, 2))
-    for name, config in configs(small, tiles).items():
-        if name.startswith("trix"):
-            stepper = Stepper(config, shapes.sequences)
-            found[name] = [stepper.step_loss() for _ in range(shapes.trains_for)]
-    for name, ours in found.items():
-        row = {"tiles": tiles, "way": name, "losses": ours}
-        far = max(abs(a - b) / abs(b) for a, b in zip(ours, found["trix"], strict=True))
-        failed = {"failed": f"losses {far:.2g} apart"} if far > BFLOAT16 else {}
-        yield {"name": f"losses, {tiles} tiles: {name}", **row, "apart": far, **failed}
+    for tiles in shapes.tiles:
+        found: dict[str, list[float]] = {}
+        for name, config in configs(small, tiles).items():
+            if name.startswith("trix"):
+                stepper = Stepper(config, shapes.sequences)
+                found[name] = [stepper.step_loss() for _ in range(shapes.trains_for)]
+        for name, ours in found.items():
+            row = {"tiles": tiles, "way": name, "losses": ours}
+            row |= compared(ours, found[REFERENCE])
+            yield {"name": f"losses, {tiles} tiles: {name}", **row}
+
+
+def compared(ours: list[float], reference: list[float]) -> Row:
+    """How far losses are apart, `max_i |ours_i - reference_i| / |reference_i|`, and
+    `failed` where that is above bfloat16's step or any loss is not finite.
+    """
+    a, b = np.array(ours), np.array(reference)
+    if not np.isfinite(b).all():
+        return {"apart": None, "failed": f"{REFERENCE}: losses are not finite"}
+    if not np.isfinite(a).all():
+        return {"apart": None, "failed": "losses are not finite"}
+    far = float(np.max(np.abs(a - b) / np.abs(b)))
+    failed = {"failed": f"losses {far:.2g} apart"} if not far <= BFLOAT16 else {}
+    return {"apart": far, **failed}
 
 
 def served(config: TransformerConfig) -> tuple[TransformerLM, Any]:

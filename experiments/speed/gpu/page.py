@@ -67,10 +67,22 @@ def _us(row: Row) -> float:
 
 
 def _grouped(rows: Iterable[Row], *keys: str) -> dict[tuple, dict[str, Row]]:
-    """Rows by their keys, and in each group by their way."""
+    """Timed rows by their keys, and in each group by their way.
+
+    Raises:
+        ValueError: two rows of a group have the same way.
+    """
     found: dict[tuple, dict[str, Row]] = {}
     for row in rows:
-        found.setdefault(tuple(row[key] for key in keys), {})[row["way"]] = row
+        if "us" not in row:
+            continue
+        ways = found.setdefault(tuple(row[key] for key in keys), {})
+        if (way := row["way"]) in ways:
+            raise ValueError(
+                f"{GPU} must have one row of a way for the same {', '.join(keys)}. Got "
+                f"{ways[way]['name']!r} and {row['name']!r}."
+            )
+        ways[way] = row
     return found
 
 

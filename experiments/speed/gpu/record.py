@@ -2,8 +2,11 @@
 
 ```
 {"part": "layer", "shapes": "full", "device": "NVIDIA H100 80GB HBM3", "git_commit": ..., "finished": ..., "seconds": 51.2, "rows": [...]}
-{"part": "step", ..., "error": "XlaRuntimeError: RESOURCE_EXHAUSTED ...", "traceback": "..."}
+{"part": "step", ..., "error": "XlaRuntimeError: RESOURCE_EXHAUSTED ...", "traceback": "...", "rows_before_error": [...]}
 ```
+
+A row whose check did not hold has `failed`, in words. The file is meant to be committed:
+errors are written by `portable`, without paths of the machine.
 
 A line is on the disk as a whole before the next part starts. What a process that was
 ended left of a line is cut off by the next one.
@@ -11,12 +14,19 @@ ended left of a line is cut off by the next one.
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from trix_jax.files import sync
 
 NAME = "measured.jsonl"
+ROOT = Path(__file__).parents[3]
+# An absolute path of two names or more: in quotes, or up to what ends it in a message.
+PATH = re.compile(
+    r"""(?<=["'])/[^"'\n]*/[^"'\n]*"""
+    r"""|(?<![\w.)\]}/"'])/[^\s/"'<>:,;()]+/[^\s"'<>:,;()]*"""
+)
 Line = dict[str, Any]
 
 
@@ -76,14 +86,34 @@ def check(path: Path, lines: list[Line], about: dict[str, str]) -> None:
 
 
 def measured(lines: list[Line]) -> set[str]:
-    """The parts that ended without an error."""
-    return {line["part"] for line in lines if "error" not in line}
+    """The parts whose last line has rows, and nothing that went wrong."""
+    last = {line["part"]: line for line in lines}
+    return {
+        name for name, line in last.items() if "rows" in line and not failures(line)
+    }
+
+
+def rows(line: Line) -> list[dict[str, Any]]:
+    """The rows of a part; of one that an error ended, those before it."""
+    return line.get("rows", line.get("rows_before_error", []))
 
 
 def failures(line: Line) -> list[str]:
-    """What went wrong in a part: its error, or what of it was not equal."""
-    if "error" in line:
-        return [line["error"]]
-    return [
-        f"{row['name']}: {row['failed']}" for row in line["rows"] if "failed" in row
+    """What went wrong in a part: its error, and what of it was not equal."""
+    unequal = [
+        f"{row['name']}: {row['failed']}" for row in rows(line) if "failed" in row
     ]
+    return [line["error"], *unequal] if "error" in line else unequal
+
+
+def portable(text: str) -> str:
+    """A message or traceback with paths relative to the repository; of a path outside
+    of it the last name alone.
+    """
+
+    def shortened(match: re.Match[str]) -> str:
+        path = Path(match[0])
+        inside = path.is_relative_to(ROOT)
+        return path.relative_to(ROOT).as_posix() if inside else path.name
+
+    return PATH.sub(shortened, text)
