@@ -15,6 +15,7 @@ import pytest
 from experiments import report as reports
 from experiments.quality import arms, design, measure, patches, report, run
 from experiments.quality.design import SETTINGS
+from trix_jax.lm import accounting
 from trix_jax.lm.accounting import costs
 from trix_jax.lm.config import TrainConfig, TransformerConfig
 from trix_jax.lm.experiment import results
@@ -220,6 +221,7 @@ def put_in(name, monkeypatch):
         patches.apply(name)
     loop._compiled_step.cache_clear()
     step._compiled_init.cache_clear()
+    accounting._param_shapes.cache_clear()
     jax.clear_caches()
 
 

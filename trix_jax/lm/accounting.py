@@ -59,14 +59,13 @@ def costs(config: TransformerConfig, routes: Routes = "signatures") -> Costs:
     tables = layers_by_token(config) if routes == "table" else 0
     params = _param_shapes(config)
     blocks = [layer for name, layer in params.items() if name.startswith("block_")]
-    ffn = [
-        block[name] for block in blocks for name in ("ffn", "shared") if name in block
-    ]
+    ffn = [block["ffn"] for block in blocks]
+    shared = sum(_size(block.get("shared", {})) for block in blocks)
     return Costs(
         total=_size(params),
-        ffn=sum(_size(layer) for layer in ffn),
+        ffn=sum(_size(layer) for layer in ffn) + shared,
         ffn_active=config.n_layers * _active(config) - tables * _scoring(config),
-        ffn_bits=sum(_bits(layer, config) for layer in ffn),
+        ffn_bits=sum(_bits(layer, config) for layer in ffn) + FLOAT_BITS * shared,
         ffn_active_training=config.n_layers * _active(config, training=True),
         routing_bits=_routing_bits(config, tables),
     )
@@ -173,14 +172,14 @@ def _routing_bits(c: TransformerConfig, tables: int) -> int:
 
 def _bits(layer, c: TransformerConfig) -> int:
     ternary = 0
-    if "tiles" in layer and c.ternary.mode != "none":
+    if c.ffn in ("sparse", "hierarchical") and c.ternary.mode != "none":
         for kernel in (
             layer["tiles"]["up"]["kernel"],
             layer["tiles"]["down"]["kernel"],
         ):
             ternary += kernel.size
         scales = _scales(layer, c)
-    elif "splines" in layer and c.ternary_splines:
+    elif c.ffn == "lookup" and c.ternary_splines:
         ternary, scales = (
             layer["splines"]["kernel"].size,
             1,

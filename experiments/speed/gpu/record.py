@@ -13,6 +13,7 @@ ended left of a line is cut off by the next one.
 """
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -57,16 +58,27 @@ def _parsed(path: Path, number: int, text: str) -> Line:
 
 
 def append(path: Path, line: Line) -> None:
-    """Adds a line, and returns when it is on the disk."""
+    """Adds a line, its numbers that are not finite as null, and returns when it is on the
+    disk.
+    """
+    text = json.dumps(_finite(line), allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("r+b" if path.exists() else "w+b") as file:
         end = len(_whole(file.read()))
         file.truncate(end)
         file.seek(end)
-        file.write(json.dumps(line).encode("utf-8") + b"\n")
+        file.write(text.encode("utf-8") + b"\n")
         file.flush()
         os.fsync(file.fileno())
     sync(path.parent)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _whole(data: bytes) -> bytes:
