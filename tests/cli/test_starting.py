@@ -127,6 +127,7 @@ def test_a_kept_compilation_gives_the_bits_of_a_new_one(corpus, user_env, tmp_pa
     folder = tmp_path / "cache" / "trix_jax" / "compilations"
     env = {k: v for k, v in user_env.items() if "CACHE" not in k and k != "XLA_FLAGS"}
     env["XDG_CACHE_HOME"] = str(tmp_path / "cache")
+    env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # or chance decides
 
     def losses(name, *more):
         flags = ["--data.path", str(corpus), "--workdir", str(tmp_path / name)]
