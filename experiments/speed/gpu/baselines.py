@@ -114,7 +114,10 @@ def tokamax(case: Product) -> dict[str, Case]:
     if case.product == "outer":
         call = functools.partial(_general, library.ragged_dot_general)
     elif case.product == "transposed":
-        call = lambda dy, w, sizes: library.ragged_dot(dy, w.mT, sizes)  # noqa: E731
+
+        def call(dy, w, sizes):
+            return library.ragged_dot(dy, w.mT, sizes)
+
     else:
         call = library.ragged_dot
     return {"tokamax": Case(jax.jit(call), sorted_inputs(case), needs_gpu=True)}
