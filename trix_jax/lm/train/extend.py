@@ -109,8 +109,8 @@ def extend(
     """Makes room for a run of `steps` that goes on from `step`: what the run has behind
     it moves to `steps-N`, N the steps it had, with copies of its files.
 
-    Each step moves by one rename, the config of the longer run is written only
-    afterwards, and a second call does what a killed one did not.
+    At every moment a step is whole in one of the two, the config of the longer run is
+    written only afterwards, and a second call does what a killed one did not.
     """
     checkpoints, aside = (
         workdir / "checkpoints",
