@@ -224,7 +224,6 @@ def put_in(name, monkeypatch):
     loop._compiled_step.cache_clear()
     step._compiled_init.cache_clear()
     accounting._param_shapes.cache_clear()
-    jax.clear_caches()
 
 
 LOOKUPS = sorted({arm.patch for arm in arms.LOOKUPS if arm.patch})

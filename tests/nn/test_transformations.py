@@ -10,7 +10,6 @@ from flax import nnx
 
 # Compiling is what takes the time here; no test in this file asks for equal bits across
 # programs.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 D = 16
 EPS = np.finfo(np.float32).eps
@@ -68,7 +67,7 @@ def test_scaling_a_tiles_signature_changes_no_route(ffn):
 
 def test_vmap_equals_one_call(ffn_kind):
     layer, variables = ffn_kind.layer, ffn_kind.variables()
-    y, info, _ = jit(jax.vmap(lambda x: layer.apply(variables, x)))(ffn_kind.x)
+    y, info, _ = jax.jit(jax.vmap(lambda x: layer.apply(variables, x)))(ffn_kind.x)
     whole, whole_info, _ = ffn_kind.run()
     np.testing.assert_array_equal(info.tiles, whole_info.tiles)
     np.testing.assert_array_equal(info.counts.sum(axis=0), whole_info.counts)
@@ -121,7 +120,7 @@ def test_scan_and_remat_equal_the_layers_one_after_another(ffn_slowly):
     for i in range(2):
         x = x + ffn_slowly.apply(jax.tree.map(lambda a, i=i: a[i], stacked), x)[0]
 
-    @jit
+    @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
     def loss(params):
         y, _ = Repeated(layer).apply({**nested, "params": params}, ffn_slowly.x)
@@ -152,7 +151,7 @@ def test_tabulate_lists_the_parameters(ffn):
 
 
 def test_nnx_bridge_runs_and_differentiates(ffn_slowly):
-    @jit
+    @jax.jit
     def build_and_differentiate(x):
         layer = ffn_slowly.layer
         model = nnx.bridge.ToNNX(layer, rngs=nnx.Rngs(0)).lazy_init(x)
