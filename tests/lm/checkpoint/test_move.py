@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trix_jax.lm.checkpoint import checkpoint
+from trix_jax.lm.checkpoint import checkpoint, step_files
 
 
 @pytest.mark.parametrize("is_interrupted", [False, True])
@@ -27,10 +27,10 @@ def test_a_step_moves_to_another_disk(tmp_path, monkeypatch, is_interrupted):
         context.setattr(Path, "rename", on_two_disks)
         if is_interrupted:
             with pytest.raises(KeyboardInterrupt):
-                checkpoint.move(here, 1, there)
+                step_files.move(here, 1, there)
             assert checkpoint.steps(here) == [1]
             assert checkpoint.steps(there) == []
-        checkpoint.move(here, 1, there)
+        step_files.move(here, 1, there)
     assert checkpoint.steps(here) == []
     assert checkpoint.verify(there / "00000001") is None
     assert {path.relative_to(there) for path in there.rglob("*")} == names

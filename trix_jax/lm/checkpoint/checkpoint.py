@@ -20,7 +20,6 @@ One process writes a directory at a time.
 """
 
 import contextlib
-import errno
 import itertools
 import json
 import logging
@@ -244,36 +243,6 @@ def clear(directory: Path, *, keep: int = 2, hold: Collection[int] = ()) -> None
     step_files.tidy(directory)
     if len(there := steps(directory)) > keep:
         _prune(directory, {there[-1], *hold}, keep)
-
-
-def move(directory: Path, step: int, target: Path) -> None:
-    """Moves a step into another folder of checkpoints: by a rename, or to another disk by
-    a copy that is complete before the step goes here. A step of its number there is
-    replaced.
-    """
-    target.mkdir(parents=True, exist_ok=True)
-    source, final = step_files.step_path(directory, step), target / f"{step:08d}"
-    if final.exists():
-        step_files.discard(final)
-    try:
-        source.rename(final)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        _move_to_another_disk(source, final)
-    sync(target)
-    sync(directory)
-
-
-def _move_to_another_disk(source: Path, final: Path) -> None:
-    new = final.with_name(f".tmp-{os.getpid()}-{final.name}")
-    if new.exists():  # of a copy that was interrupted
-        shutil.rmtree(new)
-    shutil.copytree(source, new)
-    for path in (*new.rglob("*"), new):
-        sync(path)
-    step_files.publish(new, final)
-    step_files.discard(source)
 
 
 def set_aside(directory: Path, step: int) -> Path:

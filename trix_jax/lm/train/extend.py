@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trix_jax.files import write_whole
-from trix_jax.lm.checkpoint import checkpoint
+from trix_jax.lm.checkpoint import checkpoint, step_files
 from trix_jax.lm.config import RunConfig
 from trix_jax.lm.train.optimizer import decay_begins
 
@@ -120,7 +120,7 @@ def extend(
     if later:
         _copy_files(workdir, aside)
     for number in later:
-        checkpoint.move(checkpoints, number, aside / "checkpoints")
+        step_files.move(checkpoints, number, aside / "checkpoints")
     (workdir / "summary.json").unlink(missing_ok=True)
     kept = f"; kept in {aside}: {', '.join(map(str, later))}" if later else ""
     report(
