@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = [unpack(wheel, unpacked) for wheel in sorted(wheels.glob("*.whl"))]
     found.append(standard_library(unpacked))
     if args.record:
-        packages = divided(found)
+        packages = divided(found, args.val_share)
         write_json(PACKAGES, [one._asdict() for one in packages])
     else:
         packages = as_recorded(found, known)
@@ -120,7 +120,7 @@ def size_of(folder: Path) -> int:
     return sum(size for size in sizes if size <= FILE_BYTES)
 
 
-def divided(found: Sequence[Package], share: float = VAL_SHARE) -> list[Package]:
+def divided(found: Sequence[Package], share: float) -> list[Package]:
     """The packages with a permissive licence, by name. Of those that are validation see
     `chosen`; the standard library is training.
 
@@ -200,6 +200,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--record", nargs="+", metavar="NAME", default=[])
+    parser.add_argument("--val-share", type=float, default=VAL_SHARE, help="recorded")
     parser.add_argument("--pip", default="python3 -m pip", help="the command")
     return parser.parse_args(argv)
 
