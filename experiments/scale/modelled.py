@@ -18,6 +18,7 @@ counted.
 
 import argparse
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,21 +46,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = parser.parse_args(argv).run
     known = read_json(PATH) if PATH.exists() else {}
     timed = core_macs_under_way(run) if run else {}
-    write_json(PATH, model(configs(), RESULTS, known | timed, peak))
+    found = model(configs(), runs_of(), RESULTS, known | timed, peak)
+    write_json(PATH, found)
     print(PATH)
 
 
-def configs() -> Configs:
-    """The resolved config of every arm of every experiment."""
+def configs(names: Sequence[str] = NAMES) -> Configs:
+    """The resolved config of every arm of experiments."""
     return {
         (name, arm): budget.filled(config)
-        for name in NAMES
+        for name in names
         for (_, arm), config in read(name).configs.items()
     }
 
 
+def runs_of(names: Sequence[str] = NAMES) -> dict[tuple[str, str], int]:
+    """How many runs an experiment asks of an arm."""
+    every = ((name, spec.arm) for name in names for spec in read(name).specs)
+    return dict(Counter(every))
+
+
 def model(
     every: Configs,
+    runs: Mapping[tuple[str, str], int],
     folder: Path,
     known: Mapping[str, Any],
     peak: Callable[[str, str, RunConfig], int | None],
@@ -67,6 +76,7 @@ def model(
     """What the file holds.
 
     Args:
+        runs: how many an arm has.
         folder: of the results.
         known: what it held before: memory stays where nothing is compiled, the speed of
             a core where no result says it.
@@ -87,7 +97,7 @@ def model(
         "core_macs_per_second": macs,
         "core_from": core_from,
         "rows": [
-            {"experiment": name, "arm": arm}
+            {"experiment": name, "arm": arm, "runs": runs[name, arm]}
             | row_of(config, slack, macs)
             | {"peak_bytes": peak(name, arm, config) or before.get((name, arm))}
             for (name, arm), config in every.items()

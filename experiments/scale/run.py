@@ -11,6 +11,7 @@ results. SIGTERM saves the runs under way; the same command goes on with them.
 
 import argparse
 import dataclasses
+import functools
 import math
 import shlex
 import sys
@@ -28,6 +29,7 @@ from trix_jax.lm.experiment.spec import Experiment, Spec, read_experiment
 from trix_jax.lm.signals import DONE, FAILED, INTERRUPTED, Interrupted
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 RESULTS = HERE / "results"
 NAMES = ("e1", "e1-one-epoch", "e2", "e3", "e4", "e4-small")
 
@@ -58,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return FAILED if bad else DONE
 
 
+@functools.cache
 def read(name: str) -> Experiment:
     """An experiment of this folder."""
     return read_experiment(HERE / f"{name}.yaml", parse_run)
