@@ -59,7 +59,7 @@ def test_read_experiment_says_what_is_wrong(small, change, match):
     "path",
     [
         pytest.param(
-            path, id=path.stem, marks=[] if path.stem == "e1" else pytest.mark.slow
+            path, id=path.stem, marks=[] if path.stem == "e2" else pytest.mark.slow
         )
         for path in COMMITTED
     ],
