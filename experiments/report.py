@@ -2,8 +2,9 @@
 
     python -m experiments.report
 
-writes quality/REPORT.md and scale/REPORT.md with their figures, the tables of the front
-page and of the results page, and those of a GPU in kernels/README.md.
+writes quality/REPORT.md and APPENDIX.md, and scale/REPORT.md and ARMS.md, with their
+figures, the tables of the front page and of the results page, and those of a GPU in
+kernels/README.md.
 """
 
 from experiments import front_page
