@@ -28,7 +28,6 @@ from trix_jax.files import read_json, write_json
 from trix_jax.lm import aot
 from trix_jax.lm.config import RunConfig, load
 from trix_jax.lm.experiment import budget, results
-from trix_jax.lm.experiment.results import Result
 from trix_jax.lm.train import metrics
 
 PATH = RESULTS / "modelled.json"
@@ -123,20 +122,20 @@ def is_for_gpus(config: RunConfig) -> bool:
 
 
 def slack_of(every: Configs, folder: Path) -> float | None:
-    """How many times the least step E1 took on a GPU, the median over its arms."""
+    """How many times the least step E1 took on a GPU, the median over its runs."""
     ratios = []
-    for one in measured(folder, ON_GPU):
-        config = every[ON_GPU, one.arm]
-        seconds = config.train.batch_size * config.model.context / one.tokens_per_second
+    for arm, speed in speeds(folder, ON_GPU):
+        config = every[ON_GPU, arm]
+        seconds = config.train.batch_size * config.model.context / speed
         ratios.append(seconds / budget.step_seconds(config, "h100"))
     return statistics.median(ratios) if ratios else None
 
 
 def core_macs_of(every: Configs, folder: Path) -> float | None:
-    """Multiply-accumulates of training a second of a core, the median over E1's arms."""
+    """Multiply-accumulates of training a second of a core, the median over E1's runs."""
     rates = [
-        3 * budget.macs_per_token(every[ON_CORE, one.arm].model) * one.tokens_per_second
-        for one in measured(folder, ON_CORE)
+        3 * budget.macs_per_token(every[ON_CORE, arm].model) * speed
+        for arm, speed in speeds(folder, ON_CORE)
     ]
     return statistics.median(rates) if rates else None
 
@@ -151,10 +150,10 @@ def core_macs_under_way(run: Path) -> dict[str, Any]:
     return {"core_macs_per_second": macs, "core_from": done}
 
 
-def measured(folder: Path, name: str) -> list[Result]:
-    """The finished runs of an experiment that have a speed."""
+def speeds(folder: Path, name: str) -> list[tuple[str, int]]:
+    """Arm and tokens a second of an experiment's finished runs."""
     every = results.read(folder / f"{name}.json")
-    return [one for one in every if one.is_finite and one.tokens_per_second]
+    return [(o.arm, o.tokens_per_second) for o in every if o.tokens_per_second]
 
 
 def peak(name: str, arm: str, config: RunConfig) -> int | None:

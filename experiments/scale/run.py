@@ -102,9 +102,8 @@ def at(config: DataConfig, folder: Path) -> DataConfig:
     """
     if config.path is None or config.val_path is None:
         return dataclasses.replace(config, path=str(folder))
-    paths = {name: getattr(config, name) for name in ("path", "val_path")}
-    paths = {name: str(folder / Path(path).name) for name, path in paths.items()}
-    return dataclasses.replace(config, **paths)
+    own, val = (str(folder / Path(p).name) for p in (config.path, config.val_path))
+    return dataclasses.replace(config, path=own, val_path=val)
 
 
 def with_flags(config: DataConfig, more: str) -> DataConfig:
