@@ -27,8 +27,6 @@ from trix_kernels import choice, device
 from trix_kernels.gpu_specs import GPUS
 from trix_kernels.grouped_matmul import api, gathered, hopper
 
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 D = 8
 X, DY = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 6, D)), jnp.float32)
 MASK = jnp.arange(6)[None] < jnp.asarray([[6], [4], [0], [5]])
@@ -100,9 +98,9 @@ def assert_same(found, expected):
 
 
 def assert_equals_xla(layer, x=X, dy=DY, **given):
-    variables = jit(layer.init)(jax.random.key(0), x)
+    variables = jax.jit(layer.init)(jax.random.key(0), x)
     (found, tiles), (expected, theirs) = (
-        jit(functools.partial(pulled, layer.clone(implementation=how), **given))(
+        jax.jit(functools.partial(pulled, layer.clone(implementation=how), **given))(
             variables, x, dy
         )
         for how in ("mosaic_gpu", "xla")
@@ -185,7 +183,7 @@ MAPPED = {
 @pytest.mark.usefixtures("hopper_stands_in")
 @default_runs("", MAPPED)
 def test_transformed_it_has_the_numbers_of_xla(name):
-    variables = jit(LAYER.init)(jax.random.key(0), X)
+    variables = jax.jit(LAYER.init)(jax.random.key(0), X)
     found, expected = (
         MAPPED[name](
             lambda *args, how=how: pulled(LAYER.clone(implementation=how), *args)[0]
@@ -198,7 +196,7 @@ def test_transformed_it_has_the_numbers_of_xla(name):
 @pytest.mark.usefixtures("hopper_stands_in")
 def test_a_shard_map_that_checks_what_varies_sums_the_gradient_of_shared_weights():
     layer = LAYER.clone(implementation="mosaic_gpu")
-    variables = jit(layer.init)(jax.random.key(0), X)
+    variables = jax.jit(layer.init)(jax.random.key(0), X)
     mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
 
     def total(call):
@@ -212,7 +210,8 @@ def test_a_shard_map_that_checks_what_varies_sums_the_gradient_of_shared_weights
     )  # fmt: skip
     whole = LAYER.clone(implementation="xla")
     assert_same(
-        jit(total(spread))(X, DY), jit(total(lambda v, x: whole.apply(v, x)[0]))(X, DY)
+        jax.jit(total(spread))(X, DY),
+        jax.jit(total(lambda v, x: whole.apply(v, x)[0]))(X, DY),
     )
 
 
@@ -220,12 +219,12 @@ def test_a_shard_map_that_checks_what_varies_sums_the_gradient_of_shared_weights
 @pytest.mark.usefixtures("hopper_stands_in")
 def test_tiles_spread_over_devices_run_the_kernels():
     layer = LAYER.clone(implementation="xla")
-    variables = jit(layer.init)(jax.random.key(0), X)
+    variables = jax.jit(layer.init)(jax.random.key(0), X)
     cut = expert_parallel.specs(variables["params"], "tile")
     mesh = jax.make_mesh((4,), ("tile",), axis_types=(AxisType.Auto,))
     spread = LAYER.clone(implementation="mosaic_gpu", tile_axis="tile")
 
-    @jit
+    @jax.jit
     @functools.partial(
         jax.shard_map,
         mesh=mesh,
@@ -245,7 +244,7 @@ def test_tiles_spread_over_devices_run_the_kernels():
         y = layer.apply({**variables, "params": params}, X)[0]
         return jnp.sum(y * DY), y
 
-    grads, y = jit(jax.grad(one, has_aux=True))(variables["params"])
+    grads, y = jax.jit(jax.grad(one, has_aux=True))(variables["params"])
     assert_same(many(variables["params"], variables["routing"], X, DY), (y, grads))
 
 
