@@ -25,6 +25,9 @@ from trix_kernels.grouped_matmul import grouped_matmul as grouped_matmul
 from trix_kernels.grouped_matmul import grouped_outer as grouped_outer
 from trix_kernels.grouped_matmul import transposed_matmul as transposed_matmul
 from trix_kernels.grouped_matmul.api import Implementation as Implementation
+from trix_kernels.grouped_matmul.numbered import numbered_matmul as numbered_matmul
+from trix_kernels.grouped_matmul.numbered import numbered_outer as numbered_outer
+from trix_kernels.grouped_matmul.products import Groups as Groups
 from trix_kernels.quantize import quantize
 from trix_kernels.tile_ffn import xla as ffn_xla
 from trix_kernels.tile_matmul import xla
