@@ -25,6 +25,9 @@ from trix_kernels.grouped_matmul import grouped_matmul as grouped_matmul
 from trix_kernels.grouped_matmul import grouped_outer as grouped_outer
 from trix_kernels.grouped_matmul import transposed_matmul as transposed_matmul
 from trix_kernels.grouped_matmul.api import Implementation as Implementation
+from trix_kernels.grouped_matmul.numbered import numbered_matmul as numbered_matmul
+from trix_kernels.grouped_matmul.numbered import numbered_outer as numbered_outer
+from trix_kernels.grouped_matmul.products import Groups as Groups
 from trix_kernels.quantize import quantize
 from trix_kernels.tile_ffn import xla as ffn_xla
 from trix_kernels.tile_matmul import xla
@@ -78,7 +81,8 @@ def implementation(
     """
     packed = "packed" if activations == "float" else "packed, int8 activations"
     if PACKED not in variables:
-        is_taken = asked != "xla" and jnp.dtype(dtype) == jnp.bfloat16
+        is_taken = asked == "mosaic_gpu" or (asked is None and not whole_reason())
+        is_taken = is_taken and jnp.dtype(dtype) == jnp.bfloat16
         runs_whole = activations == "float" and is_taken and not grouped.device_reason()
         where = "mosaic_gpu where shapes allow" if runs_whole else "xla"
         return f"{where}, weights not {packed}"
@@ -88,6 +92,18 @@ def implementation(
     if reason:
         return f"xla, {packed}. {reason}"
     return f"mosaic_gpu where shapes allow, {packed}"
+
+
+def whole_reason() -> str | None:
+    """Why whole weights meet XLA by default where the default device has kernels for
+    them, and how to get these; None where the default is the kernels.
+    """
+    if reason := grouped.default_reason():
+        return (
+            f"The GPU kernels of this FFN: {reason}; --model.implementation mosaic_gpu "
+            "takes them."
+        )
+    return None
 
 
 def grouped_reason(dtype: Any, inputs: int, outputs: int) -> str | None:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import report as reports
 from experiments.quality import arms, design, measure, patches, report, run
 from experiments.quality.design import SETTINGS
 from trix_jax.lm import accounting
 from trix_jax.lm.accounting import costs
 from trix_jax.lm.config import TrainConfig, TransformerConfig
 from trix_jax.lm.experiment import results
-from trix_jax.lm.experiment.report import write_experiment_report
 from trix_jax.lm.train import loop, step
 from trix_jax.lm.train.optimizer import MUON_RMS, make_optimizer
 from trix_jax.lm.train.step import init_state
@@ -67,9 +64,9 @@ def test_results_of_two_samplers_are_sections_of_their_own(tmp_path):
     assert run.results_of_one_sampler([]) == ([], "")
     (tmp_path / "results").mkdir()
     results.write(tmp_path / "results" / "stdlib-bytes.json", old)
-    alone = report.write(tmp_path).read_text("utf-8")
+    alone = report.appendix(tmp_path)
     results.write(tmp_path / "results" / "stdlib-bytes.json", old + new)
-    both = report.write(tmp_path).read_text("utf-8")
+    both = report.appendix(tmp_path)
     assert alone.count("\n## ") == 1
     assert both.startswith(alone.rstrip("\n"))
     assert f"## {setting.name}-epochs" in both
@@ -105,26 +102,14 @@ def test_committed_report_is_what_the_committed_results_give(tmp_path):
     folder.mkdir()
     for path in run.RESULTS.glob("*.json"):
         (folder / path.name).write_bytes(path.read_bytes())
-    found = report.write(tmp_path).read_text(encoding="utf-8")
-    committed = (run.RESULTS.parent / "REPORT.md").read_text(encoding="utf-8")
-    assert found == committed, "run `python -m experiments.report`"
-    for name in re.findall(r"\(results/(\S+\.png)\)", committed):
-        assert (folder / name).exists()
-        assert (run.RESULTS / name).exists()
-
-
-@pytest.mark.slow
-def test_committed_reports_of_scale_are_what_the_committed_results_give(tmp_path):
-    experiments = reports.with_results()
-    assert len(experiments) == 3
-    for name, experiment in experiments.items():
-        committed, folder = reports.SCALE / name, tmp_path / name
-        ignored = shutil.ignore_patterns("REPORT.md", "plots")
-        shutil.copytree(committed, folder, ignore=ignored)
-        found = write_experiment_report(folder, experiment=experiment).read_text()
-        assert found == (committed / "REPORT.md").read_text(), name
-        for path in re.findall(r"\((plots/\S+\.png)\)", found):
-            assert (committed / path).exists()
+    report.write(tmp_path)
+    for page in ("REPORT.md", "APPENDIX.md"):
+        found = (tmp_path / page).read_text(encoding="utf-8")
+        committed = (run.RESULTS.parent / page).read_text(encoding="utf-8")
+        assert found == committed, "run `python -m experiments.report`"
+        for name in re.findall(r"\(results/(\S+\.png)\)", committed):
+            assert (folder / name).exists()
+            assert (run.RESULTS / name).exists()
 
 
 @pytest.mark.slow
@@ -183,7 +168,7 @@ def _measure_and_report(folder: Path, found, base, hashed):
     entries = {entry["arm"]: entry for entry in json.loads(doing.read_text())}
     assert entries[hashed]["layers"][0]["entropy_given_token"] == 0
     assert entries[base]["val_loss"] == pytest.approx(found[base].val_loss, rel=1e-5)
-    page = report.write(folder).read_text(encoding="utf-8")
+    page = report.appendix(folder)
     headings = (
         "The instrument",
         "Who chooses",

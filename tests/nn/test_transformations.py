@@ -19,13 +19,16 @@ def test_changing_routes_share_one_trace(ffn):
     one_token = jnp.broadcast_to(ffn.x[:1, :1], ffn.x.shape)
     variables = [ffn.variables()] * 3 + [ffn.variables(seed=1)]
     inputs = [ffn.x, -ffn.x, one_token, ffn.x]
+    ffn.apply(variables[0], ffn.x)  # another test may have cleared JAX's caches
+    before = ffn.traces.copy()
+    assert before[ffn.x.shape, "float32"] >= 1
     tiles = [
         np.asarray(ffn.apply(v, x)[1].tiles)
         for v, x in zip(variables, inputs, strict=True)
     ]
     assert len({t.tobytes() for t in tiles}) == 4
     assert (tiles[2] == tiles[2][0, 0]).all()
-    assert ffn.traces[ffn.x.shape, "float32"] == 1
+    assert ffn.traces == before
 
 
 def test_permuting_tokens_permutes_outputs(ffn):

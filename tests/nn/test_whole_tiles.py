@@ -19,12 +19,13 @@ from trix_jax import (
     TernaryConfig,
     expert_parallel,
     freeze,
+    ops,
 )
 from trix_jax.nn.tiles import runs_whole
 from trix_jax.ternary import Ternary
-from trix_kernels import device
+from trix_kernels import choice, device
 from trix_kernels.gpu_specs import GPUS
-from trix_kernels.grouped_matmul import api, hopper
+from trix_kernels.grouped_matmul import api, gathered, hopper
 
 D = 8
 X, DY = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 6, D)), jnp.float32)
@@ -49,10 +50,29 @@ def outer(x, dy, first, rows):
     return jax.vmap(of_tile)(counts)
 
 
+def rows_of(x, rows):
+    return jnp.where(rows[..., None] < 0, 0, x[rows])
+
+
+def gathered_matmul(x, w, block_tile, used, rows, *, transposed=False):
+    return matmul(rows_of(x, rows), w, block_tile, used, transposed=transposed)
+
+
 @pytest.fixture
 def hopper_stands_in(monkeypatch):
     monkeypatch.setattr(hopper, "grouped_matmul", matmul)
     monkeypatch.setattr(hopper, "grouped_outer", outer)
+    monkeypatch.setattr(gathered, "gathered_matmul", gathered_matmul)
+    monkeypatch.setattr(
+        gathered,
+        "outer_of_left",
+        lambda x, dy, *runs: outer(rows_of(x, runs[-1]), dy, *runs[:-1]),
+    )
+    monkeypatch.setattr(
+        gathered,
+        "outer_of_right",
+        lambda x, dy, *runs: outer(x, rows_of(dy, runs[-1]), *runs[:-1]),
+    )
     monkeypatch.setattr(api, "unsupported_reason", lambda *_: None)
 
 
@@ -245,7 +265,11 @@ WEIGHTS = Ternary(jnp.zeros((4, 128, 256)), jnp.ones((4, 1, 1)))
         (FEW | {"implementation": "mosaic_gpu"}, True),
     ],
 )
-def test_kernels_run_where_they_can_and_a_name_runs_or_says_why_not(given, runs):
+def test_kernels_run_where_they_can_and_a_name_runs_or_says_why_not(
+    given, runs, monkeypatch
+):
+    measured = choice.Choice("mosaic_gpu", "1.4 times as fast")
+    monkeypatch.setattr(choice, "choose_whole", lambda arch: measured)
     asked = {"h": H, "tiles": TILES, "up": WEIGHTS, "activations": "float"}
     asked |= {"implementation": None} | given
     with device.assumed(GPUS["h100"]):
@@ -255,6 +279,16 @@ def test_kernels_run_where_they_can_and_a_name_runs_or_says_why_not(given, runs)
                 runs_whole(**asked | {"implementation": "mosaic_gpu"})
     with device.assumed(GPUS["b200"]):
         assert not runs_whole(**asked | {"implementation": None})
+
+
+def test_kernels_that_no_gpu_has_timed_run_by_name_alone():
+    asked = {"h": H, "tiles": TILES, "up": WEIGHTS, "activations": "float"}
+    with device.assumed(GPUS["h100"]):
+        assert not runs_whole(**asked, implementation=None)
+        assert runs_whole(**asked, implementation="mosaic_gpu")
+        assert ops.implementation({}) == "xla, weights not packed"
+        asked_by_name = ops.implementation({}, asked="mosaic_gpu")
+    assert asked_by_name == "mosaic_gpu where shapes allow, weights not packed"
 
 
 def test_a_cpu_refuses_the_kernels_by_name():
