@@ -290,7 +290,9 @@ def test_what_cudnn_is_asked_for_is_what_xla_computes(monkeypatch):
         asked.append(implementation)
         return attention(*args, implementation="xla", **how)
 
-    gpu = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
+    gpu = types.SimpleNamespace(
+        platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0"
+    )
     monkeypatch.setattr(jax.nn, "dot_product_attention", xla)
     monkeypatch.setattr(jax, "devices", lambda: [gpu])
     assert_near(layers["auto"].apply(variables, x), expected, 2**-6)

@@ -8,12 +8,13 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from trix_jax import widen
+from trix_jax import ops, widen
 from trix_jax.cli.common import print_json
 from trix_jax.lm.data import Tokenizer
 from trix_jax.lm.presets import parse
 from trix_jax.lm.serve.generate import SamplingConfig, generate
 from trix_jax.lm.serve.load import load_run
+from trix_jax.typing import Variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> None:
     _check(args)
     model, variables, tokenizer = load_run(args.checkpoint, args.step)
     if args.wide:
-        variables = widen(variables)
+        variables = _widened(args, variables)
     given = args.prompt_ids if args.prompt is None else tokenizer.encode(args.prompt)
     prompt = np.asarray(given, np.int64)
     ids, shown = [*map(int, prompt)], ""
@@ -102,6 +103,15 @@ def _check(args: Args) -> None:
         raise ValueError(
             f"prompt must be text in UTF-8. Got {args.prompt[at]!r} at {at}."
         )
+
+
+def _widened(args: Args, variables: Variables) -> Variables:
+    if ops.PACKED not in variables:
+        raise ValueError(
+            "wide needs an export, whose weights are packed (trix-jax export). "
+            f"Got {args.checkpoint}, whose weights are not."
+        )
+    return widen(variables)
 
 
 def _end(args: Args, tokenizer: Tokenizer) -> int | None:

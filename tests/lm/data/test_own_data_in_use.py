@@ -77,7 +77,12 @@ def test_own_tokenizer_from_training_to_the_export(
     assert main(["train", "--workdir", str(work), *map(str, data), *SMALL]) == 0
     out = tmp_path / "out"
     run(capsys, "export", "--checkpoint", work, "--output", out, "--card")
-    assert run(capsys, "generate", "--checkpoint", out, *prompt)["text"] == said["text"]
+    of = ["generate", "--checkpoint", out, *prompt]
+    assert run(capsys, *of)["text"] == said["text"]
+    assert run(capsys, *of, "--wide")["text"] == said["text"]
+    of_run = ["generate", "--checkpoint", work, *prompt, "--wide"]
+    assert main([*map(str, of_run)]) == 2
+    assert "wide needs an export" in capsys.readouterr().err
     again = run(capsys, "eval", "--checkpoint", out, "--data", work / "data")
     assert again["val_bits_per_byte"] == found["val_bits_per_byte"]
     assert load_run(out)[2].content() == load_run(work)[2].content()
