@@ -79,7 +79,7 @@ def _launch_us(launch: hlo.Launch, gpu: Gpu) -> float:
     from trix_kernels.grouped_matmul.hopper import ROWS, columns_of
 
     arrays = [a for a in launch.operands if a.dtype == "bf16"]
-    (result,) = launch.results
+    result = launch.results[0]
     *lead, inputs, outputs = result.sizes
     # `dw` sums over all rows of the blocks, of which there are more than of tokens that
     # are read by number, `y` over the inputs of its row.
