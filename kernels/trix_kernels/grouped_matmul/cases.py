@@ -146,6 +146,7 @@ def model(case: Case, gpu: Gpu) -> dict[str, float]:
     width = hopper.columns_of(across)
     outputs = down // hopper.ROWS * across // width
     macs = hopper.ROWS * width * contraction
+    cost = gpu, moved, outputs, macs, min(hidden, 2)
     clocks = -(-outputs // gpu.cores) * macs / gpu.macs
     bytes_us = 1e6 * moved / gpu.bandwidth
     tensor_us = clocks / gpu.clock_ghz / 1e3
@@ -153,5 +154,5 @@ def model(case: Case, gpu: Gpu) -> dict[str, float]:
         "bytes_moved": moved,
         "bytes_us": round(bytes_us, 3),
         "tensor_us": round(tensor_us, 3),
-        "modelled_us": round(times.grouped_us(gpu, moved, outputs, macs), 3),
+        "modelled_us": round(times.grouped_us(*cost), 3),
     }
