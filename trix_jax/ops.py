@@ -42,6 +42,7 @@ from trix_kernels.tile_matmul.api import int8_reason
 from trix_kernels.varying import vary_alike as vary_alike
 from trix_kernels.varying import vary_like as vary_like
 from trix_kernels.weights import ROWS, layout_of, planar_unsupported_reason
+from trix_kernels.weights import in_bytes as in_bytes
 
 PACKED = "packed"  # the Flax collection that holds packed weights
 
