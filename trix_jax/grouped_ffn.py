@@ -205,13 +205,13 @@ def _product(name, how, left, right, plan):
 
     def plain(left, right, plan):
         blocks = (to_blocks(a, plan) if a.ndim == 2 else a for a in (left, right))
-        call = {
+        calls: dict[str, Any] = {
             "forward": ops.grouped_matmul,
             "transposed": ops.transposed_matmul,
             "outer": partial(ops.grouped_outer, tiles=how.tiles),
-        }[name]
+        }
         at = {"block_tile": plan.block_tile, "filled": _filled(plan)}
-        return call(*blocks, **at, implementation=how.implementation)
+        return calls[name](*blocks, **at, implementation=how.implementation)
 
     def fused(left, right, plan):
         numbers = _numbers(how, plan)
