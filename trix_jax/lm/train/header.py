@@ -73,7 +73,7 @@ def ffn_text(model: TransformerConfig) -> str:
     """The FFN in a few words."""
     if model.ffn == "dense":
         return f"dense FFN, {model.dense_width} wide"
-    if model.ffn == "lookup":
-        return f"lookup FFN, {model.num_tiles} tiles"
     chosen = f"{model.tiles_per_token} a token"
+    if model.ffn == "lookup":
+        return f"lookup FFN, {model.num_tiles} tiles, {chosen}"
     return f"{model.ffn} FFN, {model.num_tiles} tiles of {model.tile_width}, {chosen}"
