@@ -31,8 +31,8 @@ class Costs(NamedTuple):
             routing scores included: with clusters `C + top_k_clusters * N / C` scores.
         ffn_bits: bits of the FFN weights as served: ternary at 2 plus scales,
             everything else at 16.
-        ffn_active_training: `ffn_active` of a forward pass in training, where the
-            balance loss needs the scores of all tiles: with clusters `C + N`.
+        ffn_active_training: `ffn_active` of a forward pass in training, where a balance
+            loss over all tiles needs their scores: with clusters `C + N`.
         routing_bits: bits that routing stores beside the FFN weights as served, at 16 a
             number: signatures, biases, clusters and, where scores are held, the copy of
             the embedding's rows. A hash stores nothing, a learned router's rows are
@@ -144,7 +144,8 @@ def _scoring(c: TransformerConfig, training: bool = False) -> int:
     """Multiply-accumulates of a layer's scores for a token."""
     if c.ffn == "lookup" or c.ffn == "hierarchical":
         clusters = c.num_tiles // c.tiles_per_cluster
-        looked_at = clusters if training else c.top_k_clusters
+        scores_all = training and c.routing.balance_over == "all"
+        looked_at = clusters if scores_all else c.top_k_clusters
         scores = clusters + looked_at * c.tiles_per_cluster
     else:
         scores = c.num_tiles

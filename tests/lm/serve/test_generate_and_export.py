@@ -1,7 +1,6 @@
 """Restore, evaluate, sample, export and load back, on one small run."""
 
 import dataclasses
-import itertools
 import json
 import shutil
 import subprocess
