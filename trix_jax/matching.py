@@ -12,7 +12,6 @@ from trix_jax import dispatch
 from trix_jax.clusters import EPSILON
 from trix_jax.typing import Array, Bool, Float, Integer
 
-
 FEW = 8  # tiles that are looked for one after the other; more by a sort
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.quality import claim, claim_page, curve, measure
+from experiments.quality import claim, claim_page, curve, lookups, measure
 from experiments.quality.arms import best, hidden, lookup
 from experiments.quality.design import SEEDS, SETTINGS, Setting
 from experiments.quality.widths import (
@@ -103,7 +103,7 @@ def write(folder: Path = HERE) -> Path:
         "Made by `python -m experiments.report` from `results/`; what is asked, and in which order, is `design.py`.\n",
     ]
     parts += claim_page.section(folder)
-    for setting in (*claim.SETTINGS.values(), *SETTINGS.values()):
+    for setting in (claim.SETTINGS | lookups.SETTINGS | SETTINGS).values():
         runs = results.read(folder / "results" / f"{setting.name}.json")
         for alike in results.by_sampler(runs).values():
             parts += section(setting, alike, folder / "results")

@@ -90,7 +90,9 @@ def calls(layer: Any, shape: Shape) -> dict[str, Callable]:
 
 def compare(num_tiles: int, shape: Shape, rounds: int) -> list[dict[str, Any]]:
     """A row a kind and use."""
-    made = {name: calls(layer, shape) for name, layer in layers(num_tiles, shape).items()}
+    made = {
+        name: calls(layer, shape) for name, layer in layers(num_tiles, shape).items()
+    }
     rows = []
     for use in USES:
         times: dict[str, list[float]] = {name: [] for name in made}

@@ -255,9 +255,7 @@ class Router(nn.Module):
             if axis is not None:
                 counts, count = jax.lax.pmean((counts, count), axis)
             share = counts / jnp.maximum(counts.sum(), routing.EPSILON)
-        balance_loss = routing.balance_loss(
-            seen.scores, share, mask, count, seen.tiles
-        )
+        balance_loss = routing.balance_loss(seen.scores, share, mask, count, seen.tiles)
         diversity = routing.diversity_loss(signature)
         total = config.balance_weight * balance_loss
         total = total + config.diversity_weight * diversity
