@@ -109,7 +109,9 @@ NUMBERS = (64, 256, 1024)
 
 def hierarchical(d_model: int) -> Setting:
     """Tiles chosen in two or four clusters, and among all."""
-    pairs = {f"tiles-{n}": (flat(n), clustered(n, 4), clustered(n, 2)) for n in NUMBERS}
+    pairs: dict[str, tuple[Arm, ...]] = {}
+    for n in NUMBERS:
+        pairs[f"tiles-{n}"] = flat(n), clustered(n, 4), clustered(n, 2)
     return Setting(
         f"hierarchical-{d_model}",
         PRESET,

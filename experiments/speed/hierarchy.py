@@ -52,7 +52,8 @@ def layers(num_tiles: int, shape: Shape) -> dict[str, Any]:
     """The kinds that are compared, the first with the others."""
     d, f = shape.d_model, shape.tile_width
     sizes = {"num_tiles": num_tiles, "tiles_per_token": 4}
-    found = {"flat": SparseTriXFFN(d, expansion=num_tiles * f // d, **sizes)}
+    flat = SparseTriXFFN(d, expansion=num_tiles * f // d, **sizes)
+    found: dict[str, Any] = {"flat": flat}
     clusters = {"tiles_per_cluster": cluster_size(num_tiles), **sizes}
     for top in (2, 4):
         for over in ("all", "open"):

@@ -14,7 +14,7 @@ from trix_jax.lm.accounting import costs
 
 def model_of(setting, arm):
     preset, *flags = spec_of(setting, arm, 1e-3, 42).flags
-    return dataclasses.replace(parse_run([preset, *flags]).model, vocab_size=9)
+    return dataclasses.replace(parse_run([preset, *flags]).model, vocab_size=4096)
 
 
 @pytest.mark.slow

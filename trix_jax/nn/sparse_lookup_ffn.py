@@ -37,7 +37,7 @@ class _Directions(NamedTuple):
     """
 
     read: ops.Weights | None
-    write: ops.Weights
+    write: ops.Weights | Array
     address: Float[Array, "N D"]
 
 
@@ -192,12 +192,12 @@ class SparseLookupFFN(nn.Module):
     def _write(
         self,
         distance: Float[Array, "T K"],
-        write: ops.Weights | Float[Array, "N D"],
+        write: ops.Weights | Array,
         route: Route,
         dtype: Dtype,
     ) -> Float[Array, "T D"]:
         """Computes `sum_k distance_tk * d_n`."""
-        if self.reads == "shared":
+        if isinstance(write, jax.Array):  # real directions
             return (distance[..., None] * write[route.tiles]).sum(axis=1)
         return ops.write_rows(distance, write, route.tiles, self.d_model, dtype)
 
@@ -218,7 +218,8 @@ class SparseLookupFFN(nn.Module):
         shape = (self.num_tiles, (1 + axes) * self.grid_size**axes)
         init = nn.initializers.normal(0.5) if axes == 2 else _near_ramp
         if not self.ternary_splines:
-            return self.param("splines", init, shape, self.param_dtype)
+            found: Array = self.param("splines", init, shape, self.param_dtype)
+            return found
         rule = TernaryConfig(rule="fixed", threshold=SPLINE_THRESHOLD)
         kernel = TernaryKernel(
             shape,
@@ -231,10 +232,10 @@ class SparseLookupFFN(nn.Module):
         return ops.unpack(kernel(progress), shape[-1]).q
 
 
-def _near_ramp(key, shape, dtype=jnp.float32):
+def _near_ramp(key, shape, dtype=jnp.float32) -> Array:
     """Latent coefficients of ReLUs, with noise."""
-    start = 0.5 * splines.ramp(shape[-1] // 2).reshape(1, -1)
-    return start.astype(dtype) + SPLINE_NOISE * jax.random.normal(key, shape, dtype)
+    start = jnp.asarray(0.5 * splines.ramp(shape[-1] // 2).reshape(1, -1), dtype)
+    return start + SPLINE_NOISE * jax.random.normal(key, shape, dtype)
 
 
 def check_reads(
