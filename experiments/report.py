@@ -2,7 +2,7 @@
 
     python -m experiments.report
 
-writes quality/REPORT.md with its figures, the tables of the front page and of the
+writes quality/REPORT.md and APPENDIX.md with their figures, the tables of the front page and of the
 results page, those of a GPU in kernels/README.md, and the REPORT.md of every experiment
 in scale/ that has results; of the figures there, those that need no run directory.
 """

@@ -1,7 +1,5 @@
 """Selection biases that give every tile its share of the tokens."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +7,7 @@ import pytest
 
 from trix_jax import balance, routing
 
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-histogram = jit(balance.margin_histogram)
+histogram = jax.jit(balance.margin_histogram)
 BIN = balance.REACH / balance.CHOSEN
 
 
@@ -73,7 +70,7 @@ def test_margins_of_open_tiles_alone_are_those_of_all_with_the_others_closed():
 @pytest.mark.parametrize("k", [1, 3])
 def test_repeated_steps_make_the_loads_even(k):
     scores, bias = scores_of(2000, 8), jnp.zeros(8)
-    step = jit(
+    step = jax.jit(
         lambda bias: balance.step_bias(
             bias,
             balance.margin_histogram(

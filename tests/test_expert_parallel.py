@@ -19,7 +19,6 @@ ALL = P(AXES)
 
 
 # Compiling is what takes the time here; exact tests are exact in integers.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def mesh_of(tiles):
@@ -29,7 +28,7 @@ def mesh_of(tiles):
 
 def mapped(mesh, in_specs, out_specs):
     options = {"mesh": mesh, "in_specs": in_specs, "out_specs": out_specs}
-    return lambda f: jit(jax.shard_map(f, check_vma=False, **options))
+    return lambda f: jax.jit(jax.shard_map(f, check_vma=False, **options))
 
 
 def routings():
@@ -100,7 +99,7 @@ def test_masked_tokens_stay_at_home_also_under_shard_maps_own_check():
         return pulled(outputs, g, x, w)
 
     specs = {"in_specs": (ALL,) * 4 + (P("tile"),), "out_specs": (ALL, ALL, P("tile"))}
-    run = jit(jax.shard_map(local, mesh=mesh_of(4), **specs))
+    run = jax.jit(jax.shard_map(local, mesh=mesh_of(4), **specs))
     real = mask[:, None, None]
     found = run(x, routes, g, mask, w)
     plain = pulled(lambda x, w: multiply(x, routes, w) * real, g, x, w)
@@ -166,7 +165,7 @@ def test_layer_with_spread_tiles_equals_one_device(name, tiles):
         return (total, (y, routes, state)), grads, norm
 
     inputs = (start["params"], start["routing"], x, target)
-    (total, (y, routes, state)), grads = jit(partial(step, layer))(*inputs)
+    (total, (y, routes, state)), grads = jax.jit(partial(step, layer))(*inputs)
     norm = jnp.sqrt(sum(jnp.square(g).sum() for g in jax.tree.leaves(grads)))
     found = many(*inputs)
     assert not np.array_equal(found[0][1][0], jnp.zeros_like(y))

@@ -17,7 +17,6 @@ T, K, D, N, F = 23, 2, 5, 4, 3
 ROWS = 4  # of a block
 DY = jnp.asarray(np.random.default_rng(9).normal(size=(T, D)), jnp.float32)
 MASK = jnp.arange(T) % 5 != 0
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def drawn(seed=0, dtype=jnp.float32):
@@ -71,9 +70,9 @@ def test_output_and_gradients_are_those_of_the_formula(act, mask):
     if mask is not None:  # what masked tokens hold reaches nothing
         inputs = inputs._replace(x=jnp.where(mask[:, None], inputs.x, jnp.nan))
     found, expected = (
-        jit(functools.partial(with_gradient, call, act=ACTIVATIONS[act], mask=mask))(
-            inputs, tiles
-        )
+        jax.jit(
+            functools.partial(with_gradient, call, act=ACTIVATIONS[act], mask=mask)
+        )(inputs, tiles)
         for call in (ours, formula)
     )
     assert_close(found, expected)
@@ -112,7 +111,7 @@ DERIVED = {
 def test_transformed_it_is_the_formula_transformed(name):
     inputs, tiles = drawn()
     found, expected = (
-        jit(
+        jax.jit(
             lambda inputs, call=call: DERIVED[name](
                 lambda i: call(i, tiles, jax.nn.silu, MASK), inputs
             )

@@ -20,7 +20,6 @@ from trix_jax.ternary import ternarize
 
 # Compiling is what takes the time here; no test in this file asks for equal bits across
 # programs.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(40, 16)), jnp.float32)
 HOLD = RoutingConfig(hold_after=0.5)
@@ -57,13 +56,15 @@ class Trained:
 
     def __init__(self, layer):
         self.layer = layer
-        variables = jit(layer.init)(jax.random.key(0), X)
+        variables = jax.jit(layer.init)(jax.random.key(0), X)
         self.params = [
             variables["params"],
             *map(functools.partial(other, variables["params"]), (1, 2)),
         ]
-        self.step = jit(self._step)
-        self.call = jit(lambda *a: layer.apply({"params": a[0], "routing": a[1]}, X)[1])
+        self.step = jax.jit(self._step)
+        self.call = jax.jit(
+            lambda *a: layer.apply({"params": a[0], "routing": a[1]}, X)[1]
+        )
         state, self.states, self.outs = variables["routing"], [], []
         for params, progress in zip(self.params, (0.25, 0.5, 0.75), strict=True):
             gradient, (info, aux, state) = self.step(params, state, progress)
@@ -157,7 +158,7 @@ def test_evaluation_and_frozen_layers_know_it_from_the_state(make):
     np.testing.assert_array_equal(held.tiles, trains.tiles)
     assert (free.tiles != held.tiles).any()
     packed = freeze(run.layer, {"params": weights, "routing": run.states[2]}, X)
-    served = jit(run.layer.apply)(packed, X)[1]
+    served = jax.jit(run.layer.apply)(packed, X)[1]
     np.testing.assert_array_equal(served.tiles, held.tiles)
     np.testing.assert_allclose(served.gates, held.gates, rtol=1e-6)
 

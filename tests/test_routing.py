@@ -1,7 +1,5 @@
 """Routing as pure functions against hand tables, its losses, and its state."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +11,6 @@ from trix_jax import RoutingConfig, matching, routing
 
 # Compiling is what takes the time here, and no test in this file asks for equal bits
 # across programs.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def normal(*shape, seed=0):

@@ -13,7 +13,6 @@ from trix_jax import HierarchicalTriXFFN, RoutingConfig, SparseTriXFFN, balance,
 
 # Compiling is what takes the time here; no test in this file asks for equal bits across
 # programs.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def normal(*shape, seed=0):
@@ -26,7 +25,7 @@ def floats(*rows):
 
 @functools.cache
 def initialized(layer, seed=0):
-    return jit(layer.init)(jax.random.key(seed), X, token_ids=jnp.zeros(40, int))
+    return jax.jit(layer.init)(jax.random.key(seed), X, token_ids=jnp.zeros(40, int))
 
 
 def variables_of(layer, seed=0):
@@ -36,7 +35,7 @@ def variables_of(layer, seed=0):
 
 @functools.cache
 def tiles_of(layer):
-    return jit(lambda v, x: layer.apply(v, x)[1].tiles)
+    return jax.jit(lambda v, x: layer.apply(v, x)[1].tiles)
 
 
 X = normal(40, 16)
@@ -58,7 +57,7 @@ def test_scaling_the_input_or_a_tile_changes_no_route(factor):
 def test_nan_input_gives_tiles_in_range_and_spares_the_other_tokens():
     x = X.at[2].set(jnp.nan)
     layer = hierarchical(1)
-    y, info, _ = jit(layer.apply)(initialized(layer), x)
+    y, info, _ = jax.jit(layer.apply)(initialized(layer), x)
     assert ((info.tiles >= 0) & (info.tiles < 8)).all()
     assert info.counts.sum() == 80
     finite = np.isfinite(y).all(axis=-1)
@@ -114,8 +113,8 @@ def test_evaluation_takes_the_tiles_that_training_takes(top_k_clusters, gate):
     members = jnp.asarray([[7, 0], [5, 2], [1, 4], [3, 6]])
     bias = 0.1 * normal(8, seed=3)
     state.update(members=members, bias=bias, cluster_bias=0.1 * normal(4, seed=4))
-    y, info, aux = jit(layer.apply)(variables, X)
-    (y_all, all_, aux_all), _ = jit(
+    y, info, aux = jax.jit(layer.apply)(variables, X)
+    (y_all, all_, aux_all), _ = jax.jit(
         lambda v, x: layer.apply(v, x, mutable=["routing"])
     )(variables, X)
     for name in ("tiles", "counts", "entropy", "max_load", "dead_tiles", "tie_rate"):
@@ -134,7 +133,7 @@ def test_evaluation_of_clusters_makes_no_score_for_every_tile():
     variables = jax.eval_shape(layer.init, jax.random.key(0), x)
 
     def text(**kwargs):
-        call = jit(lambda v, x: layer.apply(v, x, **kwargs)[0])
+        call = jax.jit(lambda v, x: layer.apply(v, x, **kwargs)[0])
         return call.lower(variables, x).compile().as_text()
 
     evaluation = text()
@@ -148,7 +147,7 @@ def test_auxiliary_losses_reach_the_latent_weights_of_a_layer(kind):
     layer = SparseTriXFFN(16, num_tiles=8, routing=RoutingConfig(signature=kind))
     variables = initialized(SparseTriXFFN(16, num_tiles=8))
 
-    @jit
+    @jax.jit
     @jax.jacrev
     def gradients(params):
         return layer.apply({**variables, "params": params}, X)[2]
@@ -161,7 +160,7 @@ def test_total_aux_is_the_weighted_sum():
     config = RoutingConfig(balance_weight=0.5, diversity_weight=0.25)
     layer = SparseTriXFFN(16, num_tiles=8, routing=config)
     variables = initialized(SparseTriXFFN(16, num_tiles=8))
-    aux = jit(lambda v, x: layer.apply(v, x)[2])(variables, X)
+    aux = jax.jit(lambda v, x: layer.apply(v, x)[2])(variables, X)
     expected = 0.5 * aux["balance"] + 0.25 * aux["diversity"]
     assert aux["total_aux"] == pytest.approx(float(expected), rel=1e-6)
 
@@ -181,7 +180,7 @@ def test_apply_with_mutable_routing_adds_margins_and_remembers_the_signature():
     layer = SparseTriXFFN(16, num_tiles=8)
     variables = initialized(layer)
     assert not variables["routing"]["tiles"]["router"]["margins"].any()
-    step = jit(lambda v: layer.apply(v, X, train=True, mutable=["routing"]))
+    step = jax.jit(lambda v: layer.apply(v, X, train=True, mutable=["routing"]))
     (_, info, _), state = step(variables)
     _, state = step({**variables, **state})
     router = state["routing"]["tiles"]["router"]
@@ -195,7 +194,7 @@ def test_updates_make_both_levels_of_a_hierarchy_even(top_k_clusters):
     variables = initialized(layer)
     x = normal(1000, 16) + 2 * normal(1, 16, seed=1)  # what all tokens share
 
-    @jit
+    @jax.jit
     def step(routing_state):
         variables_now = {**variables, "routing": routing_state}
         (_, info, _), state = layer.apply(variables_now, x, mutable=["routing"])
@@ -221,7 +220,7 @@ def test_balance_loss_of_mapped_devices_sees_the_load_of_all():
     losses = jax.pmap(run, axis_name="data")(X.reshape(8, 5, 16))
     # The probabilities of the devices average to those of the whole batch, so the
     # losses do.
-    whole = jit(lambda x: alone.apply(variables, x)[2]["balance"])(X)
+    whole = jax.jit(lambda x: alone.apply(variables, x)[2]["balance"])(X)
     np.testing.assert_allclose(losses.mean(), whole, rtol=1e-5, atol=1e-6)
 
 
@@ -234,7 +233,7 @@ def test_hash_control_routes_equal_tokens_alike_and_needs_ids():
     layer = control("hash", tiles_per_token=2)
     ids = jnp.arange(40) % 20
     variables = initialized(SparseTriXFFN(16, num_tiles=8))
-    run = jit(lambda v, ids: layer.apply(v, X, token_ids=ids)[1].tiles)
+    run = jax.jit(lambda v, ids: layer.apply(v, X, token_ids=ids)[1].tiles)
     tiles = run(variables, ids)
     np.testing.assert_array_equal(tiles[:20], tiles[20:])
     assert (tiles[:, 0] != tiles[:, 1]).all()

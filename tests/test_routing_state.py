@@ -12,7 +12,6 @@ from trix_jax.clusters import balanced_kmeans
 
 # Compiling is what takes the time here; no test in this file asks for equal bits across
 # programs.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def normal(*shape, seed=0):
@@ -120,7 +119,7 @@ def test_update_over_eight_devices_sees_the_sum_of_their_margins():
     reduced, new = step(parts)
     np.testing.assert_array_equal(reduced[3], parts.sum(axis=0))
     whole = {**state, "margins": parts.sum(axis=0)}
-    expected = jit(functools.partial(routing.update, rate=0.1))({"router": whole})
+    expected = jax.jit(functools.partial(routing.update, rate=0.1))({"router": whole})
     expected = expected["router"]["bias"]
     assert np.abs(expected).max() > 0
     for device in range(8):
@@ -141,7 +140,7 @@ def separated(clusters=4, size=3, noise=0.05):
     return signature, members
 
 
-jit_kmeans = jit(balanced_kmeans, static_argnums=2)
+jit_kmeans = jax.jit(balanced_kmeans, static_argnums=2)
 
 
 def test_kmeans_of_well_separated_clusters_is_a_fixed_point():

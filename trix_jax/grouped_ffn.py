@@ -114,7 +114,7 @@ def default_reason(shapes: Shapes) -> str | None:
             f"Fewer than {LEAST_LOAD} tokens a tile would leave blocks of {ROWS} rows "
             f"mostly empty. Got {shapes.assignments} for {shapes.num_tiles} tiles."
         )
-    return None
+    return ops.whole_reason()
 
 
 @lru_cache

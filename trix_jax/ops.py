@@ -19,6 +19,7 @@ from trix_kernels import Packed as Packed
 from trix_kernels.derivatives import linear_map as linear_map
 from trix_kernels.derivatives import with_backward as with_backward
 from trix_kernels.derivatives import with_kept as with_kept
+from trix_kernels.device import platform as platform
 from trix_kernels.grouped_matmul import api as grouped
 from trix_kernels.grouped_matmul import grouped_matmul as grouped_matmul
 from trix_kernels.grouped_matmul import grouped_outer as grouped_outer
@@ -80,7 +81,8 @@ def implementation(
     """
     packed = "packed" if activations == "float" else "packed, int8 activations"
     if PACKED not in variables:
-        is_taken = asked != "xla" and jnp.dtype(dtype) == jnp.bfloat16
+        is_taken = asked == "mosaic_gpu" or (asked is None and not whole_reason())
+        is_taken = is_taken and jnp.dtype(dtype) == jnp.bfloat16
         runs_whole = activations == "float" and is_taken and not grouped.device_reason()
         where = "mosaic_gpu where shapes allow" if runs_whole else "xla"
         return f"{where}, weights not {packed}"
@@ -90,6 +92,18 @@ def implementation(
     if reason:
         return f"xla, {packed}. {reason}"
     return f"mosaic_gpu where shapes allow, {packed}"
+
+
+def whole_reason() -> str | None:
+    """Why whole weights meet XLA by default where the default device has kernels for
+    them, and how to get these; None where the default is the kernels.
+    """
+    if reason := grouped.default_reason():
+        return (
+            f"The GPU kernels of this FFN: {reason}; --model.implementation mosaic_gpu "
+            "takes them."
+        )
+    return None
 
 
 def grouped_reason(dtype: Any, inputs: int, outputs: int) -> str | None:

@@ -126,6 +126,21 @@ def by_others(number: int) -> tuple[Arm, ...]:
     )
 
 
+def at_ffn_rates(*arms: Arm) -> tuple[Arm, ...]:
+    """The projections of FFNs at a share of the rate: a tile sees K of N tokens, and
+    Muon's step is as long.
+    """
+    return tuple(
+        Arm(
+            f"{arm.name}-ffn-{share:g}",
+            f"{arm.flags} --train.ffn-rate-factor {share:g}",
+            8e-3,
+        )
+        for share in (0.5, 0.25)
+        for arm in arms
+    )
+
+
 def when_and_what(number: int) -> tuple[Arm, ...]:
     """Other moments to hold, other things to hold, other things to look at; at the rate
     of `held`.
@@ -187,6 +202,9 @@ def claim(d_model: int) -> Setting:
             "hash": (held(64), tiles(64, "hash", HASH)),
             "ladder": tuple(held(number) for number in (64, 16, 32, 48, 128)),
             "routes": (held(64), *by_others(64)),
+            "ffn-rates": at_ffn_rates(
+                held(64), tiles(64, "hash", HASH), dense(4 * d_model)
+            ),
             "holding": when_and_what(64),
             "holding-16": (held(16), tiles(16, "hash", HASH), tiles(16, "moving")),
             "worth": more_worth(64, d_model),
@@ -194,6 +212,7 @@ def claim(d_model: int) -> Setting:
         order=(
             Step("hash", 1),
             Step("dense-middle", 1),
+            Step("ffn-rates", 0),
             Step("holding", 1),
             Step("hash", 4),
             Step("dense-curve", 1),

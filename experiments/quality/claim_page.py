@@ -1,5 +1,5 @@
-"""What opens the report: the claim in one figure and one table, from the results of
-`claim.py`; and `claim.json`.
+"""What opens the report: the claim in one figure and one table of at most eight rows, from
+the results of `claim.py`; and `claim.json`. The whole ladder is the appendix's.
 """
 
 import json
@@ -24,11 +24,13 @@ from trix_jax.files import write_whole
 from trix_jax.lm.experiment import results
 from trix_jax.lm.experiment.plots import STYLES, finish
 from trix_jax.lm.experiment.results import Result
-from trix_jax.lm.experiment.tables import table
+from trix_jax.lm.experiment.tables import rate_of, table
 from trix_jax.lm.experiment.tuning import Tuned, tuned
 
 VOCABULARY = 4096
 FIGURE = "claim.png"
+MOST_ROWS = 8  # of the table that opens the page
+HEAD = "arm,D,rate,seeds,validation loss,compute width,memory width,equivalent width,multiplier,seconds a step"
 OTHERS = (tiles(64, "hash", "--model.routing.source hash"), tiles(64, "moving"))
 NOTE = (
     "W: the greater of the compute width (multiply-accumulates a token as served over 2 D, routing included) "
@@ -53,8 +55,8 @@ def section(folder: Path) -> list[str]:
     """The figure and the table, and `claim.json` beside the results; nothing before
     there are a curve and tiles on it.
     """
-    runs = read(folder)
-    if not any(places(d, found) for d, found in runs.items()):
+    runs = on_a_curve(folder)
+    if not runs:
         return []
     tree = claim_tree(runs, VOCABULARY)
     write_whole(
@@ -62,12 +64,30 @@ def section(folder: Path) -> list[str]:
         json.dumps(tree, indent=1, allow_nan=False) + "\n",
     )
     draw(runs, folder / "results" / FIGURE)
+    most = MOST_ROWS // len(runs)
+    rows = [row for d, found in runs.items() for row in rows_of(d, found)[:most]]
     return [
         "## What are tiles worth?\n",
         f"![Loss over W](results/{FIGURE})\n",
-        *(text for d, found in runs.items() for text in width_section(d, found)),
+        table(HEAD.split(","), rows),
         NOTE,
     ]
+
+
+def ladders(folder: Path) -> list[str]:
+    """Every number of tiles, and the dense curve, of each width of the model."""
+    parts = []
+    for d, found in on_a_curve(folder).items():
+        dense = dense_curve(claim(d), found)
+        widths = ", ".join(f"{w}: {fmean(dense[w]):.4f}" for w in sorted(dense))
+        rows = table(HEAD.split(","), rows_of(d, found))
+        parts += [f"## The ladder, D = {d}\n", rows, f"Dense: {widths}.\n"]
+    return parts
+
+
+def on_a_curve(folder: Path) -> dict[int, list[Result]]:
+    """The widths of the model that have a dense curve, and tiles on it."""
+    return {d: found for d, found in read(folder).items() if places(d, found)}
 
 
 def places(d: int, runs: Sequence[Result]) -> list[tuple[Arm, Tuned, Worth]]:
@@ -81,19 +101,19 @@ def places(d: int, runs: Sequence[Result]) -> list[tuple[Arm, Tuned, Worth]]:
     return found
 
 
-def width_section(d: int, runs: Sequence[Result]) -> list[str]:
-    """A table of one width of the model."""
-    found = places(d, runs)
-    if not found:
-        return []
+def rows_of(d: int, runs: Sequence[Result]) -> list[list[str]]:
+    """A row an arm, greatest multiplier first."""
     rows = []
-    for arm, one, place in found:
+    for arm, one, place in sorted(
+        places(d, runs), key=lambda row: -row[2].multiplier.value
+    ):
         losses = list(concluding(one).values())
         seconds = [run.seconds / run.steps for run in one.runs.values() if run.seconds]
         rows.append(
             [
                 arm.name,
-                f"{one.rate:g}" + ("" if one.is_bracketed else "*"),
+                str(d),
+                rate_of(one),
                 str(place.seeds),
                 f"{fmean(losses):.4f}",
                 f"{place.width.compute:.0f}",
@@ -103,10 +123,7 @@ def width_section(d: int, runs: Sequence[Result]) -> list[str]:
                 f"{fmean(seconds):.2f}" if seconds else "",
             ]
         )
-    head = "arm,rate,seeds,validation loss,compute width,memory width,equivalent width,multiplier,seconds a step"
-    dense = dense_curve(claim(d), runs)
-    widths = ", ".join(f"{w}: {fmean(dense[w]):.4f}" for w in sorted(dense))
-    return [f"### D = {d}\n", table(head.split(","), rows), f"Dense: {widths}.\n"]
+    return rows
 
 
 def estimate_text(found: curve.Estimate, digits: int) -> str:

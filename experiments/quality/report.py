@@ -1,5 +1,5 @@
-"""REPORT.md and its figures, from the committed results; `python -m experiments.report`
-makes it with all others.
+"""APPENDIX.md and its figures: every table of every setting, from the committed results;
+`python -m experiments.report` makes it with all others. The page to read is `page.py`'s.
 """
 
 import itertools
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.quality import claim, claim_page, curve, lookups, measure
+from experiments.quality import claim, claim_page, curve, lookups, measure, page
 from experiments.quality.arms import best, hidden, lookup
 from experiments.quality.design import SEEDS, SETTINGS, Setting
 from experiments.quality.widths import (
@@ -95,22 +95,29 @@ NOTE = (
 
 
 def write(folder: Path = HERE) -> Path:
-    """Writes `folder/REPORT.md` and the figures in `folder/results`, from the results
-    that are there; returns the page's path.
+    """Writes `folder/REPORT.md`, `folder/APPENDIX.md` and the figures in
+    `folder/results`, from the results that are there; returns the page's path.
     """
+    write_whole(folder / "APPENDIX.md", appendix(folder))
+    write_whole(folder / "REPORT.md", page.text(folder))
+    return folder / "REPORT.md"
+
+
+def appendix(folder: Path) -> str:
+    """Every setting with its sweeps and comparisons, then what routing does."""
     parts = [
-        "# Does it win?\n",
-        "Made by `python -m experiments.report` from `results/`; what is asked, and in which order, is `design.py`.\n",
+        "# Every table\n",
+        "Made by `python -m experiments.report` from `results/`; what is asked, and in which order, is `design.py` "
+        "and `claim.py`. What follows from it is in [the report](REPORT.md).\n",
     ]
-    parts += claim_page.section(folder)
+    parts += claim_page.ladders(folder)
     for setting in (claim.SETTINGS | lookups.SETTINGS | SETTINGS).values():
         runs = results.read(folder / "results" / f"{setting.name}.json")
         for alike in results.by_sampler(runs).values():
             parts += section(setting, alike, folder / "results")
     parts += measure.section(folder / "results")
     parts += protocol(folder / "results" / "original-protocol.json")
-    write_whole(folder / "REPORT.md", "\n".join(parts))
-    return folder / "REPORT.md"
+    return "\n".join(parts)
 
 
 def section(setting: Setting, runs: Sequence[Result], folder: Path) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from experiments.quality import curve
 from experiments.quality.arms import Arm
-from experiments.quality.claim import LADDER, claim, held, tiles
+from experiments.quality.claim import LADDER, claim, held
 from experiments.quality.design import SEEDS, Setting
 from trix_jax.cli.experiment import parse_run
 from trix_jax.lm.accounting import costs
@@ -33,6 +33,7 @@ LEAST_SEEDS = 3
 Seeds = Callable[[Tuned], dict[int, float]]  # an arm's losses of some seeds
 CLAIM_WIDTHS = (64, 128)
 AIM_WIDTH = 128  # of signatures against the hash
+OTHERS = ("hash", "random", "learned")  # who choose tiles without reading their weights
 
 
 class Width(NamedTuple):
@@ -180,16 +181,36 @@ def best_of_ladder(
 
 
 def signatures_less_hash(runs: Sequence[Result]) -> dict[str, Any] | None:
-    """The paired difference at 64 tiles of the arm that reads its addresses and of the
-    hash, of the seeds that conclude; None before both have three.
+    """The paired difference at 64 tiles of the best arm that reads its addresses off the
+    weights and the best hash, of the seeds that conclude; the seed that chooses decides
+    which are best. None before both sides have an arm of three seeds.
     """
-    ours, theirs = tuned(runs, held(64).name), tuned(runs, tiles(64, "hash").name)
+    arms = {arm.name: arm for group in claim(64).groups.values() for arm in group}
+    names = [name for name in arms if name.startswith("tiles-64-")]
+    hashes = [name for name in names if "-hash" in name]
+    read = [name for name in names if not any(word in name for word in OTHERS)]
+    ours, theirs = (
+        _best([tuned(runs, name, arms[name].rate_of) for name in group])
+        for group in (read, hashes)
+    )
     if ours is None or theirs is None:
         return None
     found = paired(concluding(ours), concluding(theirs))
     if found is None or found.n < LEAST_SEEDS:
         return None
     return {"mean": found.mean, "half_width": found.half, "seeds": found.n}
+
+
+def _best(arms: Sequence[Tuned | None]) -> Tuned | None:
+    """The best by the seed that chooses, of those that have enough others."""
+    found = [
+        arm
+        for arm in arms
+        if arm is not None
+        and SEEDS[0] in arm.losses
+        and len(concluding(arm)) >= LEAST_SEEDS
+    ]
+    return min(found, key=lambda arm: arm.losses[SEEDS[0]], default=None)
 
 
 def claim_tree(runs: Mapping[int, Sequence[Result]], vocab_size: int) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """Which implementation `None` is, where more than one runs: by committed measurements.
 
-`choices.json` has a row for each architecture, kind of activations and class of shapes.
-`experiments.speed.gpu.choices` writes it from what was measured on a GPU; a class that
-nothing was measured of takes the kernel.
+`choices.json` has a row for each architecture, kind of activations and class of shapes of
+packed weights, and one for each architecture's grouped products of whole weights.
+`experiments.speed.gpu.choices` writes it from what was measured on a GPU. Of packed
+weights a class that nothing was measured of takes the kernel. Training takes no kernel
+that no GPU has timed: of whole weights it is XLA.
 """
 
 import json
@@ -16,10 +18,11 @@ from trix_kernels.quantize import Activations
 PATH = Path(__file__).with_name("choices.json")
 FEW_ROWS = 16  # of a block: at most so many are few, where weights are the traffic
 Size = Literal["few", "many"]
+UNMEASURED = "not measured on a GPU yet"
 
 
 class Choice(NamedTuple):
-    """What `None` is for products of packed weights, and why."""
+    """What `None` is, and why."""
 
     implementation: Literal["mosaic_gpu", "xla"]
     reason: str
@@ -31,7 +34,7 @@ def size_of(rows: int) -> Size:
 
 
 def choose(arch: Arch, rows: int, activations: Activations = "float") -> Choice:
-    """What `None` is on an architecture, for blocks of `rows` rows."""
+    """What `None` is on an architecture for packed weights, in blocks of `rows` rows."""
     kind = {"arch": arch, "activations": activations, "rows": size_of(rows)}
     for row in _table():
         if kind.items() <= row.items():
@@ -39,8 +42,19 @@ def choose(arch: Arch, rows: int, activations: Activations = "float") -> Choice:
     return Choice("mosaic_gpu", "not measured")
 
 
+def choose_whole(arch: Arch) -> Choice:
+    """What `None` is on an architecture for grouped products of whole weights, as in
+    training.
+    """
+    kind = {"arch": arch, "weights": "whole"}
+    for row in _table():
+        if kind.items() <= row.items():
+            return Choice(row["implementation"], row["reason"])
+    return Choice("xla", UNMEASURED)
+
+
 def told(arch: Arch) -> list[str]:
-    """The choices of an architecture, a sentence each."""
+    """The choices of an architecture for packed weights, a sentence each."""
     lines = []
     for activations in ("float", "int8"):
         for rows, what in ((FEW_ROWS, f"up to {FEW_ROWS}"), (FEW_ROWS + 1, "more")):

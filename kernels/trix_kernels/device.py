@@ -40,6 +40,11 @@ def assumed(gpu: Gpu) -> Iterator[None]:
         _assumed.reset(token)
 
 
+def platform() -> str:
+    """The platform of the default device: "cpu", "gpu" or "tpu"."""
+    return _default().platform
+
+
 def arch() -> Arch | None:
     """The architecture of the default device; None where there is no kernel for it."""
     return ARCHS.get(_default().capability)

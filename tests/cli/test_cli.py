@@ -227,7 +227,8 @@ def test_doctor_says_why_blackwell_keeps_xla_for_grouped_products(monkeypatch, c
     assert main(["doctor", "--json"]) == 0
     out = json.loads(capsys.readouterr().out.splitlines()[-1])
     (told,) = out["devices"].values()
-    assert told.startswith("Mosaic GPU kernels (sm_90a); the FFN in training too")
+    assert told.startswith("Mosaic GPU kernels (sm_90a); XLA for the FFN in training. ")
+    assert "not measured on a GPU yet; --model.implementation mosaic_gpu takes" in told
 
 
 @pytest.mark.slow

@@ -166,6 +166,55 @@ def test_a_row_never_takes_anothers_place(monkeypatch, tmp_path):
         page.step()
 
 
+@pytest.fixture
+def layers(monkeypatch, tmp_path):
+    """Writes the parts that choose what trains, with the layer's time by XLA."""
+    monkeypatch.setattr(page, "GPU", tmp_path / record.NAME)
+    about = {"shapes": "full", "device": "NVIDIA H100"}
+
+    def write(xla, implementation="mosaic_gpu", failed=None, without=()):
+        packages = {"jax": "0.12.0.1"}
+        rows = {
+            "versions": [{"name": "v", "capability": "9.0", "packages": packages}],
+            "checks": [{"name": "up"} | ({"failed": failed} if failed else {})],
+            "losses": [{"name": "l"}],
+            "layer": [
+                {"what": what, "tiles": tiles, "way": way, "us": us, "name": "l"}
+                | ({"implementation": how} if how else {})
+                for tiles in (16, 64)
+                for what, scale in (("forward", 9.0), ("forward and backward", 1.0))
+                for way, us, how in (
+                    ("trix", 2.0 * scale, implementation),
+                    ("trix, xla", xla * tiles / 16, "xla"),
+                    (EQUAL, 1.0, None),
+                )
+            ],
+        }
+        for part, found in rows.items():
+            if part not in without:
+                record.append(page.GPU, {"part": part, "rows": found} | about)
+        return choices.whole()
+
+    return write
+
+
+def test_training_takes_the_kernels_where_the_layer_is_faster(layers):
+    assert choices.whole() == []
+    row = {"arch": "sm_90a", "weights": "whole", "implementation": "mosaic_gpu"}
+    where = "times as fast as XLA's path (NVIDIA H100, jax 0.12.0.1)"
+    assert layers(xla=2.4) == [row | {"reason": f"1.2 to 4.8 {where}"}]
+    slower = row | {"implementation": "xla", "reason": f"0.9 to 3.6 {where}"}
+    assert layers(xla=1.8) == [slower]  # the last line of a part counts
+
+
+@pytest.mark.parametrize(
+    "what",
+    [{"failed": "3 numbers differ"}, {"without": "losses"}, {"implementation": "xla"}],
+)
+def test_no_kernel_is_chosen_by_half_a_measurement(layers, what):
+    assert layers(xla=2.4, **what) == []
+
+
 def test_choices_are_those_of_the_committed_measurements():
     assert choices.text() == choices.PATH.read_text("utf-8"), (
         "run python -m experiments.report"

@@ -67,9 +67,9 @@ def test_results_of_two_samplers_are_sections_of_their_own(tmp_path):
     assert run.results_of_one_sampler([]) == ([], "")
     (tmp_path / "results").mkdir()
     results.write(tmp_path / "results" / "stdlib-bytes.json", old)
-    alone = report.write(tmp_path).read_text("utf-8")
+    alone = report.appendix(tmp_path)
     results.write(tmp_path / "results" / "stdlib-bytes.json", old + new)
-    both = report.write(tmp_path).read_text("utf-8")
+    both = report.appendix(tmp_path)
     assert alone.count("\n## ") == 1
     assert both.startswith(alone.rstrip("\n"))
     assert f"## {setting.name}-epochs" in both
@@ -105,12 +105,14 @@ def test_committed_report_is_what_the_committed_results_give(tmp_path):
     folder.mkdir()
     for path in run.RESULTS.glob("*.json"):
         (folder / path.name).write_bytes(path.read_bytes())
-    found = report.write(tmp_path).read_text(encoding="utf-8")
-    committed = (run.RESULTS.parent / "REPORT.md").read_text(encoding="utf-8")
-    assert found == committed, "run `python -m experiments.report`"
-    for name in re.findall(r"\(results/(\S+\.png)\)", committed):
-        assert (folder / name).exists()
-        assert (run.RESULTS / name).exists()
+    report.write(tmp_path)
+    for page in ("REPORT.md", "APPENDIX.md"):
+        found = (tmp_path / page).read_text(encoding="utf-8")
+        committed = (run.RESULTS.parent / page).read_text(encoding="utf-8")
+        assert found == committed, "run `python -m experiments.report`"
+        for name in re.findall(r"\(results/(\S+\.png)\)", committed):
+            assert (folder / name).exists()
+            assert (run.RESULTS / name).exists()
 
 
 @pytest.mark.slow
@@ -183,7 +185,7 @@ def _measure_and_report(folder: Path, found, base, hashed):
     entries = {entry["arm"]: entry for entry in json.loads(doing.read_text())}
     assert entries[hashed]["layers"][0]["entropy_given_token"] == 0
     assert entries[base]["val_loss"] == pytest.approx(found[base].val_loss, rel=1e-5)
-    page = report.write(folder).read_text(encoding="utf-8")
+    page = report.appendix(folder)
     headings = (
         "The instrument",
         "Who chooses",
@@ -222,7 +224,6 @@ def put_in(name, monkeypatch):
     loop._compiled_step.cache_clear()
     step._compiled_init.cache_clear()
     accounting._param_shapes.cache_clear()
-    jax.clear_caches()
 
 
 LOOKUPS = sorted({arm.patch for arm in arms.LOOKUPS if arm.patch})

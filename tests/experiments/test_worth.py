@@ -109,6 +109,19 @@ def test_the_hash_is_compared_by_seed_without_the_one_that_chose():
     assert found["half_width"] == pytest.approx(0.01 * 4.30265 / 3**0.5, rel=1e-4)
     assert found["seeds"] == 3
     assert worth.signatures_less_hash(runs[:6]) is None
+    # The seed that chooses takes the hash of pairs, and signatures that keep scores.
+    pairs, scores = (
+        setting.arm(f"tiles-64-{name}") for name in ("hash-pairs", "held-scores")
+    )
+    better = [run_of(setting, pairs, 4.5, 42), run_of(setting, scores, 4.5, 42)]
+    assert worth.claim_tree({128: [*runs, *better]}, VOCABULARY) == {
+        "settings": [], "signature_minus_hash": found
+    }  # fmt: skip
+    for seed in (43, 44, 45):
+        better += [run_of(setting, pairs, 4.7, seed)]
+        better += [run_of(setting, scores, 4.7 + seed / 100, seed)]
+    found = worth.signatures_less_hash([*runs, *better])
+    assert found["mean"] == pytest.approx(0.44)
 
 
 @pytest.mark.slow
@@ -145,11 +158,24 @@ def test_the_page_opens_with_a_figure_and_a_table_of_what_is_there(tmp_path):
         ]
         results.write(tmp_path / "results" / f"wikipedia-{d}.json", runs)
     text = "\n".join(claim_page.section(tmp_path))
+    rows = [line for line in text.splitlines() if line.startswith("| tiles-")]
+    assert len(rows) == 4
     assert (
-        "| tiles-64-held | 0.002* | 3 | 4.7000 | 96 | 162 | 512 | 3.17 | 0.50 |" in text
+        len(
+            [
+                r
+                for r in "\n".join(claim_page.ladders(tmp_path)).splitlines()
+                if "tiles-" in r
+            ]
+        )
+        == 4
     )
     assert (
-        "| tiles-64-held | 0.002* | 3 | 4.7000 | 160 | 289 | 1024 | 3.55 | 0.50 |"
+        "| tiles-64-held | 64 | 0.002* | 3 | 4.7000 | 96 | 162 | 512 | 3.17 | 0.50 |"
+        in text
+    )
+    assert (
+        "| tiles-64-held | 128 | 0.002* | 3 | 4.7000 | 160 | 289 | 1024 | 3.55 | 0.50 |"
         in text
     )
     assert (tmp_path / "results" / "claim.png").stat().st_size > 10_000

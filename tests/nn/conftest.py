@@ -14,7 +14,6 @@ from trix_jax import HierarchicalTriXFFN, SparseLookupFFN, SparseTriXFFN
 
 # Compiling is what takes the time; no test that uses this asks for equal bits across
 # programs.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 D = 16
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 12, D)), jnp.float32)
@@ -72,8 +71,8 @@ class Case:
     def __init__(self, name):
         self.name, self.layer, self.leaves = name, FFNS[name], LEAVES[name]
         self.traces = collections.Counter()
-        self.apply = jit(self._forward)
-        self.init = jit(self.layer.init)
+        self.apply = jax.jit(self._forward)
+        self.init = jax.jit(self.layer.init)
         self.variables = functools.cache(self._initialized)
         self.task_gradient = functools.cache(self._task_gradient)
 
@@ -96,7 +95,7 @@ class Case:
             return jnp.sum(y * dy), y
 
         gradient = jax.grad(lift(task), has_aux=True)
-        return jit(
+        return jax.jit(
             lambda variables: gradient(variables["params"], variables["routing"])
         )
 

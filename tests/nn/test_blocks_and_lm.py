@@ -18,10 +18,12 @@ from trix_jax import (
     TransformerLM,
 )
 from trix_jax.nn import CausalSelfAttention, DenseBlock, DenseFFN
+from trix_jax.nn.attention import attend, attend_back, row_blocks, visible
+from trix_kernels import device
+from trix_kernels.gpu_specs import GPUS
 
 # Compiling is what takes the time here; no test in this file asks for equal bits across
 # programs.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 EPS = np.finfo(np.float32).eps
 D, H, L, V = 16, 2, 10, 11
@@ -63,7 +65,7 @@ def initialized(ffn):
 
 @functools.cache
 def forward(ffn):
-    return jit(TransformerLM(config(ffn)).apply)
+    return jax.jit(TransformerLM(config(ffn)).apply)
 
 
 # Attention and blocks --------------------------------------------------------------------------------------------------
@@ -94,16 +96,55 @@ def attention():
 
 def test_attention_matches_the_oracle(attention):
     layer, variables, x = attention
-    y = jit(layer.apply)(variables, jnp.float32(x))
+    y = jax.jit(layer.apply)(variables, jnp.float32(x))
     expected = attention_oracle(variables["params"], x)
     # Two sums of D, one of L, and a softmax whose argument of a few units carries the
     # error of its sum of E.
     np.testing.assert_allclose(y, expected, rtol=0, atol=(4 * D + L) * 4 * EPS)
 
 
+def test_rows_in_blocks_give_what_they_give_together():
+    """Values and all gradients, masks and segments included; 10 rows in blocks of 3, 3
+    and 4.
+    """
+    rng = np.random.default_rng(3)
+    q, k, v, dy = jnp.float32(rng.normal(size=(4, 2, L, H, D // H)))
+    mask = jnp.asarray([[False] * 2 + [True] * 8, [True] * 9 + [False]])
+    seen = visible(L, mask, jnp.asarray([[1] * 6 + [2] * 4, [5] * L]))
+    real = mask[:, :, None, None]  # the layer hides the other rows
+
+    def pulled(attend):
+        y, pull = jax.vjp(lambda *qkv: attend(*qkv, seen) * real, q, k, v)
+        return y, *pull(dy)
+
+    found = jax.jit(lambda: pulled(functools.partial(attend_back, blocks=3)))()
+    whole = jax.jit(lambda: pulled(attend))()
+    assert found[0].shape == q.shape
+    for one, other in zip(found, whole, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=4 * L * EPS)
+
+
+def test_rows_are_in_blocks_on_cpus_alone_and_in_long_sequences():
+    lengths = (1, 127, 128, 256, 511, 512, 2048)
+    assert [row_blocks(n, "cpu") for n in lengths] == [1, 1, 2, 2, 2, 4, 4]
+    assert {row_blocks(n, kind) for n in lengths for kind in ("gpu", "tpu")} == {1}
+    layer, x = CausalSelfAttention(D, H), jnp.ones((1, 128, D))
+    variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+
+    def softmaxes():
+        """As many as blocks."""
+        return str(jax.make_jaxpr(lambda v: layer.apply(v, x))(variables)).count(
+            " exp "
+        )
+
+    with device.assumed(GPUS["h100"]):
+        assert softmaxes() == 1
+    assert softmaxes() == 2
+
+
 def test_attention_in_pieces_matches_the_oracle(attention):
     layer, variables, x = attention
-    step = jit(
+    step = jax.jit(
         lambda cache, piece: layer.apply(
             {**variables, **cache}, piece, decode=True, mutable=["cache"]
         )
@@ -162,7 +203,7 @@ def test_block_adds_attention_and_ffn_of_the_normed_stream(name):
     fields = {f: getattr(block, f) for f in FIELDS[name]}
     ffn = FFN_OF[name](**fields)
     own = {key: value["ffn"] for key, value in variables.items()}
-    (y, info, aux), (inside, expected_info, _) = jit(
+    (y, info, aux), (inside, expected_info, _) = jax.jit(
         lambda x, h: (block.apply(variables, x), ffn.apply(own, h))
     )(x, h)
     assert y.shape == x.shape
@@ -203,7 +244,7 @@ def test_logits_have_no_gradient_from_later_positions(ffn):
     time = 5
     weight = jnp.asarray(np.random.default_rng(3).normal(size=V), jnp.float32)
 
-    @jit
+    @jax.jit
     @jax.grad
     def gradient(positions):
         params = {**variables["params"], "positions": {"embedding": positions}}
@@ -228,7 +269,7 @@ def test_changing_a_token_leaves_earlier_logits(ffn):
 @most_ffns
 def test_cached_decoding_gives_the_logits_of_one_call(ffn):
     model, variables = TransformerLM(config(ffn)), initialized(ffn)
-    step = jit(
+    step = jax.jit(
         lambda cache, tokens: model.apply(
             {**variables, **cache}, tokens, decode=True, mutable=["cache"]
         )
@@ -301,7 +342,7 @@ def test_bfloat16_compute_keeps_float32_gradients_and_logits(ffn):
 
 def test_bfloat16_compute_stays_near_float32():
     model, variables = TransformerLM(config(dtype="bfloat16")), initialized("sparse")
-    logits, infos, _ = jit(model.apply)(variables, TOKENS)
+    logits, infos, _ = jax.jit(model.apply)(variables, TOKENS)
     whole, whole_infos, _ = forward("sparse")(variables, TOKENS)
     # A token whose tile differs differs in earnest, and is seen by those after it
     # through no further layer.
@@ -313,7 +354,7 @@ def test_bfloat16_compute_stays_near_float32():
 
 def test_language_model_starts_near_the_uniform_guess():
     model = TransformerLM(config())
-    variables = jit(model.init)(jax.random.key(0), TOKENS)
+    variables = jax.jit(model.init)(jax.random.key(0), TOKENS)
     logits, _, _ = forward("sparse")(variables, TOKENS)
     off = jax.nn.log_softmax(logits) + np.log(V)
     assert 0 < np.abs(off).max() < 1

@@ -14,8 +14,6 @@ from trix_jax import TransformerConfig, TransformerLM
 from trix_jax.nn import CausalSelfAttention, cudnn
 from trix_jax.nn.positions import rotate
 
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 END, D = 0, 16
 SIZES = {"vocab_size": 11, "context": 12, "d_model": D, "n_layers": 2, "n_heads": 2}
 BODIES = {
@@ -36,12 +34,12 @@ most_bodies = pytest.mark.parametrize(
 def model_and_variables(body, document_mask=True):
     how = {"document_mask": document_mask, "end_token": END}
     model = TransformerLM(TransformerConfig(**SIZES, **BODIES[body], **how))
-    return model, jit(model.init)(jax.random.key(0), LINE)
+    return model, jax.jit(model.init)(jax.random.key(0), LINE)
 
 
 def logits(body, tokens, document_mask=True, **how):
     model, variables = model_and_variables(body, document_mask)
-    return jit(model.apply)(variables, np.asarray(tokens), **how)[0]
+    return jax.jit(model.apply)(variables, np.asarray(tokens), **how)[0]
 
 
 def assert_near(a, b, tolerance=2e-5):
@@ -60,7 +58,7 @@ def test_a_packed_document_has_the_logits_it_gets_alone(body):
 def decoded(body, tokens, pieces, mask=None):
     """Logits of a line read piece by piece through the cache."""
     model, variables = model_and_variables(body)
-    read = jit(
+    read = jax.jit(
         functools.partial(model.apply, decode=True, mutable=["cache"]),
     )
     cache, parts, start = {}, [], 0
@@ -98,9 +96,9 @@ def test_attention_keeps_a_mask_and_segments_for_later_calls():
     mask = np.asarray([[False, True, True, True, True, True], [True] * 6])
     ids = np.asarray([[9, 4, 4, 7, 7, 7], [2, 2, 2, 2, 2, 2]])
     layer = CausalSelfAttention(D, 2, cache_length=6, rotary=True, qk_norm=True)
-    variables = jit(layer.init)(jax.random.key(0), x)
-    whole = jit(layer.apply)(variables, x, mask=mask, segment_ids=ids)
-    read = jit(functools.partial(layer.apply, decode=True, mutable=["cache"]))
+    variables = jax.jit(layer.init)(jax.random.key(0), x)
+    whole = jax.jit(layer.apply)(variables, x, mask=mask, segment_ids=ids)
+    read = jax.jit(functools.partial(layer.apply, decode=True, mutable=["cache"]))
     first, cache = read(variables, x[:, :4], mask=mask[:, :4], segment_ids=ids[:, :4])
     later, cache = read({**variables, **cache}, x[:, 4:])
     assert_near(jnp.concatenate([first, later], axis=1), whole)
@@ -147,7 +145,7 @@ def spread(config):
     """Standard deviations of the matrices at initialization."""
     sizes = {"vocab_size": 64, "context": 4, "d_model": 64, "n_layers": 2, "n_heads": 2}
     model = TransformerLM(TransformerConfig(**sizes, **config))
-    params = jit(model.init)(jax.random.key(0), np.zeros((1, 4), int))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 4), int))["params"]
     block = params["block_01"]
     return {
         "embed": float(params["embed"]["embedding"].std()),
@@ -211,8 +209,8 @@ def test_segments_are_refused_where_later_calls_count_documents():
 
 def test_an_empty_sequence_gives_an_empty_output():
     layer = CausalSelfAttention(D, 2, rotary=True)
-    variables = jit(layer.init)(jax.random.key(0), np.zeros((2, 3, D)))
-    assert jit(layer.apply)(variables, np.zeros((2, 0, D))).shape == (2, 0, D)
+    variables = jax.jit(layer.init)(jax.random.key(0), np.zeros((2, 3, D)))
+    assert jax.jit(layer.apply)(variables, np.zeros((2, 0, D))).shape == (2, 0, D)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +222,7 @@ def test_computing_blocks_again_gives_the_gradients_in_less_memory(ffn):
     tokens = np.arange(2 * 64).reshape(2, 64) % 11
     for remat in (False, True):
         model = TransformerLM(TransformerConfig(ffn=ffn, remat=remat, **sizes))
-        variables = jit(model.init)(jax.random.key(0), tokens)
+        variables = jax.jit(model.init)(jax.random.key(0), tokens)
 
         def loss(params, model=model, variables=variables):
             given = {**variables, "params": params}
@@ -284,7 +282,7 @@ def test_what_cudnn_is_asked_for_is_what_xla_computes(monkeypatch):
     }
     x = jax.random.normal(jax.random.key(0), (2, 5, D), jnp.bfloat16)
     mask = jnp.ones((2, 5), bool)
-    variables = jit(layers["xla"].init)(jax.random.key(1), x)
+    variables = jax.jit(layers["xla"].init)(jax.random.key(1), x)
     expected = layers["xla"].apply(variables, x)
     asked, attention = [], jax.nn.dot_product_attention
 

@@ -16,7 +16,6 @@ from trix_jax.nn.token_input import TokenInput, nothing_before, tokens_before
 
 # Compiling is what takes the time here; no test in this file asks for equal bits across
 # programs.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 V, L = 11, 8
 MOVING = RoutingConfig()
@@ -43,7 +42,7 @@ def lm(router_input="pair", n_layers=1, routing=MOVING, **more):
 @functools.cache
 def variables_of(model):
     """Of a start with large embeddings, so that routes differ."""
-    variables = jit(model.init)(jax.random.key(1), TOKENS)
+    variables = jax.jit(model.init)(jax.random.key(1), TOKENS)
     table = jax.random.normal(jax.random.key(2), (V, 16))
     params = {**variables["params"], "embed": {"embedding": table}}
     return {**variables, "params": params}
@@ -51,7 +50,7 @@ def variables_of(model):
 
 @functools.cache
 def applied(model):
-    return jit(functools.partial(model.apply))
+    return jax.jit(functools.partial(model.apply))
 
 
 def tiles_of(model, variables, tokens=TOKENS, **how):
@@ -145,11 +144,11 @@ class Inputs(nn.Module):
         return look(tokens, embed(tokens), embed, decode=decode, **more)
 
 
-INPUTS = jit(Inputs().init)(jax.random.key(0), TOKENS)
+INPUTS = jax.jit(Inputs().init)(jax.random.key(0), TOKENS)
 
 
 def test_pairs_are_unit_rows_of_the_token_and_by_weight_of_the_one_before():
-    got = jit(Inputs(weight=2.0).apply)(INPUTS, TOKENS)
+    got = jax.jit(Inputs(weight=2.0).apply)(INPUTS, TOKENS)
     table = np.asarray(INPUTS["params"]["Embed_0"]["embedding"], np.float64)
     unit = table / np.sqrt(np.mean(table**2, axis=1, keepdims=True))
     first, second = unit[TOKENS], unit[TOKENS]
@@ -159,7 +158,7 @@ def test_pairs_are_unit_rows_of_the_token_and_by_weight_of_the_one_before():
 
 
 def test_padding_and_other_segments_change_no_pair():
-    apply = jit(Inputs().apply)
+    apply = jax.jit(Inputs().apply)
     alone = apply(INPUTS, TOKENS[:1, :4])
     padded = jnp.concatenate([jnp.zeros((1, 3), jnp.int32), TOKENS[:1, :4]], axis=1)
     parts = jnp.asarray([[0] * 3 + [1] * 4])
@@ -173,8 +172,8 @@ def test_padding_and_other_segments_change_no_pair():
 
 
 def test_decoding_in_pieces_gives_the_pairs_of_one_call():
-    whole = jit(Inputs().apply)(INPUTS, TOKENS)
-    step = jit(lambda v, t: Inputs().apply(v, t, decode=True, mutable=["cache"]))
+    whole = jax.jit(Inputs().apply)(INPUTS, TOKENS)
+    step = jax.jit(lambda v, t: Inputs().apply(v, t, decode=True, mutable=["cache"]))
     state, start = dict(INPUTS), 0
     for length in (3, 1, 1, 3):
         here, cache = step(state, TOKENS[:, start : start + length])
@@ -206,7 +205,7 @@ def test_decoding_in_pieces_takes_the_tiles_of_one_call(source):
     model = lm(routing=RoutingConfig(source=source))
     variables = variables_of(model)
     whole = tiles_of(model, variables)[0]
-    step = jit(lambda v, t: model.apply(v, t, decode=True, mutable=["cache"]))
+    step = jax.jit(lambda v, t: model.apply(v, t, decode=True, mutable=["cache"]))
     state, start = dict(variables), 0
     for length in (3, 1, 1, 3):
         piece = TOKENS[:, start : start + length]
@@ -258,7 +257,7 @@ class Held:
         variables = variables_of(self.model)
         rng = np.random.default_rng(0)
 
-        @jit
+        @jax.jit
         def step(params, state, progress):
             def gates(params):
                 how = {"progress": progress, "mutable": ["routing"]}
@@ -341,7 +340,7 @@ def test_evaluation_decoding_and_frozen_models_see_the_held_rows(router_input):
     np.testing.assert_array_equal(tiles_of(run.model, variables)[0], expected)
     packed = freeze(run.model, variables, TOKENS)
     np.testing.assert_array_equal(tiles_of(run.model, packed)[0], expected)
-    step = jit(lambda v, t: run.model.apply(v, t, decode=True, mutable=["cache"]))
+    step = jax.jit(lambda v, t: run.model.apply(v, t, decode=True, mutable=["cache"]))
     (_, infos, _), _ = step(packed, TOKENS)
     np.testing.assert_array_equal(infos[0].tiles, expected)
 

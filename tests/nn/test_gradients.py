@@ -3,8 +3,6 @@ and routes that the small step does not change. (Straight-through gradients are 
 derivatives; `test_ternary.py` holds those to their own formula.)
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +17,6 @@ from trix_jax import (
 )
 
 D, STEP = 8, 2.0**-9
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 # Scales take no gradient, so that soft weights have a derivative under "fixed" only.
 REAL, SOFT = TernaryConfig(mode="none"), TernaryConfig(mode="soft", rule="fixed")
@@ -82,12 +79,12 @@ def test_gradient_of_every_leaf_is_the_central_difference(name):
         terms, aux, _ = outputs(inputs)
         return terms.sum() + aux
 
-    value = jit(outputs)
+    value = jax.jit(outputs)
     inputs = (variables["params"], x)
     leaves, treedef = jax.tree.flatten(inputs)
     names = [jax.tree_util.keystr(k) for k, _ in jax.tree.leaves_with_path(inputs)]
     tiles = value(inputs)[2]
-    grads = jax.tree.leaves(jit(jax.grad(total))(inputs))
+    grads = jax.tree.leaves(jax.jit(jax.grad(total))(inputs))
     for i, (leaf, grad) in enumerate(zip(leaves, grads, strict=True)):
         along = np.sign(np.asarray(grad))  # so that no part cancels another
         ends = []

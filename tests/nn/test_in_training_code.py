@@ -25,8 +25,6 @@ from trix_jax import (
 )
 from trix_kernels.hlo import while_loops
 
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 D, EPS = 16, np.finfo(np.float32).eps
 X = jax.random.normal(jax.random.key(0), (4, 6, D))
 LAYERS = {
@@ -51,7 +49,7 @@ def output(returned):
 
 @functools.cache
 def variables_of(name):
-    return jit(LAYERS[name].init)(jax.random.key(1), X)
+    return jax.jit(LAYERS[name].init)(jax.random.key(1), X)
 
 
 def assert_near(got, expected, roundings=64):
@@ -86,11 +84,11 @@ def test_shard_map_as_it_is_gives_the_step_of_one_device(name):
 
     specs = {"in_specs": (P(), P(), P("data")), "out_specs": (P(), P())}
     shared = functools.partial(step, axis_name="data")
-    mapped = jit(jax.shard_map(shared, mesh=mesh, **specs))
+    mapped = jax.jit(jax.shard_map(shared, mesh=mesh, **specs))
     both = variables["params"], variables["routing"]
     gradient, state = mapped(*both, X)
     # Of what is the same everywhere, JAX has summed the gradients already.
-    expected, expected_state = jit(step)(*both, X)
+    expected, expected_state = jax.jit(step)(*both, X)
     assert_near(jax.tree.map(lambda g: g / 4, gradient), expected)
     assert_near(state, expected_state)
 
@@ -123,7 +121,7 @@ def test_training_step_as_a_gpu_runs_it_has_no_loop(name):
         (y, _, aux), state = layer.apply(given, x, True, mutable=["routing"])
         return jnp.sum(y**2) + aux["total_aux"], state
 
-    step = jit(jax.vmap(jax.grad(loss, has_aux=True), (None, 0)))
+    step = jax.jit(jax.vmap(jax.grad(loss, has_aux=True), (None, 0)))
     text = step.lower(variables["params"], X[None]).compile().as_text()
     assert while_loops(text) == 0
 
@@ -145,12 +143,12 @@ def boxed_layer(**how):
 @pytest.mark.slow
 def test_boxes_go_through_init_apply_freeze_and_gradients():
     layer = boxed_layer()
-    boxed = jit(layer.init)(jax.random.key(1), X)
+    boxed = jax.jit(layer.init)(jax.random.key(1), X)
     up = boxed["params"]["tiles"]["up"]["kernel"]
     assert up.names == ("tile", "embed", "mlp")
     assert up.value.shape == (4, D, D)
     plain = nn.unbox(boxed)
-    call = jit(lambda v: layer.apply(v, X)[0])
+    call = jax.jit(lambda v: layer.apply(v, X)[0])
     np.testing.assert_array_equal(call(boxed), call(plain))
     frozen, expected = freeze(layer, boxed, X), freeze(layer, plain, X)
     jax.tree.map(np.testing.assert_array_equal, nn.unbox(frozen), expected)
@@ -159,14 +157,16 @@ def test_boxes_go_through_init_apply_freeze_and_gradients():
     def loss(variables):
         return jnp.sum(layer.apply(variables, X)[0] ** 2)
 
-    gradient = jit(jax.grad(lambda p: loss({**boxed, "params": p})))(boxed["params"])
+    gradient = jax.jit(jax.grad(lambda p: loss({**boxed, "params": p})))(
+        boxed["params"]
+    )
     assert gradient["tiles"]["up"]["kernel"].names == up.names
 
 
 def test_packed_leaves_keep_the_names_of_the_axes_before_the_matrices():
     """What names say of frozen variables holds: sharded by them, outputs stay."""
     layer = boxed_layer()
-    boxed = jit(layer.init)(jax.random.key(1), X)
+    boxed = jax.jit(layer.init)(jax.random.key(1), X)
     frozen = freeze(layer, boxed, X)
     for tiles in (frozen["packed"]["tiles"]["up"], frozen["packed"]["tiles"]["down"]):
         for name in ("bits", "scale"):
@@ -181,7 +181,7 @@ def test_packed_leaves_keep_the_names_of_the_axes_before_the_matrices():
     placed = jax.device_put(nn.unbox(frozen), nn.get_sharding(frozen, mesh))
     bits = placed["packed"]["tiles"]["up"]["bits"]
     assert {shard.data.shape[0] for shard in bits.addressable_shards} == {1}
-    call = jit(lambda v: layer.apply(v, X)[0])
+    call = jax.jit(lambda v: layer.apply(v, X)[0])
     assert_near(call(placed), call(frozen))
 
 
@@ -200,11 +200,11 @@ def test_packed_leaves_of_a_stack_of_layers_keep_its_name_under_scan():
         length=2,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )()
-    boxed = jit(stack.init)(jax.random.key(1), X, None)
+    boxed = jax.jit(stack.init)(jax.random.key(1), X, None)
     frozen = freeze(stack, boxed, X, None)
     bits = frozen["packed"]["ffn"]["tiles"]["up"]["bits"]
     assert bits.names == ("layers", "tile", None, None)
-    call = jit(lambda v: stack.apply(v, X, None)[0])
+    call = jax.jit(lambda v: stack.apply(v, X, None)[0])
     assert_near(call(frozen), call(nn.unbox(boxed)))
 
 
@@ -222,7 +222,7 @@ def test_box_around_what_is_not_packed_stays():
 )
 def test_stock_initializer_sees_the_matrix_of_one_tile(init, scale):
     layer = SparseTriXFFN(64, num_tiles=16, expansion=8, up_init=init)
-    variables = jit(layer.init)(jax.random.key(0), jnp.zeros((1, 64)))
+    variables = jax.jit(layer.init)(jax.random.key(0), jnp.zeros((1, 64)))
     up = np.asarray(variables["params"]["tiles"]["up"]["kernel"])
     assert up.shape == (16, 64, 32)
     # The variance is 1 / 64, or 2 / (64 + 32); of 32,768 numbers within 5 %.
@@ -286,7 +286,7 @@ class Stack(nn.Module):
 @pytest.mark.slow
 def test_frozen_variables_under_scan_need_their_axis_and_the_message_says_which():
     model = Stack(("params", "routing", "packed"))
-    variables = jit(model.init)(jax.random.key(0), X)
+    variables = jax.jit(model.init)(jax.random.key(0), X)
     frozen = freeze(model, variables, X)
     call = jax.jit(model.apply)
     np.testing.assert_array_equal(call(frozen, X), call(variables, X))
@@ -334,7 +334,7 @@ def test_schedule_without_progress_is_refused_in_training_alone(config):
     with pytest.raises(ValueError, match="Write progress=step / steps"):
         trace(layer, variables, X, True, mutable=["routing"])
     trace(layer, variables, X, True, progress=0.1, mutable=["routing"])
-    pair = jit(lambda v: [m.apply(v, X)[0] for m in (layer, LAYERS["sparse"])])
+    pair = jax.jit(lambda v: [m.apply(v, X)[0] for m in (layer, LAYERS["sparse"])])
     np.testing.assert_array_equal(*pair(variables))  # evaluation is at the end
     linear = LAYERS["linear"].clone(ternary=config)
     with pytest.warns(UserWarning, match="progress=step / steps"):
@@ -367,11 +367,11 @@ def test_state_of_a_vmapped_call_is_refused_and_reduces_inside():
         _, new = layer.apply(variables, x, True, mutable=["routing"])
         return new["routing"]
 
-    wrong = jit(jax.vmap(one))(X)
+    wrong = jax.jit(jax.vmap(one))(X)
     with pytest.raises(ValueError, match=r"Got \[4, 4\].*routing\.reduce\(state"):
         trace(layer, {**variables, "routing": wrong}, X)
     shared = jax.vmap(
         lambda x: routing.reduce(one(x), "batch"), axis_name="batch", out_axes=None
     )
-    reduced, whole = jit(lambda x: (shared(x), one(x)))(X)
+    reduced, whole = jax.jit(lambda x: (shared(x), one(x)))(X)
     assert_near(reduced, whole)

@@ -2,8 +2,6 @@
 evaluation, refusals.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +12,6 @@ from trix_jax import HierarchicalTriXFFN, SparseLookupFFN, SparseTriXFFN, TriXLi
 
 # Compiling is what takes the time here; no test in this file asks for equal bits across
 # programs.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 D = 16
 EPS = np.finfo(np.float32).eps
@@ -98,7 +95,7 @@ def test_training_drops_outputs_before_the_residual_and_keeps_the_losses(ffn_kin
     layer = ffn_kind.layer.clone(dropout=0.5, residual=True)
     variables = ffn_kind.variables()
     y, _, aux = ffn_kind.run()
-    trained = jit(
+    trained = jax.jit(
         lambda key: layer.apply(
             variables, ffn_kind.x, True, rngs={"dropout": key}, mutable=["routing"]
         )[0]

@@ -12,7 +12,6 @@ from trix_jax import TernaryConfig, TriXLinear
 
 # Compiling is what takes the time here; no test in this file asks for equal bits across
 # programs.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 D = 16
 EPS = np.finfo(np.float32).eps
@@ -22,7 +21,7 @@ LINEAR = TriXLinear(12, num_tiles=4, use_bias=True)
 
 @functools.cache
 def initialized():
-    return jit(LINEAR.init)(jax.random.key(0), X)
+    return jax.jit(LINEAR.init)(jax.random.key(0), X)
 
 
 def unit(x):
@@ -55,7 +54,7 @@ def test_linear_matches_the_oracle_with_and_without_gates(lead):
     rng = np.random.default_rng(3)
     x, gate = rng.normal(size=(*lead, D)), rng.normal(size=(*lead, 4))
     x32, gate32 = jnp.float32(x), jnp.float32(gate)
-    apply = jit(LINEAR.apply)
+    apply = jax.jit(LINEAR.apply)
     # Sums of D terms, a scale, a gate and a bias of up to 11.
     bound = (D + 3) * EPS * np.abs(x).sum(axis=-1, keepdims=True) + 12 * EPS
     for y, expected in [
@@ -69,7 +68,7 @@ def test_linear_matches_the_oracle_with_and_without_gates(lead):
 def test_linear_gate_of_zero_switches_its_tile_off():
     variables = linear_with_bias()
     gate = jnp.ones((2, 12, 4)).at[..., 1].set(0)
-    apply = jit(LINEAR.apply)
+    apply = jax.jit(LINEAR.apply)
     y, full = apply(variables, X, gate), apply(variables, X)
     np.testing.assert_array_equal(y[..., 3:6], jnp.broadcast_to(jnp.float32([3, 4, 5]), (2, 12, 3)))  # fmt: skip
     np.testing.assert_array_equal(y[..., :3], full[..., :3])
@@ -98,11 +97,11 @@ def test_linear_signatures_are_the_summed_ternary_weights():
 @pytest.mark.parametrize("rule", ["absmean", "fixed"])
 def test_linear_at_initialization_moves_every_parameter(rule):
     layer = TriXLinear(12, use_bias=True, ternary=TernaryConfig(rule=rule))
-    variables = jit(layer.init)(jax.random.key(0), X)
+    variables = jax.jit(layer.init)(jax.random.key(0), X)
     names = {"bias", "kernel/kernel"} | ({"kernel/scale"} if rule == "fixed" else set())
     assert set(variables) == {"params"}
     assert set(flatten_dict(variables["params"], sep="/")) == names
-    gradient = jit(jax.grad(lambda v: jnp.sum(layer.apply(v, X) ** 2)))(variables)
+    gradient = jax.jit(jax.grad(lambda v: jnp.sum(layer.apply(v, X) ** 2)))(variables)
     for path, leaf in flatten_dict(gradient["params"], sep="/").items():
         assert np.abs(leaf).max() > 1e-3, path
 

@@ -22,8 +22,6 @@ from trix_jax import (
 )
 from trix_jax.nn import CausalSelfAttention
 
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 D, EPS = 16, np.finfo(np.float32).eps
 X = np.asarray(jax.random.normal(jax.random.key(0), (2, 5, D)))
 LAYERS = {
@@ -53,7 +51,7 @@ def padded(side, value=np.nan, length=9):
 
 @functools.cache
 def variables_of(name):
-    return jit(LAYERS[name].init)(jax.random.key(1), X)
+    return jax.jit(LAYERS[name].init)(jax.random.key(1), X)
 
 
 def training_call(name):
@@ -68,7 +66,7 @@ def training_call(name):
         total = jnp.sum(real**2) + aux["total_aux"]
         return total, (y, info, aux, routing.update(new["routing"]))
 
-    gradient = jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
     return lambda x, mask=None: gradient(variables["params"], x, mask)
 
 
@@ -106,7 +104,7 @@ def test_evaluation_and_frozen_variables_leave_padding_out(name):
     layer, variables = LAYERS[name], variables_of(name)
     x, mask, real = padded("left", value=7.0)
     packed = freeze(layer, variables, X)
-    call = jit(lambda v, x, mask=None: layer.apply(v, x, mask=mask))
+    call = jax.jit(lambda v, x, mask=None: layer.apply(v, x, mask=mask))
     expected, plain_info, _ = call(variables, X)
     for given in (variables, packed):
         y, info, _ = call(given, x, mask)
@@ -152,11 +150,11 @@ def test_language_model_gives_real_tokens_the_logits_without_padding(
     sizes = {"vocab_size": 7, "context": 9, "d_model": D, "n_layers": 2, "n_heads": 2}
     tiles = {"num_tiles": 4, "tiles_per_cluster": 2, "router_input": router_input}
     model = TransformerLM(TransformerConfig(**sizes, **tiles))
-    variables = jit(model.init)(jax.random.key(0), TOKENS)
+    variables = jax.jit(model.init)(jax.random.key(0), TOKENS)
     _, mask, real = padded(side)
     tokens = np.zeros(mask.shape, int)
     tokens[:, real] = TOKENS
-    call = jit(lambda tokens, mask=None: model.apply(variables, tokens, mask=mask))
+    call = jax.jit(lambda tokens, mask=None: model.apply(variables, tokens, mask=mask))
     logits, infos, aux = call(tokens, mask)
     expected, plain_infos, plain_aux = call(TOKENS)
     assert_near(logits[:, real], expected)
@@ -167,8 +165,8 @@ def test_language_model_gives_real_tokens_the_logits_without_padding(
 
 def test_attention_sees_its_own_segment_alone():
     layer = CausalSelfAttention(D, 2)
-    variables = jit(layer.init)(jax.random.key(0), X)
+    variables = jax.jit(layer.init)(jax.random.key(0), X)
     both = np.concatenate([X[:1], X[1:]], axis=1)
     ids = np.repeat([[0, 1]], 5, axis=1)
-    call = jit(lambda x, ids=None: layer.apply(variables, x, segment_ids=ids))
+    call = jax.jit(lambda x, ids=None: layer.apply(variables, x, segment_ids=ids))
     assert_near(call(both, ids).reshape(2, 5, D), call(X))

@@ -10,7 +10,6 @@ from flax import nnx
 
 # Compiling is what takes the time here; no test in this file asks for equal bits across
 # programs.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 D = 16
 EPS = np.finfo(np.float32).eps
@@ -20,13 +19,16 @@ def test_changing_routes_share_one_trace(ffn):
     one_token = jnp.broadcast_to(ffn.x[:1, :1], ffn.x.shape)
     variables = [ffn.variables()] * 3 + [ffn.variables(seed=1)]
     inputs = [ffn.x, -ffn.x, one_token, ffn.x]
+    ffn.apply(variables[0], ffn.x)  # another test may have cleared JAX's caches
+    before = ffn.traces.copy()
+    assert before[ffn.x.shape, "float32"] >= 1
     tiles = [
         np.asarray(ffn.apply(v, x)[1].tiles)
         for v, x in zip(variables, inputs, strict=True)
     ]
     assert len({t.tobytes() for t in tiles}) == 4
     assert (tiles[2] == tiles[2][0, 0]).all()
-    assert ffn.traces[ffn.x.shape, "float32"] == 1
+    assert ffn.traces == before
 
 
 def test_permuting_tokens_permutes_outputs(ffn):
@@ -65,7 +67,7 @@ def test_scaling_a_tiles_signature_changes_no_route(ffn):
 
 def test_vmap_equals_one_call(ffn_kind):
     layer, variables = ffn_kind.layer, ffn_kind.variables()
-    y, info, _ = jit(jax.vmap(lambda x: layer.apply(variables, x)))(ffn_kind.x)
+    y, info, _ = jax.jit(jax.vmap(lambda x: layer.apply(variables, x)))(ffn_kind.x)
     whole, whole_info, _ = ffn_kind.run()
     np.testing.assert_array_equal(info.tiles, whole_info.tiles)
     np.testing.assert_array_equal(info.counts.sum(axis=0), whole_info.counts)
@@ -118,7 +120,7 @@ def test_scan_and_remat_equal_the_layers_one_after_another(ffn_slowly):
     for i in range(2):
         x = x + ffn_slowly.apply(jax.tree.map(lambda a, i=i: a[i], stacked), x)[0]
 
-    @jit
+    @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
     def loss(params):
         y, _ = Repeated(layer).apply({**nested, "params": params}, ffn_slowly.x)
@@ -149,7 +151,7 @@ def test_tabulate_lists_the_parameters(ffn):
 
 
 def test_nnx_bridge_runs_and_differentiates(ffn_slowly):
-    @jit
+    @jax.jit
     def build_and_differentiate(x):
         layer = ffn_slowly.layer
         model = nnx.bridge.ToNNX(layer, rngs=nnx.Rngs(0)).lazy_init(x)

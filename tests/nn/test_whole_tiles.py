@@ -19,14 +19,13 @@ from trix_jax import (
     TernaryConfig,
     expert_parallel,
     freeze,
+    ops,
 )
 from trix_jax.nn.tiles import runs_whole
 from trix_jax.ternary import Ternary
-from trix_kernels import device
+from trix_kernels import choice, device
 from trix_kernels.gpu_specs import GPUS
 from trix_kernels.grouped_matmul import api, hopper
-
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 D = 8
 X, DY = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 6, D)), jnp.float32)
@@ -80,9 +79,9 @@ def assert_same(found, expected):
 
 
 def assert_equals_xla(layer, x=X, dy=DY, **given):
-    variables = jit(layer.init)(jax.random.key(0), x)
+    variables = jax.jit(layer.init)(jax.random.key(0), x)
     (found, tiles), (expected, theirs) = (
-        jit(functools.partial(pulled, layer.clone(implementation=how), **given))(
+        jax.jit(functools.partial(pulled, layer.clone(implementation=how), **given))(
             variables, x, dy
         )
         for how in ("mosaic_gpu", "xla")
@@ -165,7 +164,7 @@ MAPPED = {
 @pytest.mark.usefixtures("hopper_stands_in")
 @default_runs("", MAPPED)
 def test_transformed_it_has_the_numbers_of_xla(name):
-    variables = jit(LAYER.init)(jax.random.key(0), X)
+    variables = jax.jit(LAYER.init)(jax.random.key(0), X)
     found, expected = (
         MAPPED[name](
             lambda *args, how=how: pulled(LAYER.clone(implementation=how), *args)[0]
@@ -178,7 +177,7 @@ def test_transformed_it_has_the_numbers_of_xla(name):
 @pytest.mark.usefixtures("hopper_stands_in")
 def test_a_shard_map_that_checks_what_varies_sums_the_gradient_of_shared_weights():
     layer = LAYER.clone(implementation="mosaic_gpu")
-    variables = jit(layer.init)(jax.random.key(0), X)
+    variables = jax.jit(layer.init)(jax.random.key(0), X)
     mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
 
     def total(call):
@@ -192,7 +191,8 @@ def test_a_shard_map_that_checks_what_varies_sums_the_gradient_of_shared_weights
     )  # fmt: skip
     whole = LAYER.clone(implementation="xla")
     assert_same(
-        jit(total(spread))(X, DY), jit(total(lambda v, x: whole.apply(v, x)[0]))(X, DY)
+        jax.jit(total(spread))(X, DY),
+        jax.jit(total(lambda v, x: whole.apply(v, x)[0]))(X, DY),
     )
 
 
@@ -200,12 +200,12 @@ def test_a_shard_map_that_checks_what_varies_sums_the_gradient_of_shared_weights
 @pytest.mark.usefixtures("hopper_stands_in")
 def test_tiles_spread_over_devices_run_the_kernels():
     layer = LAYER.clone(implementation="xla")
-    variables = jit(layer.init)(jax.random.key(0), X)
+    variables = jax.jit(layer.init)(jax.random.key(0), X)
     cut = expert_parallel.specs(variables["params"], "tile")
     mesh = jax.make_mesh((4,), ("tile",), axis_types=(AxisType.Auto,))
     spread = LAYER.clone(implementation="mosaic_gpu", tile_axis="tile")
 
-    @jit
+    @jax.jit
     @functools.partial(
         jax.shard_map,
         mesh=mesh,
@@ -225,7 +225,7 @@ def test_tiles_spread_over_devices_run_the_kernels():
         y = layer.apply({**variables, "params": params}, X)[0]
         return jnp.sum(y * DY), y
 
-    grads, y = jit(jax.grad(one, has_aux=True))(variables["params"])
+    grads, y = jax.jit(jax.grad(one, has_aux=True))(variables["params"])
     assert_same(many(variables["params"], variables["routing"], X, DY), (y, grads))
 
 
@@ -246,7 +246,11 @@ WEIGHTS = Ternary(jnp.zeros((4, 128, 256)), jnp.ones((4, 1, 1)))
         (FEW | {"implementation": "mosaic_gpu"}, True),
     ],
 )
-def test_kernels_run_where_they_can_and_a_name_runs_or_says_why_not(given, runs):
+def test_kernels_run_where_they_can_and_a_name_runs_or_says_why_not(
+    given, runs, monkeypatch
+):
+    measured = choice.Choice("mosaic_gpu", "1.4 times as fast")
+    monkeypatch.setattr(choice, "choose_whole", lambda arch: measured)
     asked = {"h": H, "tiles": TILES, "up": WEIGHTS, "activations": "float"}
     asked |= {"implementation": None} | given
     with device.assumed(GPUS["h100"]):
@@ -256,6 +260,16 @@ def test_kernels_run_where_they_can_and_a_name_runs_or_says_why_not(given, runs)
                 runs_whole(**asked | {"implementation": "mosaic_gpu"})
     with device.assumed(GPUS["b200"]):
         assert not runs_whole(**asked | {"implementation": None})
+
+
+def test_kernels_that_no_gpu_has_timed_run_by_name_alone():
+    asked = {"h": H, "tiles": TILES, "up": WEIGHTS, "activations": "float"}
+    with device.assumed(GPUS["h100"]):
+        assert not runs_whole(**asked, implementation=None)
+        assert runs_whole(**asked, implementation="mosaic_gpu")
+        assert ops.implementation({}) == "xla, weights not packed"
+        asked_by_name = ops.implementation({}, asked="mosaic_gpu")
+    assert asked_by_name == "mosaic_gpu where shapes allow, weights not packed"
 
 
 def test_a_cpu_refuses_the_kernels_by_name():

@@ -18,8 +18,6 @@ from trix_jax import (
 )
 from trix_jax.nn import CausalSelfAttention, DenseBlock, DenseFFN
 
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 D, EPS = 8, np.finfo(np.float32).eps
 INTS = np.random.default_rng(0).integers(-3, 4, (2, 6, D))
 X = jnp.asarray(INTS, jnp.float32)
@@ -54,13 +52,13 @@ def output(returned):
 
 @functools.cache
 def variables_of(name):
-    return jit(MODULES[name].init)(jax.random.key(0), X)
+    return jax.jit(MODULES[name].init)(jax.random.key(0), X)
 
 
 @functools.cache
 def plain(name):
     """What the layer computes from `X`."""
-    call = jit(lambda v, x: output(MODULES[name].apply(v, x)))
+    call = jax.jit(lambda v, x: output(MODULES[name].apply(v, x)))
     return np.asarray(call(variables_of(name), X))
 
 

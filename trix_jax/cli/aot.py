@@ -64,7 +64,9 @@ def _products_of(target: str) -> str:
 
     with device.assumed(GPUS[target]):
         reason = device_reason()
-    return f"by XLA alone. {reason}" if reason else "its products by our kernels"
+    return (
+        f"by XLA alone. {reason}" if reason else "its products by our kernels, by name"
+    )
 
 
 def kernel_table(kernels: list[dict[str, Any]]) -> str:

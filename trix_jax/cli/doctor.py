@@ -70,17 +70,21 @@ def _devices() -> dict[str, str]:
     """Each device, and which implementation of the matmuls runs on it."""
     import jax
 
+    from trix_jax import ops
     from trix_kernels import device
     from trix_kernels.grouped_matmul import device_reason
 
     reason, grouped = device.unsupported_reason(), device_reason()
     runs = f"XLA. {reason}" if reason else f"Mosaic GPU kernels ({device.arch()})"
     if not reason:
-        runs += (
-            f", XLA for grouped products of whole weights. {grouped}"
-            if grouped
-            else "; the FFN in training too, in bfloat16 with widths in multiples of 128"
-        )
+        if grouped:
+            runs += f", XLA for grouped products of whole weights. {grouped}"
+        elif why := ops.whole_reason():
+            runs += f"; XLA for the FFN in training. {why}"
+        else:
+            runs += (
+                "; the FFN in training too, in bfloat16 with widths in multiples of 128"
+            )
     return {f"{d.platform} {d.device_kind}": runs for d in jax.devices()}
 
 

@@ -38,6 +38,7 @@ from trix_jax.nn.sparse_ffn import SparseTriXFFN
 from trix_jax.nn.transformer import TransformerConfig, TransformerLM
 from trix_kernels import aot, device, hlo, sass, times
 from trix_kernels.gpu_specs import GPUS, target_config
+from trix_kernels.grouped_matmul import device_reason
 
 CONFIGS = {
     "small, hierarchical 64 tiles": TransformerConfig(
@@ -235,18 +236,22 @@ def training(target: str) -> list[dict[str, Any]]:
 
 def compile_layer(target: str, tiles: int) -> dict[str, Any]:
     """Compiles forward and backward of one layer (16,384 tokens, D=1024, F=256, K=4,
-    bfloat16), counts what it starts, and models its time (`trix_kernels.times`).
+    bfloat16) on our kernels where the target has them, whatever the default is, counts
+    what it starts, and models its time (`trix_kernels.times`).
 
     `routing_launches` are those of scores, selection, gates, counts and the plan, in
     both passes, with what the compiler made without a name; not of the balance losses.
     Registers that spill and wgmmas that wait for each other are those of our kernels.
     """
+    with device.assumed(GPUS[target]):
+        implementation = "xla" if device_reason() else "mosaic_gpu"
     layer = SparseTriXFFN(
         LAYER_TOKENS.shape[1],
         num_tiles=tiles,
         expansion=tiles * LAYER_WIDTH // LAYER_TOKENS.shape[1],
         tiles_per_token=4,
         dtype=jnp.bfloat16,
+        implementation=implementation,
     )
     folder = Path(os.environ["MOSAIC_GPU_DUMP_TO"])
     before = set(folder.glob("*.ptxas"))
@@ -259,6 +264,7 @@ def compile_layer(target: str, tiles: int) -> dict[str, Any]:
     return {
         "name": f"FFN forward + backward, {tiles} tiles",
         "tiles": tiles,
+        "implementation": implementation,
         "while_loops": hlo.while_loops(text),
         "launches": len(launches),
         "routing_launches": sum(map(_is_routing, launches)),

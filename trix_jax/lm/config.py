@@ -34,6 +34,8 @@ class TrainConfig:
             falls linearly over the last `decay_share` of the steps. A run of the last
             two can be given more steps later (`trix_jax.lm.train.extend`).
         learning_rate: peak rate, reached after `warmup_steps` (clipped to `steps`).
+        ffn_rate_factor: times the rate, for the projections of FFNs, ternary or dense;
+            everything else has the rate itself.
         final_learning_rate: share of the peak rate that "cosine" and "wsd" end at.
         warmup_steps: linear warm-up.
         decay_share: of the steps, over which the rate of "wsd" falls.
@@ -84,6 +86,7 @@ class TrainConfig:
     log_every: int = 1
     max_skipped: int = 10
     sampler: Sampler | None = None
+    ffn_rate_factor: float = 1.0
 
     def __post_init__(self):
         for name in AT_LEAST_ONE:
@@ -97,10 +100,9 @@ class TrainConfig:
         for name in SHARES:
             if not 0 <= (value := getattr(self, name)) <= 1:
                 raise ValueError(f"{name} must be in 0..1. Got {value}.")
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(
-                f"learning_rate must be positive and finite. Got {self.learning_rate}."
-            )
+        for name in ("learning_rate", "ffn_rate_factor"):
+            if not 0 < (value := getattr(self, name)) < float("inf"):
+                raise ValueError(f"{name} must be positive and finite. Got {value}.")
         for name, kind in (("optimizer", OptimizerKind), ("schedule", Schedule)):
             if (value := getattr(self, name)) not in typing.get_args(kind):
                 raise ValueError(
@@ -201,6 +203,11 @@ def resolve(
         raise ValueError(
             "train.optimizer must be adamw with model.ffn='lookup' and model.reads='shared', "
             "which has no projections for muon. Got 'muon'."
+        )
+    if config.train.ffn_rate_factor != 1 and model.ffn == "lookup":
+        raise ValueError(
+            "train.ffn_rate_factor must be 1 with model.ffn='lookup', which has no projections. "
+            f"Got {config.train.ffn_rate_factor}."
         )
     if isinstance(model.ffn_width, str):
         raise ValueError(

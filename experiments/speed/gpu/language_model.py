@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.speed.gpu.layer import ACTIVATION, ACTIVE, EQUAL, IMPLEMENTATIONS
+from experiments.speed.gpu.layer import ACTIVATION, ACTIVE, EQUAL, implementations
 from experiments.speed.gpu.shapes import Shapes
 from experiments.speed.gpu.timing import Row, summary
 from trix_jax import freeze
@@ -53,7 +53,7 @@ def configs(shapes: Shapes, tiles: int) -> dict[str, TransformerConfig]:
     active = shapes.per_token * shapes.tile_width
     ours = {
         f"trix{name}": dataclasses.replace(dense, **trix, **how)
-        for name, how in IMPLEMENTATIONS.items()
+        for name, how in implementations().items()
     }
     twins = {EQUAL: dense, ACTIVE: dataclasses.replace(dense, ffn_width=active)}
     return ours | twins
@@ -123,7 +123,7 @@ def step(shapes: Shapes) -> Iterator[Row]:
 
 
 def losses(shapes: Shapes) -> Iterator[Row]:
-    """Losses of a model of two layers as it is computed by default, beside XLA's path."""
+    """Losses of a model of two layers on the kernels, beside XLA's path."""
     small = shapes._replace(layers=min(shapes.layers, 2))
     for tiles in shapes.tiles:
         found: dict[str, list[float]] = {}
@@ -153,7 +153,7 @@ def compared(ours: list[float], reference: list[float]) -> Row:
 
 def served(config: TransformerConfig) -> tuple[TransformerLM, Any]:
     """A model as it is served: bfloat16 weights, two bits each where they are ternary."""
-    model = TransformerLM(config)
+    model = TransformerLM(config.on_any_device())
     tokens = jnp.zeros((1, 8), jnp.int32)
     variables = jax.jit(model.init)(jax.random.key(0), tokens)
     if config.ffn != "dense":

@@ -13,14 +13,18 @@ from trix_jax.lm.bench.timing import forward
 from trix_jax.nn.block import DenseFFN
 from trix_jax.nn.sparse_ffn import SparseTriXFFN
 from trix_jax.ternary import TernaryConfig, ternarize
+from trix_kernels.grouped_matmul import device_reason
 
 ACTIVATION = "relu2"  # of the dense FFNs too: the cheaper one
-# How the tiles' products are computed: by default, and by XLA.
-IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
-    "": {},
-    ", xla": {"implementation": "xla"},
-}
 EQUAL, ACTIVE = "dense, equal parameters", "dense, active width"
+
+
+def implementations() -> dict[str, dict[str, Any]]:
+    """How the tiles' products are computed: by the kernels, asked for by name where this
+    device has them, and by XLA.
+    """
+    kernels = None if device_reason() else "mosaic_gpu"
+    return {"": {"implementation": kernels}, ", xla": {"implementation": "xla"}}
 
 
 def models(shapes: Shapes, tiles: int) -> dict[str, Any]:
@@ -37,7 +41,7 @@ def models(shapes: Shapes, tiles: int) -> dict[str, Any]:
     }
     layers = {
         f"trix{name}": SparseTriXFFN(d, **sizes, dtype=jnp.bfloat16, **how)
-        for name, how in IMPLEMENTATIONS.items()
+        for name, how in implementations().items()
     }
     return layers | dense
 
@@ -63,7 +67,8 @@ def times(shapes: Shapes) -> Iterator[Row]:
     x, dy = (jax.random.normal(key, size, jnp.bfloat16) for key in keys)
     for tiles in shapes.tiles:
         cases: dict[str, dict[str, Case]] = {"forward": {}, "forward and backward": {}}
-        for name, model in models(shapes, tiles).items():
+        models_of = models(shapes, tiles)
+        for name, model in models_of.items():
             variables = jax.jit(model.init)(jax.random.key(1), x[:1])
             params, state = variables["params"], variables.get("routing", {})
             cases["forward"][name] = Case(forward(model), (variables, x))
@@ -73,6 +78,8 @@ def times(shapes: Shapes) -> Iterator[Row]:
         for what, ways in cases.items():
             for name, row in timed(ways, shapes).items():
                 about = {"tiles": tiles, "what": what, "way": name}
+                if how := getattr(models_of[name], "implementation", None):
+                    about["implementation"] = how
                 row |= {"kernel_us": kernel_us(ways[name]), **memory(ways[name])}
                 yield {"name": f"{what}, {tiles} tiles: {name}", **about, **row}
 

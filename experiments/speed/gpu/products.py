@@ -77,10 +77,15 @@ _plan = jax.jit(dispatch.make_plan, static_argnums=(1, 2))
 def call_of(case: Product, implementation: Any = None) -> Callable:
     """A product as a jitted function of its two arrays, the tiles of blocks, and how
     many of their rows count.
+
+    Args:
+        implementation: None is the kernels where they run.
     """
 
     def product(left, right, tile, filled):
-        how = {"implementation": implementation}
+        how: dict[str, Any] = {
+            "implementation": implementation or ran(case, left)["implementation"]
+        }
         match case.product:
             case "forward":
                 return grouped_matmul(left, right, tile, filled, **how)
@@ -143,7 +148,7 @@ def _counted(groups):
 
 
 def ran(case: Product, left: Any) -> Row:
-    """Which implementation the default is, and why if it is XLA's."""
+    """Which implementation `call_of` takes, and why if it is XLA's."""
     reason = unsupported_reason(left, case.inputs, case.outputs)
     return (
         {"implementation": "xla", "reason": reason}

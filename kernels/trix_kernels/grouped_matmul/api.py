@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from trix_kernels import device
+from trix_kernels import choice, device
 from trix_kernels.grouped_matmul import reference, xla
 from trix_kernels.grouped_matmul.products import (
     Groups,
@@ -49,9 +49,9 @@ def grouped_matmul(
             last, all blocks of a tile but its last one are full. None counts all rows.
             In rows that do not count `x` may hold anything, NaN too, and `y` and the
             gradient of `x` are undefined; no gradient of `w` comes from them.
-        implementation: None takes "mosaic_gpu" where it runs and "xla" elsewhere; a
-            name runs exactly that. "reference" is numpy, on concrete arrays, without
-            derivatives.
+        implementation: None takes "mosaic_gpu" where it runs and a committed measurement
+            says so (`trix_kernels.choice`), else "xla"; a name runs exactly that.
+            "reference" is numpy, on concrete arrays, without derivatives.
 
     Raises:
         ValueError: shapes or dtypes that do not belong together.
@@ -130,6 +130,17 @@ def unsupported_reason(
     return None
 
 
+def default_reason() -> str | None:
+    """Why `implementation=None` is XLA where the kernels run on the default device; None
+    where it is the kernels.
+    """
+    arch = device.arch()
+    if arch is None:
+        return device_reason()
+    chosen = choice.choose_whole(arch)
+    return None if chosen.implementation == "mosaic_gpu" else chosen.reason
+
+
 def device_reason() -> str | None:
     """Why the default device has no kernel for grouped products; None where it has."""
     if reason := device.unsupported_reason():
@@ -161,10 +172,12 @@ def _products(implementation: Implementation | None, x: Any, weights: Any) -> Pr
     """The three products of an implementation, with derivatives."""
     if implementation == "reference":
         return _REFERENCE
-    reason = None if implementation == "xla" else unsupported_reason(x, *weights)
+    if implementation == "xla":
+        return differentiable(xla.PRODUCTS)
+    reason = unsupported_reason(x, *weights)
     if implementation == "mosaic_gpu" and reason:
         raise NotImplementedError(reason)
-    if implementation == "xla" or reason:
+    if implementation is None and (reason or default_reason()):
         return differentiable(xla.PRODUCTS)
     return differentiable(_MOSAIC)
 

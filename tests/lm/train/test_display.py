@@ -11,7 +11,7 @@ from trix_jax.lm.train import display
 from trix_jax.lm.train.display import Display, clock
 from trix_jax.lm.train.header import header, products_text
 from trix_jax.lm.train.summary import _routing
-from trix_kernels import device
+from trix_kernels import choice, device
 from trix_kernels.gpu_specs import GPUS
 
 
@@ -100,7 +100,8 @@ def test_header_says_what_a_run_is(tiny_config, one_device, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({}, "mosaic_gpu"),
+        ({}, "xla. The GPU kernels of this FFN: not measured on a GPU yet; --model"),
+        ({"implementation": "mosaic_gpu"}, "mosaic_gpu, as asked for"),
         ({"implementation": "xla"}, "xla, as asked for"),
         ({"dtype": "float32"}, "xla. The Mosaic GPU kernels take bfloat16"),
         ({"num_tiles": 2, "expansion": 1}, "Got 128 and 64."),
@@ -119,7 +120,9 @@ def test_header_says_what_computes_the_tiles(tiny_config, changed, told):
     assert found is None if told is None else told in found
 
 
-def test_header_asks_for_the_tiles_that_a_device_holds(tiny_config):
+def test_header_asks_for_the_tiles_that_a_device_holds(tiny_config, monkeypatch):
+    measured = choice.Choice("mosaic_gpu", "1.4 times as fast")
+    monkeypatch.setattr(choice, "choose_whole", lambda arch: measured)
     sizes = {"d_model": 128, "num_tiles": 8, "expansion": 8, "tiles_per_token": 1}
     how = {"ffn": "sparse", "context": 16, "dtype": "bfloat16", **sizes}
     model = dataclasses.replace(tiny_config.model, **how)

@@ -1,6 +1,7 @@
 """Cross-entropy in parts: the loss and the gradients of the whole, without its memory."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,10 @@ import pytest
 
 from trix_jax import TransformerConfig, TransformerLM
 from trix_jax.lm.train import loss
+from trix_jax.lm.train.eval_step import make_eval_step
 
 B, L, D, V = 3, 4, 8, 10
+SIZES: dict[str, Any] = {"d_model": D, "n_layers": 1, "n_heads": 2, "ffn": "dense"}
 
 
 def plain(x, head, labels):
@@ -88,11 +91,50 @@ def test_parts_hold_a_part_of_the_logits(monkeypatch):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_hidden_states_and_head_are_the_models_logits(tied):
-    sizes = {"vocab_size": V, "context": L, "d_model": D, "n_layers": 1, "n_heads": 2}
-    model = TransformerLM(TransformerConfig(ffn="dense", tied=tied, **sizes))
+    config = TransformerConfig(vocab_size=V, context=L, tied=tied, **SIZES)
+    model = TransformerLM(config)
     tokens = np.arange(B * L).reshape(B, L) % V
     variables = model.init(jax.random.key(0), tokens)
     apply = functools.partial(model.apply, variables, tokens)
     hidden, logits = apply(hidden=True)[0], apply()[0]
     head = loss.head_weights(variables["params"], model.config)
     np.testing.assert_array_equal(hidden @ head.T, logits)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_evaluation_in_parts_sums_the_losses_of_all_logits(tied, monkeypatch):
+    config = TransformerConfig(vocab_size=V, context=L, tied=tied, **SIZES)
+    model = TransformerLM(config)
+    tokens = jnp.arange(B * (L + 1)).reshape(B, L + 1) % V
+    mask = np.ones((B, L), np.float32)
+    mask[-1, 1:] = 0
+    variables = model.init(jax.random.key(0), tokens[:, 1:])
+    logits = model.apply(variables, tokens[:, :-1])[0]
+    with jax.enable_x64(True):
+        exact = plain(jnp.asarray(logits, "float64"), jnp.eye(V), tokens[:, 1:])
+        exact = float((exact * mask).sum())
+    found = []
+    for limit in (2**26, 25):
+        monkeypatch.setattr(loss, "LOGITS", limit)
+        sums = make_eval_step(model)(variables, tokens, mask, 1.0)
+        assert float(sums.tokens) == mask.sum()
+        found.append(float(sums.loss))
+    np.testing.assert_allclose(found, exact, rtol=1e-6)  # sums of nine in float32
+
+
+def test_an_evaluation_holds_a_part_of_the_logits(monkeypatch):
+    """16,384 tokens and 32,768 ids: 2 GiB of float32 logits."""
+    config = TransformerConfig(vocab_size=32768, context=16, **SIZES)
+    model, tokens = TransformerLM(config), jnp.zeros((1, 1), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    rows = jax.ShapeDtypeStruct((1024, 17), jnp.int32)
+    mask, done = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1024, 16), ()))
+
+    def temporary_bytes():
+        step = jax.jit(make_eval_step(model))
+        compiled = step.lower(shapes, rows, mask, done).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes() < 0.8 * 2**30
+    monkeypatch.setattr(loss, "LOGITS", 2**40)
+    assert temporary_bytes() > 2 * 2**30

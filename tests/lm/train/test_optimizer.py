@@ -85,6 +85,33 @@ def test_muon_leaves_everything_else_to_adamw():
     ).any()
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_projections_have_a_rate_of_their_own(kind):
+    settings = {"steps": 10, "warmup_steps": 2, "weight_decay": 0.1, "optimizer": kind}
+    (whole,), _ = run(TrainConfig(**settings), GRADS, 1)
+    (half,), state = run(TrainConfig(**settings, ffn_rate_factor=0.5), GRADS, 1)
+    (rate,), _ = run(TrainConfig(**settings, learning_rate=5e-4), GRADS, 1)
+    for name in ("attention", "norm"):
+        jax.tree.map(np.testing.assert_array_equal, half[name], whole[name])
+    for name in ("tiles", "ffn"):
+        jax.tree.map(np.testing.assert_array_equal, half[name], rate[name])
+    assert int(updates_done(state)) == 1
+    same = make_optimizer(TrainConfig(**settings, ffn_rate_factor=1.0)).init(PARAMS)
+    before = make_optimizer(TrainConfig(**settings)).init(PARAMS)
+    assert jax.tree.structure(same) == jax.tree.structure(before)
+
+
+def test_a_rate_of_projections_must_be_one_and_find_some():
+    for factor in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="ffn_rate_factor must be positive"):
+            TrainConfig(ffn_rate_factor=factor)
+    config = RunConfig(
+        model=TransformerConfig(ffn="lookup"), train=TrainConfig(ffn_rate_factor=0.5)
+    )
+    with pytest.raises(ValueError, match="ffn_rate_factor must be 1"):
+        resolve(config, 65)
+
+
 def test_muon_on_sharded_state_raises():
     model = TransformerLM(TransformerConfig(vocab_size=5, n_layers=1))
     config = TrainConfig(optimizer="muon")

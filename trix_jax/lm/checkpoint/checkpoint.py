@@ -245,19 +245,6 @@ def clear(directory: Path, *, keep: int = 2, hold: Collection[int] = ()) -> None
         _prune(directory, {there[-1], *hold}, keep)
 
 
-def move(directory: Path, step: int, target: Path) -> None:
-    """Moves a step into another folder of checkpoints on the same disk, by one rename; a
-    step of its number there is replaced.
-    """
-    target.mkdir(parents=True, exist_ok=True)
-    final = target / f"{step:08d}"
-    if final.exists():
-        step_files.discard(final)
-    step_files.step_path(directory, step).rename(final)
-    sync(target)
-    sync(directory)
-
-
 def set_aside(directory: Path, step: int) -> Path:
     """Renames a damaged step so that nobody takes it for a step again, and returns its
     new path.

@@ -5,6 +5,7 @@ Knows no arrays.
 nobody ever sees half of one.
 """
 
+import errno
 import json
 import os
 import re
@@ -105,6 +106,36 @@ def tidy(directory: Path) -> None:
             discard(former)
         else:
             former.rename(path)
+
+
+def move(directory: Path, step: int, target: Path) -> None:
+    """Moves a step into another folder of checkpoints: by a rename, or to another disk by
+    a copy that is complete before the step goes here. A step of its number there is
+    replaced.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    source, final = step_path(directory, step), target / f"{step:08d}"
+    if final.exists():
+        discard(final)
+    try:
+        source.rename(final)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        _move_to_another_disk(source, final)
+    sync(target)
+    sync(directory)
+
+
+def _move_to_another_disk(source: Path, final: Path) -> None:
+    new = final.with_name(f".tmp-{os.getpid()}-{final.name}")
+    if new.exists():  # of a copy that was interrupted
+        shutil.rmtree(new)
+    shutil.copytree(source, new)
+    for path in (*new.rglob("*"), new):
+        sync(path)
+    publish(new, final)
+    discard(source)
 
 
 def discard(path: Path) -> None:

@@ -3,7 +3,8 @@
 Variables stay where they are. Where they lie on a mesh of several devices each takes an
 equal share of a batch's rows, and computes what the train step computes there: slices
 are gathered where the model needs them, and tokens travel to spread tiles
-(`trix_jax.lm.train.sharding`). Sums over the devices add in another order than one
+(`trix_jax.lm.train.sharding`). Logits are held in parts, as in training
+(`trix_jax.lm.train.loss`). Sums over the devices add in another order than one
 device does, so that losses agree up to that rounding; counts and tiles are the same.
 """
 
@@ -14,10 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
+from trix_jax.lm.train.loss import cross_entropy, head_weights
 from trix_jax.lm.train.sharding import TILE_AXIS, Layout
 from trix_jax.nn.transformer import TransformerConfig, TransformerLM
 from trix_jax.typing import Array, Float, Integer
@@ -129,9 +130,12 @@ def make_eval_step(
 
     def step(variables, tokens, mask, progress) -> EvalSums:
         variables = layout.gathered(variables) if layout else variables
-        outputs: Any = model.apply(variables, tokens[:, :-1], progress=progress)
-        logits, infos, _ = outputs
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+        outputs: Any = model.apply(
+            variables, tokens[:, :-1], progress=progress, hidden=True
+        )
+        hidden, infos, _ = outputs
+        head = head_weights(variables["params"], model.config)
+        loss = cross_entropy(hidden, head, tokens[:, 1:])
         counts, tiles = _routes(infos, mask)
         sums = jnp.sum(loss * mask), mask.sum(), counts
         sums = jax.lax.psum(sums, layout.axes) if layout else sums

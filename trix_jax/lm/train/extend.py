@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trix_jax.files import write_whole
-from trix_jax.lm.checkpoint import checkpoint
+from trix_jax.lm.checkpoint import checkpoint, step_files
 from trix_jax.lm.config import RunConfig
 from trix_jax.lm.train.optimizer import decay_begins
 
@@ -109,8 +109,8 @@ def extend(
     """Makes room for a run of `steps` that goes on from `step`: what the run has behind
     it moves to `steps-N`, N the steps it had, with copies of its files.
 
-    Each step moves by one rename, the config of the longer run is written only
-    afterwards, and a second call does what a killed one did not.
+    At every moment a step is whole in one of the two, the config of the longer run is
+    written only afterwards, and a second call does what a killed one did not.
     """
     checkpoints, aside = (
         workdir / "checkpoints",
@@ -120,7 +120,7 @@ def extend(
     if later:
         _copy_files(workdir, aside)
     for number in later:
-        checkpoint.move(checkpoints, number, aside / "checkpoints")
+        step_files.move(checkpoints, number, aside / "checkpoints")
     (workdir / "summary.json").unlink(missing_ok=True)
     kept = f"; kept in {aside}: {', '.join(map(str, later))}" if later else ""
     report(

@@ -75,5 +75,9 @@ def ffn_text(model: TransformerConfig) -> str:
         return f"dense FFN, {model.dense_width} wide"
     chosen = f"{model.tiles_per_token} a token"
     if model.ffn == "lookup":
-        return f"lookup FFN, {model.num_tiles} tiles, {chosen}"
-    return f"{model.ffn} FFN, {model.num_tiles} tiles of {model.tile_width}, {chosen}"
+        return f"lookup FFN, {_tiles(model)}, {chosen}"
+    return f"{model.ffn} FFN, {_tiles(model)} of {model.tile_width}, {chosen}"
+
+
+def _tiles(model: TransformerConfig) -> str:
+    return "1 tile" if model.num_tiles == 1 else f"{model.num_tiles} tiles"

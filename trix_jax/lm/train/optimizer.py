@@ -2,6 +2,7 @@
 and a mask that says what is decayed.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -116,6 +117,9 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         optimizer = optax.partition(
             {"muon": muon, "adamw": optimizer}, _optimizer_of_each
         )
+    if config.ffn_rate_factor != 1:
+        slow = functools.partial(_scale_projections, config.ffn_rate_factor)
+        optimizer = optax.chain(optimizer, optax.stateless(slow))
     # The state has the place where clipping was, so that checkpoints keep their tree.
     return optax.chain(optax.identity(), optimizer) if config.clip else optimizer
 
@@ -127,16 +131,25 @@ def _weight_decay(config: TrainConfig) -> float | optax.Schedule:
     return lambda step: jnp.where(jnp.less(step, last), config.weight_decay, 0.0)
 
 
-def _optimizer_of_each(params):
-    """Muon gets the projections of FFNs, tiles `[N, I, O]` and dense ones `[I, O]`, AdamW
-    everything else.
+def _is_projection(path) -> bool:
+    """Whether a parameter is a projection of an FFN, of tiles `[N, I, O]` or dense
+    `[I, O]`.
     """
+    return tuple(entry.key for entry in path)[-2:] in PROJECTIONS
 
-    def label(path, _):
-        names = tuple(entry.key for entry in path)[-2:]
-        return "muon" if names in PROJECTIONS else "adamw"
 
-    return jax.tree_util.tree_map_with_path(label, params)
+def _optimizer_of_each(params):
+    """Muon gets the projections of FFNs, AdamW everything else."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "muon" if _is_projection(path) else "adamw", params
+    )
+
+
+def _scale_projections(factor: float, updates, _):
+    """Updates, and what decays, as of a rate that is `factor` times as large."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, u: factor * u if _is_projection(path) else u, updates
+    )
 
 
 def _each_matrix(params):

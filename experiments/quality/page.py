@@ -1,0 +1,274 @@
+"""REPORT.md: the page to read, from the committed results. Every table behind it is in
+APPENDIX.md (`report.py`).
+
+A figure and a table, then a section a question: what is asked, what was found, a table.
+A difference is paired by seed and at both arms' best rates; positive is worse.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from experiments.quality import claim, claim_page, curve
+from experiments.quality.arms import best, by_hash
+from experiments.quality.design import SEEDS, SETTINGS, Setting
+from experiments.quality.widths import (
+    Curve,
+    dense_losses,
+    equivalent_text,
+    losses_of,
+    on_curve,
+    twins,
+)
+from trix_jax.lm.experiment import results
+from trix_jax.lm.experiment.results import Result
+from trix_jax.lm.experiment.stats import Interval, paired, spread, verdict
+from trix_jax.lm.experiment.tables import rate_of, table
+from trix_jax.lm.experiment.tuning import Tuned, tuned
+
+LOST = 0.02  # nats: what one seed loses by to be listed as lost
+
+
+class Question(NamedTuple):
+    """A group of arms, compared with one."""
+
+    title: str
+    group: str
+    base: str
+    about: str
+
+
+QUESTIONS = (
+    Question(
+        "What to hold, and when?",
+        "holding",
+        "tiles-64-held",
+        "`held` reads the signatures after a tenth of the training and keeps them. "
+        "`scores` keeps the router's input too, `routes` each token's tiles and gates.",
+    ),
+    Question(
+        "Who else may choose the tiles?",
+        "routes",
+        "tiles-64-held",
+        "`moving` are signatures as they are read at every step, `random` and `learned` "
+        "rows of the router's own.",
+    ),
+    Question(
+        "What else makes tiles worth more?",
+        "worth",
+        "tiles-64-held",
+        "`late` begins with real weights, `shared` has a small dense part beside three "
+        "tiles, `fine` takes sixteen tiles a quarter as wide.",
+    ),
+    Question(
+        "Which body?",
+        "bodies",
+        "body-gpt2",
+        "A dense FFN four times as wide as the model chose it: `modern` is rotary "
+        "positions, RMSNorm and QK-norm; `fan-in` initializes with 1/sqrt(fan-in).",
+    ),
+)
+
+
+class Found(NamedTuple):
+    """The committed runs of a setting, of one sampler."""
+
+    setting: Setting
+    runs: Sequence[Result]
+
+    @property
+    def name(self) -> str:
+        return f"{self.setting.name}, {self.runs[0].sampler}"
+
+    def arm(self, name: str) -> Tuned | None:
+        """An arm of the setting at its rate; None without runs."""
+        arms = itertools.chain(*self.setting.groups.values())
+        likes = {arm.name: arm.rate_of for arm in arms}
+        return tuned(self.runs, name, likes.get(name))
+
+
+def text(folder: Path) -> str:
+    """The page, and writes the figure and `claim.json` into `folder/results`."""
+    new = list(_found(claim.SETTINGS, folder))
+    old = list(_found(SETTINGS, folder))
+    claims = [one for one in new if one.setting is not claim.BODY]
+    parts = [
+        "# What is a TriX FFN worth?\n",
+        f"{_verdict(claims)}\n",
+        "Made by `python -m experiments.report` from `results/`; all tables are in the "
+        "[appendix](APPENDIX.md). Losses are nats a token, differences are paired by "
+        "seed at each arm's best rate, and positive is worse.\n",
+        *claim_page.section(folder),
+        *_against_hash([*claims, *old]),
+        *(part for what in QUESTIONS for part in _question(what, new)),
+        *_old_settings(old),
+        *_lost([*new, *old]),
+    ]
+    return "\n".join(parts)
+
+
+def _found(settings: dict[str, Setting], folder: Path) -> Iterator[Found]:
+    for setting in settings.values():
+        runs = results.read(folder / "results" / f"{setting.name}.json")
+        for alike in results.by_sampler(runs).values():
+            yield Found(setting, alike)
+
+
+def _verdict(claims: Sequence[Found]) -> str:
+    """What the claim's settings say of signatures and the hash, in a sentence each."""
+    said = []
+    for one in claims:
+        ours, theirs = one.arm("tiles-64-held"), one.arm("tiles-64-hash")
+        if ours is None or theirs is None:
+            continue
+        found = paired(ours.losses, theirs.losses)
+        if found is None:
+            continue
+        side = "behind" if found.mean > 0 else "ahead of"
+        word = verdict(found, "decided", "decided", "undecided")
+        said.append(
+            f"**{one.setting.name}: 64 tiles whose signatures are read and held end "
+            f"{abs(found.mean):.4f} nats {side} a hash of the token; {_seeds(found)}, {word}.**"
+        )
+    return " ".join(said) or "The claim has no runs yet."
+
+
+def _seeds(found: Interval) -> str:
+    if found.n < 2:
+        return "one seed"
+    return f"± {found.half:.4f}, {found.n} seeds"
+
+
+def _against_hash(all_found: Sequence[Found]) -> list[str]:
+    rows = []
+    for one in all_found:
+        is_claim = one.setting.name in claim.SETTINGS
+        names = ("tiles-64-held", "tiles-64-hash") if is_claim else (best, by_hash)
+        ours, theirs = (one.arm(getattr(name, "name", name)) for name in names)
+        if ours is not None and theirs is not None:
+            rows.append([one.name, ours.arm, *_against(ours, theirs)])
+    if not rows:
+        return []
+    head = "setting,signatures,rate,loss,less the hash,95%,seeds,verdict"
+    return [
+        "## Is reading signatures better than hashing tokens?\n",
+        "The hash gives each token id a fixed set of tiles and has no gate; it looks at "
+        "no weight. The signatures look at the token's row of the embedding table.\n",
+        table(head.split(","), rows, left=2),
+    ]
+
+
+def _against(arm: Tuned, base: Tuned) -> list[str]:
+    """Rate, loss, difference, its interval, seeds and the verdict."""
+    found = paired(arm.losses, base.losses)
+    loss = spread(list(arm.losses.values()))
+    if found is None:
+        return [rate_of(arm), loss, "", "", "0", "no common seed"]
+    bound = f"± {found.half:.4f}" if found.n > 1 else ""
+    word = verdict(found, below="better", above="worse", alone="one seed")
+    return [rate_of(arm), loss, f"{found.mean:+.4f}", bound, str(found.n), word]
+
+
+def _question(what: Question, found: Sequence[Found]) -> list[str]:
+    rows, left = [], []
+    for one in found:
+        base = one.arm(what.base)
+        if base is None:
+            continue
+        for arm in one.setting.groups.get(what.group, ()):
+            if arm.name == what.base:
+                continue
+            there = one.arm(arm.name)
+            if there is None:
+                left.append(f"`{arm.name}`")
+            else:
+                rows.append([there.arm, one.setting.name, *_against(there, base)])
+    if not rows and not left:
+        return []
+    head = "arm,setting,rate,loss,difference,95%,seeds,verdict"
+    shown = [table(head.split(","), rows, left=2)] if rows else []
+    waiting = [f"Planned and not run: {', '.join(left)}.\n"] if left else []
+    intro = f"{what.about} Differences are to `{what.base}`.\n"
+    return [f"## {what.title}\n", intro, *shown, *waiting]
+
+
+def _old_settings(old: Sequence[Found]) -> list[str]:
+    rows = []
+    for one in old:
+        ours = one.arm(best.name)
+        if ours is None:
+            continue
+        theirs = {
+            arm.one.width: arm
+            for group in ("dense-curve", "dense-wide")
+            for asked in one.setting.groups.get(group, ())
+            if (arm := one.arm(asked.name)) and arm.one.width
+        }
+        rows.append(
+            [
+                one.name,
+                str(len(one.runs)),
+                spread(losses_of(ours)),
+                *_place(ours, theirs),
+            ]
+        )
+    if not rows:
+        return []
+    head = (
+        "setting,runs,sixteen tiles,active width,equivalent dense width,"
+        "dense of its compute,of its memory,of its parameters"
+    )
+    return [
+        "## The settings before\n",
+        f"`{best.name}`: four of sixteen ternary tiles, routed by token with signatures "
+        "that move, in GPT-2's body with windows at random offsets (sampler `offsets`). "
+        "No loss of theirs is compared with one above.\n",
+        table(head.split(","), rows),
+    ]
+
+
+def _place(arm: Tuned, dense: Curve) -> list[str]:
+    """Active width, equivalent width and the three dense twins, where there is a curve."""
+    active = f"{arm.one.active_width:.0f}"
+    if len(dense) < 2:
+        return [active, "", "", "", ""]
+    found = curve.equivalent_interval(dense_losses(dense), losses_of(arm))
+    at = twins(arm, dense)
+    equal = [on_curve(dense, at[what]) for what in ("compute", "bits", "parameters")]
+    return [active, equivalent_text(found, dense), *equal]
+
+
+# What every arm of a group is compared with, in the settings before.
+BASES = {"ablations": best.name, "together": f"{best.name}-late"}
+
+
+def _lost(all_found: Sequence[Found]) -> list[str]:
+    """Arms that were worse than what they were to improve, one a line."""
+    rows, undecided = {}, 0
+    bases = BASES | {what.group: what.base for what in QUESTIONS}
+    for one in all_found:
+        for group, arms in one.setting.groups.items():
+            base = one.arm(bases[group]) if group in bases else None
+            for asked in arms if base else ():
+                arm = one.arm(asked.name)
+                difference = paired(arm.losses, base.losses) if arm else None
+                if difference is None or asked.name == base.arm:
+                    continue
+                is_lost = difference.side == "above" or (
+                    difference.n == 1 and difference.mean > LOST
+                )
+                undecided += difference.n > 1 and difference.side == "undecided"
+                if is_lost:
+                    bound = _seeds(difference)
+                    rows[one.name, asked.name] = [
+                        asked.name, one.name, base.arm, f"{difference.mean:+.4f}", bound
+                    ]  # fmt: skip
+    if not rows:
+        return []
+    return [
+        "## What was tried and lost\n",
+        f"Worse by the whole of its interval, or by more than {LOST} nats of the one seed "
+        f"({SEEDS[0]}) that has run. {undecided} further comparisons are undecided.\n",
+        table(["arm", "setting", "than", "by", "95%"], list(rows.values()), left=3),
+    ]

@@ -1,0 +1,77 @@
+"""The page to read says what its results give, with signs and seeds."""
+
+import json
+from pathlib import Path
+
+from experiments.quality import page, run
+from experiments.quality.claim import claim
+from tests.experiments.test_worth import run_of
+from trix_jax.lm.experiment import results
+
+SEEDS = (42, 43, 44)
+
+
+def page_of(folder: Path, gaps: dict[str, tuple[float, ...]]) -> str:
+    """The page of runs at 64 wide, each arm's losses 4.6 and a gap a seed."""
+    setting = claim(64)
+    runs = [
+        run_of(setting, setting.arm(name), 4.6 + gap, seed)
+        for name, values in gaps.items()
+        for seed, gap in zip(SEEDS, values, strict=False)
+    ]
+    (folder / "results").mkdir(exist_ok=True)
+    results.write(folder / "results" / "wikipedia-64.json", runs)
+    return page.text(folder)
+
+
+def test_no_results_make_a_page_that_says_so(tmp_path):
+    assert "The claim has no runs yet." in page.text(tmp_path)
+
+
+def test_the_first_sentence_has_the_sign_the_seeds_and_whether_it_is_decided(tmp_path):
+    names = ("tiles-64-hash", "tiles-64-held")
+    one = page_of(tmp_path, dict(zip(names, [(0.0,), (0.0172,)], strict=True)))
+    assert "end 0.0172 nats behind a hash of the token; one seed, undecided.**" in one
+    gaps = [(0.0, 0.0, 0.0), (-0.01, -0.02, -0.03)]
+    three = page_of(tmp_path, dict(zip(names, gaps, strict=True)))
+    assert (
+        "end 0.0200 nats ahead of a hash of the token; ± 0.0248, 3 seeds, undecided"
+        in three
+    )
+    assert "| -0.0200 | ± 0.0248 | 3 | undecided |" in three  # less the hash
+    assert "| +0.0200 | ± 0.0248 | 3 | undecided |" in three  # the hash, less held
+    gaps = [(0.0, 0.0, 0.0), (-0.02, -0.02, -0.021)]
+    assert "3 seeds, decided.**" in page_of(
+        tmp_path, dict(zip(names, gaps, strict=True))
+    )
+
+
+def test_what_lost_is_what_lies_above_or_lost_by_much_with_one_seed(tmp_path):
+    made = page_of(
+        tmp_path,
+        {
+            "tiles-64-held": (0.0, 0.0, 0.0),
+            "tiles-64-moving": (0.05, 0.05, 0.051),
+            "tiles-64-random": (0.01, 0.03, -0.02),
+            "tiles-64-held-late": (0.03,),
+            "tiles-64-held-sign": (0.01,),
+        },
+    )
+    _, _, lost = made.partition("## What was tried and lost")
+    listed = [line.split(" | ")[0] for line in lost.splitlines() if "tiles-64" in line]
+    assert listed == ["| tiles-64-moving", "| tiles-64-held-late"]
+    assert "1 further comparisons are undecided" in lost
+
+
+def test_the_committed_page_is_short():
+    text = (run.RESULTS.parent / "REPORT.md").read_text("utf-8")
+    before_questions = text.partition("\n## Is reading")[0]
+    rows = [line for line in before_questions.splitlines() if line.startswith("| ")]
+    assert len(rows) <= 2 + 8
+    prose = [line for line in text.splitlines() if not line.startswith("|")]
+    assert len(" ".join(prose).split()) < 800
+    claimed = run.RESULTS / "claim.json"
+    assert not claimed.exists() or set(json.loads(claimed.read_text())) == {
+        "settings",
+        "signature_minus_hash",
+    }
