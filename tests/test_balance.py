@@ -57,7 +57,7 @@ def test_margins_of_open_tiles_alone_are_those_of_all_with_the_others_closed():
     scores, tiles = scores_of(50, 8), jnp.argsort(scores_of(50, 8, 1))[:, :4]
     some = jnp.take_along_axis(scores, tiles, axis=-1)
     columns = routing.select_tiles(some, 2)
-    found = jit(balance.margin_histogram, static_argnums=4)(
+    found = jax.jit(balance.margin_histogram, static_argnums=4)(
         some, columns, None, tiles, 8
     )
     closed = jnp.full_like(scores, -jnp.inf)

@@ -30,6 +30,7 @@ FLOORS = {
         "trix_jax.dispatch",
         "trix_jax.expert_parallel",
     ),
+    "core: splines": ("trix_jax.splines",),
     "core: an FFN of blocks": ("trix_jax.grouped_ffn",),
     "core: tokens to signatures; the state that layers keep": (
         "trix_jax.matching",

@@ -297,7 +297,7 @@ def test_training_that_scores_open_tiles_alone_moves_as_that_which_scores_all():
             )
             return jnp.sum(y * dy) + aux["total_aux"], (info, aux, new["routing"])
 
-        return jit(jax.grad(loss, has_aux=True))(variables["params"])
+        return jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
 
     (all_grads, (all_info, _, all_state)), (grads, (info, aux, state)) = (
         trained(over) for over in ("all", "open")

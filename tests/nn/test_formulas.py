@@ -2,8 +2,6 @@
 token at a time.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +9,6 @@ import pytest
 
 from trix_jax import SparseLookupFFN
 
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 D = 16
 EPS = np.finfo(np.float32).eps
 
@@ -205,8 +202,8 @@ OWN = SHARED.clone(grid_size=2, reads="own")
 @pytest.mark.parametrize("layer", [SHARED, OWN], ids=["shared", "own"])
 def test_several_directions_match_the_oracle(layer):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(24, D)), jnp.float32)
-    variables = disturbed(jit(layer.init)(jax.random.key(0), x))
-    y, info, _ = jit(layer.apply)(variables, x)
+    variables = disturbed(jax.jit(layer.init)(jax.random.key(0), x))
+    y, info, _ = jax.jit(layer.apply)(variables, x)
     tiles, expected, size = lookup_oracle(layer, variables, np.float64(x))
     np.testing.assert_array_equal(info.tiles, tiles)
     assert len(np.unique(tiles)) > 4

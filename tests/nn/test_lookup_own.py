@@ -2,8 +2,6 @@
 themselves.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +17,6 @@ from trix_jax import (
 )
 from trix_jax.ternary import Ternary, hard_ternary, ternarize
 
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 D, EPS = 16, np.finfo(np.float32).eps
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 12, D)), jnp.float32)
 OWN = SparseLookupFFN(
@@ -77,7 +74,7 @@ def dense_reference(layer, params, state, x, tiles):
 @pytest.mark.parametrize("gate", ["sigmoid", "renormalized"])
 def test_gradient_of_every_leaf_is_that_of_all_tiles_computed(gate):
     layer = OWN.clone(routing=RoutingConfig(gate=gate))
-    variables = jit(layer.init)(jax.random.key(0), X)
+    variables = jax.jit(layer.init)(jax.random.key(0), X)
     x, state = X.reshape(-1, D), variables["routing"]
     dy = jnp.asarray(np.random.default_rng(2).normal(size=x.shape), jnp.float32)
 
@@ -88,10 +85,10 @@ def test_gradient_of_every_leaf_is_that_of_all_tiles_computed(gate):
     def dense(params, x, tiles):
         return jnp.sum(dense_reference(layer, params, state, x, tiles) * dy)
 
-    (value, tiles), found = jit(jax.value_and_grad(own, (0, 1), has_aux=True))(
+    (value, tiles), found = jax.jit(jax.value_and_grad(own, (0, 1), has_aux=True))(
         variables["params"], x
     )
-    wanted_value, wanted = jit(jax.value_and_grad(dense, (0, 1)))(
+    wanted_value, wanted = jax.jit(jax.value_and_grad(dense, (0, 1)))(
         variables["params"], x, tiles
     )
     np.testing.assert_allclose(value, wanted_value, rtol=1e-5)
@@ -113,7 +110,7 @@ def test_rows_not_asked_for_are_neither_computed_nor_read():
             return ops.write_rows(a, weights, rows, D, jnp.float32)
 
         arrays = jnp.ones((8, D)), ops.pack(weights, by_row=True)
-        cost = jit(both).lower(*arrays).compile().cost_analysis()
+        cost = jax.jit(both).lower(*arrays).compile().cost_analysis()
         return cost["flops"], cost["bytes accessed"] - arrays[1].bits.nbytes
 
     assert flops(16) == flops(1024)
