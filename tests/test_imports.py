@@ -24,13 +24,13 @@ FLOORS = {
         "trix_jax.clusters",
         "trix_jax.labels",
         "trix_jax.hashing",
+        "trix_jax.splines",
     ),
     "core: the seam to the kernels": ("trix_jax.ops",),
     "core: tokens to blocks and devices": (
         "trix_jax.dispatch",
         "trix_jax.expert_parallel",
     ),
-    "core: splines": ("trix_jax.splines",),
     "core: an FFN of blocks": ("trix_jax.grouped_ffn",),
     "core: tokens to signatures; the state that layers keep": (
         "trix_jax.matching",
