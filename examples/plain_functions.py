@@ -10,7 +10,9 @@ token embeddings: the first layer matches its own input, the stack of layers get
 
 import os
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"  # virtual devices
+os.environ["XLA_FLAGS"] = " ".join(  # four virtual devices, beside what is asked for
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=4"]
+)
 
 import jax
 import jax.numpy as jnp

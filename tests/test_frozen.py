@@ -19,7 +19,9 @@ from trix_jax import (
     TransformerLM,
     TriXLinear,
     freeze,
+    widen,
 )
+from trix_jax.interop.safetensors import to_tensors
 
 D = 256  # two groups of 128, in both products
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 7, D)), jnp.float32)
@@ -261,6 +263,46 @@ def test_frozen_scanned_layers_equal_the_jitted_ones(kind, make):
     assert_packed(frozen, {f"steps/ffn/{name}" for name in KERNELS[kind]})
     assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(frozen["packed"]))
     assert_equal(jit(model.apply)(frozen, x), jit(model.apply)(variables, x))
+
+
+@pytest.mark.parametrize(
+    "kind", ["hierarchical", *slowly([("sparse",), ("linear",), ("lookup",)])]
+)
+def test_a_byte_a_weight_gives_the_bits_of_two_bits(kind):
+    """One token and many; 10 outputs, of which the words of 4 have a rest."""
+    narrow = HierarchicalTriXFFN(16, 10, num_tiles=8, tiles_per_cluster=2)
+    model = narrow if kind == "hierarchical" else layer(kind)
+    x = X[..., : model.d_model] if kind == "hierarchical" else X
+    frozen = freeze(model, random_variables(model, x), x)
+    wide = widen(frozen)
+    assert frozen["params"] is wide["params"]
+    call = jit(model.apply)
+    for tokens in (x[:1, :1], x):
+        assert_equal(call(wide, tokens), call(frozen, tokens))
+    bits, wider = (flatten_dict(v["packed"], sep="/") for v in (frozen, wide))
+    for name, leaf in wider.items():
+        if name.endswith("bits"):
+            assert leaf.dtype == jnp.int8
+            assert leaf.nbytes == 4 * bits[name].nbytes
+        else:
+            assert leaf is bits[name]
+    assert_equal(widen(wide)["packed"], wide["packed"])
+
+
+def test_a_byte_a_weight_is_exported_as_two_bits():
+    model = language_model("hierarchical")
+    frozen = freeze(model, random_variables(model, TOKENS), TOKENS)
+    expected, found = (to_tensors(model, v) for v in (frozen, widen(frozen)))
+    assert found[1] == expected[1]
+    assert_equal(found[0], expected[0])
+
+
+def test_widening_what_is_not_packed_or_packed_for_a_gpu_is_refused():
+    with pytest.raises(ValueError, match="freeze the model first"):
+        widen({"params": {}})
+    planar = {"bits": jnp.zeros((1, 2, 16), jnp.uint16), "scale": jnp.ones((1, 1, 1))}
+    with pytest.raises(ValueError, match="take no bytes"):
+        widen({"params": {}, "packed": {"up": planar}})
 
 
 def test_freezing_twice_is_refused():

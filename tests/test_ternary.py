@@ -14,7 +14,9 @@ from trix_jax.ternary import (
     expand_scale,
     flip_rate,
     hard_ternary,
+    is_straight_through,
     ternarize,
+    whole,
     zero_fraction,
 )
 
@@ -310,3 +312,34 @@ def test_second_derivatives_through_the_straight_path_are_those_of_what_it_follo
     expected = product(written_out)
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(product(ours), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"rule": "threshold", "granularity": "channel"},
+        {"full_precision_fraction": 0.7},
+    ],
+)
+def test_whole_weights_send_gradients_to_latent_ones_as_they_are(how):
+    config = TernaryConfig(**how)
+    w, dw = jax.random.normal(jax.random.key(0), (2, 2, 8, 6))
+
+    def of(latent):
+        def pulled(w):
+            return whole(ternarize(w, config, 0.5), latent(w))
+
+        y, pull = jax.vjp(pulled, w)
+        return y, pull(dw)[0]
+
+    (y, direct), (expected, indirect) = of(lambda w: w), of(lambda w: None)
+    assert is_straight_through(config)
+    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_array_equal(direct, dw)
+    np.testing.assert_allclose(indirect, dw, rtol=1e-6)  # times and over the scale
+
+
+@pytest.mark.parametrize("how", [{"mode": "soft"}, {"rule": "fixed"}, {"mode": "none"}])
+def test_other_gradients_are_not_straight_through(how):
+    assert not is_straight_through(TernaryConfig(**how))

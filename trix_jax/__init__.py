@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trix_jax import routing as routing
     from trix_jax.frozen import freeze as freeze
+    from trix_jax.frozen import widen as widen
     from trix_jax.labels import optimizer_labels as optimizer_labels
     from trix_jax.nn import HierarchicalTriXBlock as HierarchicalTriXBlock
     from trix_jax.nn import HierarchicalTriXFFN as HierarchicalTriXFFN
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 _NN = "HierarchicalTriXBlock HierarchicalTriXFFN SparseLookupBlock SparseLookupFFN SparseTriXBlock SparseTriXFFN TransformerConfig TransformerLM TriXLinear tabulate_routes"
 _HOMES = dict.fromkeys(_NN.split(), "trix_jax.nn") | {
     "freeze": "trix_jax.frozen",
+    "widen": "trix_jax.frozen",
     "optimizer_labels": "trix_jax.labels",
     "RoutingConfig": "trix_jax.routing",
     "TernaryConfig": "trix_jax.ternary",

@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax.core import FrozenDict, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from trix_jax.ops import PACKED
+from trix_jax.ops import PACKED, in_bytes
 from trix_jax.typing import Variables
 
 Path = tuple[str, ...]
@@ -68,6 +68,37 @@ def freeze(
     frozen = {"params": unflatten_dict(params), PACKED: unflatten_dict(packed)}
     new = {**variables, **frozen}
     return FrozenDict(new) if isinstance(variables, FrozenDict) else new
+
+
+def widen(variables: Variables) -> dict[str, Any] | FrozenDict:
+    """Frozen variables with a byte a ternary weight in place of two bits: the same
+    outputs, four times the memory of the tiles, and on a CPU faster calls of few tokens,
+    whose time is spent on unpacking.
+
+    For serving: exports hold two bits a weight either way.
+
+    Args:
+        variables: as `freeze` or an export gives them; of a boxed kernel the box stays.
+
+    Raises:
+        ValueError: nothing is packed; weights are packed for a GPU's kernels.
+    """
+    if PACKED not in variables:
+        raise ValueError(
+            "variables must hold a 'packed' collection: freeze the model first. "
+            f"Got {sorted(variables)}."
+        )
+
+    def wider(path, leaf):
+        return in_bytes(leaf) if any(_name(part) == "bits" for part in path) else leaf
+
+    packed = jax.tree_util.tree_map_with_path(wider, unfreeze(variables[PACKED]))
+    new = {**variables, PACKED: packed}
+    return FrozenDict(new) if isinstance(variables, FrozenDict) else new
+
+
+def _name(part: Any) -> str:
+    return str(getattr(part, "key", ""))
 
 
 def _boxed(packed, kernel):

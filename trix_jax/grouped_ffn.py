@@ -9,9 +9,10 @@ activation, down-projection and the sum over a token's tiles.
 
 r is the row of token t's k-th tile n in the blocks of a plan. Kept for the backward pass
 are the arguments, h and the plan. The tiles' outputs are not, since the gradient of the
-gates does without (`<dy_t, a_r @ down_n> = <p_r, a_r>`), nor are copies of tokens. The six
-products are `trix_kernels.grouped_matmul`'s, so that forward mode and derivatives of
-derivatives are those of the products.
+gates does without (`<dy_t, a_r @ down_n> = <p_r, a_r>`). The six products are
+`trix_kernels.grouped_matmul`'s, so that forward mode and derivatives of derivatives are
+those of the products. The GPU kernels read the rows of x and dy where they lie; XLA copies
+them into blocks.
 
 References:
     Guo et al., 2025, "SonicMoE: Accelerating MoE with IO and Tile-aware Optimizations",
@@ -125,7 +126,7 @@ def _differentiable(act, implementation):
 
 def _forward(act, implementation, inputs: Inputs, plan: Plan):
     products = _products(plan, inputs, implementation)
-    h = products.forward(to_blocks(inputs.x, plan), inputs.up)
+    h = products.forward(inputs.x, inputs.up)
     y_TKD = from_blocks(products.forward(act(h), inputs.down), plan)
     y = (y_TKD * inputs.gates[..., None]).sum(axis=1)
     return y.astype(inputs.x.dtype), h
@@ -138,13 +139,12 @@ def _backward(act, implementation, primals: Any, dy: Float[Array, "T D"]) -> Inp
     # keep them until now.
     x, h, dy = jax.lax.optimization_barrier((inputs.x, h, dy))
     a, act_back = jax.vjp(act, h)
-    dy_MRD = to_blocks(dy, plan)
-    p = products.transposed(dy_MRD, inputs.down)
+    p = products.transposed(dy, inputs.down)
     gate = numbers_to_blocks(inputs.gates, plan)[..., None]
     dgates = numbers_from_blocks((p * a.astype(gate.dtype)).sum(axis=-1), plan)
     (dh,) = act_back((gate * p).astype(h.dtype))
-    ddown = products.outer((gate * a).astype(h.dtype), dy_MRD)
-    dup = products.outer(to_blocks(x, plan), dh)
+    ddown = products.outer((gate * a).astype(h.dtype), dy)
+    dup = products.outer(x, dh)
     dx = from_blocks(products.transposed(dh, inputs.up), plan).sum(axis=1)
     return Inputs(
         dx,
@@ -155,7 +155,9 @@ def _backward(act, implementation, primals: Any, dy: Float[Array, "T D"]) -> Inp
 
 
 class _Products(NamedTuple):
-    """The products of one plan, of two arrays each."""
+    """The products of one plan, of two arrays each. Tokens, `[T, D]`, stand for their
+    rows in blocks.
+    """
 
     forward: Callable
     transposed: Callable
@@ -163,11 +165,58 @@ class _Products(NamedTuple):
 
 
 def _products(plan, inputs, implementation):
-    filled = (plan.source < plan.slot.size).sum(axis=1, dtype=jnp.int32)
-    how = {"filled": filled, "implementation": implementation}
-    at, tiles = plan.block_tile, inputs.up.shape[0]
-    return _Products(
-        lambda x, w: ops.grouped_matmul(x, w, at, **how),
-        lambda dy, w: ops.transposed_matmul(dy, w, at, **how),
-        lambda x, dy: ops.grouped_outer(x, dy, at, tiles, **how),
+    def product(name):
+        how = name, implementation, inputs.up.shape[0]
+        return lambda left, right: _product(how, left, right, plan)
+
+    return _Products(*map(product, _Products._fields))
+
+
+def _product(how, left, right, plan):
+    """In the kernels rows of tokens are read where they lie; derivatives of that are
+    those of the product of blocks, which is the same.
+    """
+    has_tokens = 2 in (left.ndim, right.ndim)
+    if how[1] == "xla" or not has_tokens:
+        return _of_blocks(how, left, right, plan)
+
+    @jax.custom_jvp
+    def call(*args):
+        return _of_tokens(how, *args)
+
+    @call.defjvp
+    def _(primals, tangents):
+        return jax.jvp(partial(_of_blocks, how), primals, tangents)
+
+    return call(left, right, plan)
+
+
+def _of_blocks(how, left, right, plan):
+    name, implementation, tiles = how
+    left, right = (to_blocks(a, plan) if a.ndim == 2 else a for a in (left, right))
+    at, filled = plan.block_tile, _filled(plan)
+    call = {
+        "forward": ops.grouped_matmul,
+        "transposed": ops.transposed_matmul,
+        "outer": partial(ops.grouped_outer, tiles=tiles),
+    }[name]
+    return call(
+        left, right, block_tile=at, filled=filled, implementation=implementation
     )
+
+
+def _of_tokens(how, left, right, plan):
+    name, _, tiles = how
+    numbers = jnp.arange(tiles, dtype=jnp.int32)
+    groups = ops.Groups(plan.block_tile, _filled(plan), numbers)
+    is_real = plan.source < plan.slot.size
+    rows = jnp.where(is_real, plan.source // plan.slot.shape[-1], -1)
+    if name == "outer":
+        return ops.numbered_outer(left, right, groups, rows)
+    is_transposed = name == "transposed"
+    return ops.numbered_matmul(left, right, groups, rows, transposed=is_transposed)
+
+
+def _filled(plan):
+    """Rows of each block that hold an assignment."""
+    return (plan.source < plan.slot.size).sum(axis=1, dtype=jnp.int32)

@@ -25,6 +25,9 @@ from trix_kernels.grouped_matmul import grouped_matmul as grouped_matmul
 from trix_kernels.grouped_matmul import grouped_outer as grouped_outer
 from trix_kernels.grouped_matmul import transposed_matmul as transposed_matmul
 from trix_kernels.grouped_matmul.api import Implementation as Implementation
+from trix_kernels.grouped_matmul.numbered import numbered_matmul as numbered_matmul
+from trix_kernels.grouped_matmul.numbered import numbered_outer as numbered_outer
+from trix_kernels.grouped_matmul.products import Groups as Groups
 from trix_kernels.quantize import quantize
 from trix_kernels.tile_ffn import xla as ffn_xla
 from trix_kernels.tile_matmul import xla
@@ -32,6 +35,7 @@ from trix_kernels.tile_matmul.api import int8_reason
 from trix_kernels.varying import vary_alike as vary_alike
 from trix_kernels.varying import vary_like as vary_like
 from trix_kernels.weights import ROWS, layout_of, planar_unsupported_reason
+from trix_kernels.weights import in_bytes as in_bytes
 
 PACKED = "packed"  # the Flax collection that holds packed weights
 

@@ -199,9 +199,22 @@ def expand_scale(
     return scale if groups == 1 else jnp.repeat(scale, contraction // groups, axis=-2)
 
 
-def whole(weights: Ternary) -> Float[Array, "*N I O"]:
-    """Computes `q * scale`; exact in bfloat16 where `q` is ternary."""
-    return weights.q * expand_scale(weights.scale, weights.q.shape[-2])
+def whole(
+    weights: Ternary, latent: Float[Array, "*N I O"] | None = None
+) -> Float[Array, "*N I O"]:
+    """Computes `q * scale`; exact in bfloat16 where `q` is ternary.
+
+    Args:
+        latent: the weights that these were made of, where `is_straight_through`. The
+            gradient goes to them as it is, and not times `scale` and over `scale`.
+    """
+    w = weights.q * expand_scale(weights.scale, weights.q.shape[-2])
+    return w if latent is None else straight_through(w, latent)
+
+
+def is_straight_through(config: TernaryConfig) -> bool:
+    """Whether the gradient of `q * scale` to the latent weights is 1 at any progress."""
+    return config.mode == "ste" and config.rule != "fixed"
 
 
 def round_scale(scale: Float[Array, "..."]) -> Float[Array, "..."]:

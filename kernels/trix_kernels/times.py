@@ -78,13 +78,18 @@ def _launch_us(launch: hlo.Launch, gpu: Gpu) -> float:
         return product_us(gpu, launch.bytes, launch.macs)
     from trix_kernels.grouped_matmul.hopper import ROWS, columns_of
 
-    left, (result,) = launch.operands[2], launch.results
+    arrays = [a for a in launch.operands if a.dtype == "bf16"]
+    (result,) = launch.results
     *lead, inputs, outputs = result.sizes
-    # `dw` sums over all rows, `y` over the inputs of its row.
-    contraction = left.sizes[0] if result.dtype == "f32" else left.sizes[-1]
+    # `dw` sums over all rows of the blocks, of which there are more than of tokens that
+    # are read by number, `y` over the inputs of its row.
+    is_outer = result.dtype == "f32"
+    contraction = arrays[0].sizes[-1]
+    if is_outer:
+        contraction = max(a.sizes[0] for a in arrays)
     width = columns_of(outputs)
     count = math.prod(lead) * (inputs // ROWS) * (outputs // width)
-    tiles = lead[0] if result.dtype == "f32" else 1
+    tiles = lead[0] if is_outer else 1
     macs = ROWS * width * contraction / tiles
     return grouped_us(gpu, launch.bytes, count, macs)
 

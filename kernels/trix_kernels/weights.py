@@ -1,8 +1,9 @@
-"""Ternary weights at rest in a kernel's own layout: two bits each, and bfloat16 scales
-beside.
+"""Ternary weights at rest in a kernel's own layout: two bits each, or a byte, and
+bfloat16 scales beside.
 
     "rows"    uint8  [*N, I, O / 4]   what XLA decodes, vectorized on CPUs
     "planar"  uint16 [*N, O, I / 8]   what the Mosaic GPU kernels decode
+    "bytes"   int8   [*N, I, O]       nothing to decode, four times the memory
 
 Byte j of a row holds the weights to outputs j, j + W, j + 2 W, j + 3 W, `W = ceil(O /
 4)`, the first in its lowest bits, so that four shifts of a row are its four quarters
@@ -23,9 +24,9 @@ from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int8, Num, UInt
+from jaxtyping import Array, Float, Int8, Integer, Num, UInt
 
-Layout = Literal["rows", "planar"]
+Layout = Literal["rows", "planar", "bytes"]
 
 PLANES = 8
 BLOCKS = (256, 128)  # weights of the contraction in a planar block, best first
@@ -33,31 +34,34 @@ ROWS = (8, 16, 32, 64, 128)  # rows of a block that the Mosaic GPU kernels take
 
 
 class Packed(NamedTuple):
-    """Weights `q * scale` in two bits each.
+    """Weights `q * scale` in two bits each, or in a byte.
 
     Attributes:
-        bits: uint8 in the layout "rows", uint16 in "planar".
+        bits: uint8 in the layout "rows", uint16 in "planar", int8 in "bytes".
         scale: one per group of the contraction and output, or broadcast over outputs.
     """
 
-    bits: UInt[Array, "*N rows words"]
+    bits: Integer[Array, "*N rows words"]
     scale: Float[Array, "*N G S"]
 
 
 def layout_of(weights: Packed) -> Layout:
     """The layout, which the type of the words tells."""
-    return "planar" if weights.bits.dtype == jnp.uint16 else "rows"
+    layouts: dict[str, Layout] = {"uint8": "rows", "uint16": "planar", "int8": "bytes"}
+    return layouts[weights.bits.dtype.name]
 
 
 def pack(
     q: Num[Array, "*N I O"], scale: Float[Array, "*N G S"], layout: Layout = "rows"
 ) -> Packed:
-    """Ternary weights to two bits each; exact.
+    """Ternary weights to two bits each, or a byte; exact.
 
     Raises:
         ValueError: the shape has no planar layout (`planar_unsupported_reason`).
     """
     scale = scale.astype(jnp.bfloat16)
+    if layout == "bytes":
+        return Packed(jnp.sign(q).astype(jnp.int8), scale)
     if layout == "rows":
         return Packed(_pack_rows(q), scale)
     *lead, rows, features = q.shape
@@ -74,8 +78,10 @@ def pack(
 def unpack(
     weights: Packed, features: int, dtype=jnp.float32
 ) -> tuple[Num[Array, "*N I O"], Float[Array, "*N G S"]]:
-    """`q` in `dtype` and the scale in float32: the inverse of `pack` in either layout."""
+    """`q` in `dtype` and the scale in float32: the inverse of `pack` in any layout."""
     bits, scale = weights.bits, weights.scale.astype(jnp.float32)
+    if layout_of(weights) == "bytes":
+        return bits[..., :features].astype(dtype), scale
     if layout_of(weights) == "rows":
         # To the top of 32 bits and down again. Products, as XLA adds a check to shifts
         # to the left: 57 instead of 77 us for 65,536 weights on an AMD EPYC core.
@@ -90,6 +96,23 @@ def unpack(
     code = (cut >> _shifts(cut.ndim)) & jnp.uint16(3)
     q = jnp.where(code == 3, -1, code.astype(jnp.int8)).astype(dtype)
     return jnp.swapaxes(q.reshape(*lead, features, words * PLANES), -1, -2), scale
+
+
+def in_bytes(bits: Integer[Array, "*N rows words"]) -> Int8[Array, "*N I O"]:
+    """Words of the layout "rows" or "bytes" in the layout "bytes", four columns a word:
+    where O is no multiple of 4 the last ones are zeros, as in the words.
+
+    Raises:
+        ValueError: words of the layout "planar", which a GPU's kernels take.
+    """
+    if bits.dtype == jnp.uint16:
+        raise ValueError(
+            "weights packed for a GPU's kernels stay as they are: those take no bytes."
+        )
+    if bits.dtype == jnp.int8:
+        return bits
+    one = jnp.ones((*bits.shape[:-2], 1, 1))
+    return unpack(Packed(bits, one), 4 * bits.shape[-1], jnp.int8)[0]
 
 
 def _pack_rows(q: Num[Array, "*N I O"]) -> UInt[Array, "*N I words"]:

@@ -14,6 +14,8 @@ from experiments.speed.gpu import language_model, page, products, record
 from experiments.speed.gpu.parts import PARTS, Part
 from experiments.speed.gpu.shapes import FULL, REHEARSAL
 
+OUTER = ["gradient of up", "gradient of down"]
+
 
 @pytest.fixture
 def parts(monkeypatch):
@@ -217,6 +219,32 @@ def test_a_wrong_number_in_a_counted_row_is_found_and_one_in_another_is_not(
     assert jnp.bfloat16 == expect(*products.ours_of(case, REHEARSAL).args).dtype
 
 
+@pytest.mark.parametrize("use", ["up", "gradient of the hidden layer", *OUTER])
+def test_products_of_numbered_rows_are_compared_with_those_of_their_blocks(
+    use, monkeypatch
+):
+    every = products.products(REHEARSAL, 4)
+    (case,) = (case._replace(tokens=12) for case in every if case.use == use)
+    assert case.numbered
+    plain, more = products.call_of(case, "xla"), [0]
+
+    def call_by_number(case):
+        def call(tokens, other, tile, filled, rows):
+            blocks = jnp.where(rows[..., None] < 0, 0, tokens[rows])
+            is_right = use == "gradient of down"
+            pair = (other, blocks) if is_right else (blocks, other)
+            return plain(*pair, tile, filled).at[0, 0, 5].add(more[0])
+
+        return call
+
+    monkeypatch.setattr(products, "has_kernels", lambda: True)
+    monkeypatch.setattr(products, "call_by_number", call_by_number)
+    assert not any("failed" in r for r in products.check_numbered(case, REHEARSAL))
+    more[0] = 8
+    (row, *_) = products.check_numbered(case, REHEARSAL)
+    assert row["failed"] == "[1, 1] numbers differ"
+
+
 WAYS = ("trix", "trix, xla")
 NAN, INF = float("nan"), float("inf")
 STEP = language_model.BFLOAT16
@@ -293,7 +321,8 @@ def test_every_part_runs_at_tiny_shapes(rehearsed):
     for part in ("layer", "step", "generation", "evaluation"):
         assert {row["way"] for row in lines[part]["rows"]} >= ways
     # Six products, three loads, two oracles.
-    assert len(lines["checks"]["rows"]) == 36
+    # And four by number, three loads.
+    assert len(lines["checks"]["rows"]) == 36 + 12
     assert "traced_only" in rows["up, 4 tiles, 128x128: jax's kernel, 128x128"]
     step = rows["step, 4 tiles: trix"]
     assert step["donated_bytes"] >= step["state_bytes"]

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import report as reports
 from experiments.quality import arms, design, measure, patches, report, run
 from experiments.quality.design import SETTINGS
 from trix_jax.lm import accounting
 from trix_jax.lm.accounting import costs
 from trix_jax.lm.config import TrainConfig, TransformerConfig
 from trix_jax.lm.experiment import results
-from trix_jax.lm.experiment.report import write_experiment_report
 from trix_jax.lm.train import loop, step
 from trix_jax.lm.train.optimizer import MUON_RMS, make_optimizer
 from trix_jax.lm.train.step import init_state
@@ -113,20 +110,6 @@ def test_committed_report_is_what_the_committed_results_give(tmp_path):
         for name in re.findall(r"\(results/(\S+\.png)\)", committed):
             assert (folder / name).exists()
             assert (run.RESULTS / name).exists()
-
-
-@pytest.mark.slow
-def test_committed_reports_of_scale_are_what_the_committed_results_give(tmp_path):
-    experiments = reports.with_results()
-    assert len(experiments) == 3
-    for name, experiment in experiments.items():
-        committed, folder = reports.SCALE / name, tmp_path / name
-        ignored = shutil.ignore_patterns("REPORT.md", "plots")
-        shutil.copytree(committed, folder, ignore=ignored)
-        found = write_experiment_report(folder, experiment=experiment).read_text()
-        assert found == (committed / "REPORT.md").read_text(), name
-        for path in re.findall(r"\((plots/\S+\.png)\)", found):
-            assert (committed / path).exists()
 
 
 @pytest.mark.slow

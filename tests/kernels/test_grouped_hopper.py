@@ -15,8 +15,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from trix_jax.dispatch import make_plan
 from trix_jax.grouped_ffn import Inputs, grouped_ffn
-from trix_kernels import device, grouped_matmul, grouped_outer, transposed_matmul
-from trix_kernels.grouped_matmul import hopper, reference
+from trix_kernels import (
+    choice,
+    device,
+    grouped_matmul,
+    grouped_outer,
+    transposed_matmul,
+)
+from trix_kernels.grouped_matmul import gathered, hopper, reference
 
 pytestmark = pytest.mark.slow  # the interpreter takes seconds a kernel
 
@@ -36,7 +42,10 @@ def interpreter(monkeypatch):
     """
     monkeypatch.setattr(device, "unsupported_reason", lambda: None)
     monkeypatch.setattr(device, "arch", lambda: "sm_90a")
+    measured = choice.Choice("mosaic_gpu", "")
+    monkeypatch.setattr(choice, "choose_whole", lambda arch: measured)
     monkeypatch.setattr(hopper, "CORES", 2)  # several outputs a program
+    monkeypatch.setattr(gathered, "COPY", gathered.INTERPRETED)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         yield
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks

@@ -25,7 +25,7 @@ from trix_jax.nn.tiles import runs_whole
 from trix_jax.ternary import Ternary
 from trix_kernels import choice, device
 from trix_kernels.gpu_specs import GPUS
-from trix_kernels.grouped_matmul import api, hopper
+from trix_kernels.grouped_matmul import api, gathered, hopper
 
 D = 8
 X, DY = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 6, D)), jnp.float32)
@@ -50,10 +50,29 @@ def outer(x, dy, first, rows):
     return jax.vmap(of_tile)(counts)
 
 
+def rows_of(x, rows):
+    return jnp.where(rows[..., None] < 0, 0, x[rows])
+
+
+def gathered_matmul(x, w, block_tile, used, rows, *, transposed=False):
+    return matmul(rows_of(x, rows), w, block_tile, used, transposed=transposed)
+
+
 @pytest.fixture
 def hopper_stands_in(monkeypatch):
     monkeypatch.setattr(hopper, "grouped_matmul", matmul)
     monkeypatch.setattr(hopper, "grouped_outer", outer)
+    monkeypatch.setattr(gathered, "gathered_matmul", gathered_matmul)
+    monkeypatch.setattr(
+        gathered,
+        "outer_of_left",
+        lambda x, dy, *runs: outer(rows_of(x, runs[-1]), dy, *runs[:-1]),
+    )
+    monkeypatch.setattr(
+        gathered,
+        "outer_of_right",
+        lambda x, dy, *runs: outer(x, rows_of(dy, runs[-1]), *runs[:-1]),
+    )
     monkeypatch.setattr(api, "unsupported_reason", lambda *_: None)
 
 

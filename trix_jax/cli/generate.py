@@ -8,6 +8,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from trix_jax import widen
 from trix_jax.cli.common import print_json
 from trix_jax.lm.data import Tokenizer
 from trix_jax.lm.presets import parse
@@ -34,6 +35,9 @@ class Args:
     """Stop at the tokenizer's end-of-text mark, which is not shown."""
     step: str = "latest"
     """Of a run: latest (the newest good one), best, or a number."""
+    wide: bool = False
+    """Of an export: keep a ternary weight in a byte, not in two bits. The same tokens,
+    on a CPU faster, in four times the memory of the tiles."""
     json: bool = False
     """End standard output with the text as one line of JSON."""
 
@@ -43,6 +47,8 @@ def main(argv: list[str]) -> None:
     args = parse(Args, argv, "generate")
     _check(args)
     model, variables, tokenizer = load_run(args.checkpoint, args.step)
+    if args.wide:
+        variables = widen(variables)
     given = args.prompt_ids if args.prompt is None else tokenizer.encode(args.prompt)
     prompt = np.asarray(given, np.int64)
     ids, shown = [*map(int, prompt)], ""

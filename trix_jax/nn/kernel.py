@@ -16,10 +16,11 @@ from trix_jax.ternary import (
     Ternary,
     TernaryConfig,
     hard_ternary,
+    is_straight_through,
     round_scale,
     ternarize,
 )
-from trix_jax.typing import Dtype, Scalar
+from trix_jax.typing import Array, Dtype, Float, Scalar
 
 
 def tile_init(scale: float = 1.0) -> Callable:
@@ -107,6 +108,15 @@ class TernaryKernel(nn.Module):
             if fixed and self.learn_scale
             else weights
         )
+
+    def latent(self) -> Float[Array, "..."] | None:
+        """The float32 parameter, where gradients of `q * scale` go to it as they are;
+        None where they do not, and in a frozen model.
+        """
+        is_frozen = not self.has_variable("params", "kernel")
+        if is_frozen or not is_straight_through(self.config):
+            return None
+        return nn.unbox(self.get_variable("params", "kernel")).astype(jnp.float32)
 
     def pack(self, params: dict, packed: dict) -> dict:
         """The kernel in two bits; leading axes (scanned layers) pass through.

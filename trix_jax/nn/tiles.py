@@ -23,6 +23,7 @@ from trix_jax.ternary import Activations, Ternary, whole
 from trix_jax.typing import AnyArray, Array, Bool, Float, Integer, Scalar, Shaped
 
 Aux = dict[str, Float[Array, ""]]
+Latent = tuple[Float[Array, "N D F"] | None, Float[Array, "N F D"] | None]
 Output = tuple[Float[Array, "*B D"], RoutingInfo, Aux]
 
 
@@ -37,6 +38,7 @@ def tile_ffn(
     activations: Activations = "float",
     mask: Bool[Array, " T"] | None = None,
     implementation: Implementation | None = None,
+    latent: Latent = (None, None),
 ) -> Float[Array, "T D"]:
     """Computes `sum_k gate_tk * (act((h_t @ q_up) * s_up) @ q_down) * s_down` over the
     tiles k chosen for token t.
@@ -48,6 +50,7 @@ def tile_ffn(
         activations: see `TernaryConfig`.
         mask: False for tokens that are not computed; what they get means nothing.
         implementation: see `TileSettings`.
+        latent: of `up` and `down`, see `TernaryKernel.latent`.
 
     Raises:
         NotImplementedError: the named implementation does not run on this device or these
@@ -57,7 +60,7 @@ def tile_ffn(
     how = {"activations": activations, "implementation": implementation}
     is_latent = isinstance(up, Ternary) and isinstance(down, Ternary)
     if is_latent and runs_whole(h, route.tiles, up, **how):
-        pair = whole(up), whole(down)
+        pair = whole(up, latent[0]), whole(down, latent[1])
         if tile_axis is None:
             return _summed(h, route, pair, act=act, mask=mask)
         compute = partial(_alone, act=act)
@@ -170,6 +173,7 @@ class RoutedTiles(nn.Module):
             train or self.is_mutable_collection("routing")
         )
         done = misuse.check_progress(progress, s.ternary, training)
+        kernels = up, down
         up, down = up(done), down(done)
         h = tokens.x.astype(s.dtype or x.dtype)
         signature = self._signature_sums(up, axis)
@@ -185,9 +189,9 @@ class RoutedTiles(nn.Module):
             **more,
         )
         act, mode = activation(s.activation), s.ternary.activations
-        y = tile_ffn(
-            h, route, up, down, (n, f), act, axis, mode, tokens.mask, s.implementation
-        )
+        how = mode, tokens.mask, s.implementation
+        latent = kernels[0].latent(), kernels[1].latent()
+        y = tile_ffn(h, route, up, down, (n, f), act, axis, *how, latent)
         y = inputs.unflatten(inputs.hide(y, tokens.mask), lead)
         return y, inputs.in_shape_of(info, lead, tokens.mask), aux
 

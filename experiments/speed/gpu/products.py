@@ -10,8 +10,9 @@ import numpy as np
 
 from experiments.speed.gpu.shapes import Shapes
 from experiments.speed.gpu.timing import Case, Row, kernel_us, timed
-from trix_jax import dispatch
+from trix_jax import dispatch, ops
 from trix_kernels.grouped_matmul import (
+    device_reason,
     grouped_matmul,
     grouped_outer,
     reference,
@@ -31,6 +32,7 @@ class Groups(NamedTuple):
     tile: Any
     filled: Any
     rows: int
+    source: Any
 
 
 def products(shapes: Shapes, tiles: int) -> list[Product]:
@@ -68,7 +70,7 @@ def groups_of(load: Load, rows: int, tiles: int, block: int) -> Groups:
     chosen = np.repeat(np.arange(tiles), counts(load, rows, tiles))
     plan = _plan(jnp.asarray(chosen, jnp.int32)[:, None], tiles, block)
     filled = (plan.source < rows).sum(axis=1, dtype=jnp.int32)
-    return Groups(plan.block_tile, filled, block)
+    return Groups(plan.block_tile, filled, block, plan.source)
 
 
 _plan = jax.jit(dispatch.make_plan, static_argnums=(1, 2))
@@ -157,6 +159,11 @@ def ran(case: Product, left: Any) -> Row:
     )
 
 
+def has_kernels() -> bool:
+    """Whether the default device has kernels for grouped products."""
+    return device_reason() is None
+
+
 def checks(shapes: Shapes) -> Iterator[Row]:
     """Every product under every load, on integers, `again` times: equal to numpy's at a
     small size, and to XLA's at the size that is timed.
@@ -166,6 +173,8 @@ def checks(shapes: Shapes) -> Iterator[Row]:
             small = case._replace(tokens=shapes.checked_tokens)
             yield from check(small, shapes, "numpy", functools.partial(oracle, small))
             yield from check(case, shapes, "xla", call_of(case, "xla"))
+            if case.numbered:
+                yield from check_numbered(case, shapes)
 
 
 def check(
@@ -190,11 +199,81 @@ def check(
         yield {"name": f"{case.name}, {load}, {against}", **about, **failed}
 
 
+def numbers_of(case: Product, groups: Groups) -> Any:
+    """The token in every row of the blocks; -1 where none is."""
+    return jnp.where(groups.source < case.rows, groups.source % case.tokens, -1)
+
+
+def call_by_number(case: Product) -> Callable:
+    """The same product of tokens that are read by number, as `call_of`; its first array
+    are tokens.
+    """
+
+    def product(tokens, other, tile, filled, rows):
+        groups = ops.Groups(tile, filled, jnp.arange(case.tiles, dtype=jnp.int32))
+        if case.product != "outer":
+            how = {"transposed": case.product == "transposed"}
+            return ops.numbered_matmul(tokens, other, groups, rows, **how)
+        is_left = case.use == "gradient of up"
+        pair = (tokens, other) if is_left else (other, tokens)
+        return ops.numbered_outer(*pair, groups, rows)
+
+    return jax.jit(product)
+
+
+def numbered_args(case: Product, groups: Groups, is_whole: bool) -> tuple[Any, ...]:
+    """Arguments of `call_by_number`: the other array is that of `inputs`."""
+    left, right = inputs(case, groups, is_whole)
+    is_right = case.product == "outer" and case.use == "gradient of down"
+    wide, other = (right, left) if is_right else (left, right)
+    key, shape = jax.random.key(2), (case.tokens, wide.shape[-1])
+    tokens = jax.random.normal(key, shape, jnp.bfloat16)
+    if is_whole:
+        tokens = jax.random.randint(key, shape, -4, 5).astype(jnp.bfloat16)
+    return tokens, other, groups.tile, groups.filled, numbers_of(case, groups)
+
+
+def check_numbered(case: Product, shapes: Shapes) -> Iterator[Row]:
+    """A product of tokens read by number under every load, on integers, against XLA's of
+    their blocks; traced alone where the kernels do not run.
+    """
+    call, expect = call_by_number(case), call_of(case, "xla")
+    for load in LOADS:
+        groups = groups_of(load, case.rows, case.tiles, shapes.rows)
+        args = numbered_args(case, groups, is_whole=True)
+        tokens, other, tile, filled, rows = args
+        row = {
+            "name": f"{case.name}, {load}, by number",
+            "load": load,
+            "against": "xla",
+        }
+        if not has_kernels():
+            jax.eval_shape(call, *args)
+            yield row | {"traced_only": True}
+            continue
+        blocks = jnp.where(_counted(groups), tokens[rows], 0)
+        is_right = case.product == "outer" and case.use == "gradient of down"
+        pair = (other, blocks) if is_right else (blocks, other)
+        expected, wrong = expect(*pair, tile, filled), []
+        for _ in range(shapes.again):
+            is_other = call(*args) != expected
+            if case.product != "outer":
+                is_other &= _counted(groups)
+            wrong.append(int(is_other.sum()))
+        failed = {"failed": f"{wrong} numbers differ"} if any(wrong) else {}
+        yield row | {"times": len(wrong), **failed}
+
+
 def times(shapes: Shapes) -> Iterator[Row]:
     """Every product, balanced, beside cuBLAS' batched product of equal groups."""
     for tiles in shapes.tiles:
         for case in products(shapes, tiles):
-            yield from timed_product(case, shapes, {"batched": batched(case)})
+            others = {"batched": batched(case)}
+            if case.numbered and has_kernels():
+                groups = groups_of("balanced", case.rows, case.tiles, shapes.rows)
+                args = numbered_args(case, groups, is_whole=False)
+                others["by number"] = Case(call_by_number(case), args)
+            yield from timed_product(case, shapes, others)
 
 
 def timed_product(

@@ -189,15 +189,15 @@ def _products(implementation: Implementation | None, x: Any, weights: Any) -> Pr
 def _forward(x, w, groups):
     from trix_kernels.grouped_matmul import hopper
 
-    y = hopper.grouped_matmul(x, w.astype(x.dtype), groups.tile, _used(groups))
+    y = hopper.grouped_matmul(x, w.astype(x.dtype), groups.tile, used(groups))
     return vary_like(y, x)
 
 
 def _transposed(dy, w, groups):
     from trix_kernels.grouped_matmul import hopper
 
-    w, used = w.astype(dy.dtype), _used(groups)
-    dx = hopper.grouped_matmul(dy, w, groups.tile, used, transposed=True)
+    w, count = w.astype(dy.dtype), used(groups)
+    dx = hopper.grouped_matmul(dy, w, groups.tile, count, transposed=True)
     return vary_like(dx, dy)
 
 
@@ -210,7 +210,8 @@ def _outer(x, dy, groups):
 _MOSAIC = Products(_forward, _transposed, _outer)
 
 
-def _used(groups: Groups) -> Integer[Array, "1"]:
+def used(groups: Groups) -> Integer[Array, "1"]:
+    """How many blocks have rows that count."""
     return (groups.filled > 0).sum(keepdims=True, dtype=jnp.int32)
 
 

@@ -6,7 +6,7 @@ that need not be there, and a model of their time.
     modelled_us = `times.grouped_us`, with launches, latencies and rates that are reached
 
 Bytes are those of `x`, `w` and `y`, each once; what programs read again is taken to come
-from the L2 cache. Loads are balanced.
+from the L2 cache, and so are tokens that several tiles read by number. Loads are balanced.
 """
 
 import functools
@@ -23,7 +23,12 @@ Product = Literal["forward", "transposed", "outer"]
 
 
 class Case(NamedTuple):
-    """One product of `tokens * per_token` rows with `[tiles, inputs, outputs]` weights."""
+    """One product of `tokens * per_token` rows with `[tiles, inputs, outputs]` weights.
+
+    Attributes:
+        numbered: whether the wider side of the rows are tokens, read by number where they
+            lie.
+    """
 
     use: str
     product: Product
@@ -32,6 +37,7 @@ class Case(NamedTuple):
     outputs: int
     tokens: int = 16384
     per_token: int = 4
+    numbered: bool = False
 
     @property
     def name(self) -> str:
@@ -51,12 +57,12 @@ CASES = tuple(
     case
     for tiles in (16, 64)
     for case in (
-        Case("up", "forward", tiles, D, F),
+        Case("up", "forward", tiles, D, F, numbered=True),
         Case("down", "forward", tiles, F, D),
-        Case("gradient of the hidden layer", "transposed", tiles, F, D),
+        Case("gradient of the hidden layer", "transposed", tiles, F, D, numbered=True),
         Case("gradient of the input", "transposed", tiles, D, F),
-        Case("gradient of up", "outer", tiles, D, F),
-        Case("gradient of down", "outer", tiles, F, D),
+        Case("gradient of up", "outer", tiles, D, F, numbered=True),
+        Case("gradient of down", "outer", tiles, F, D, numbered=True),
     )
 )
 
@@ -81,7 +87,7 @@ def report(gpu: Gpu, sharding: Any, folder: Path) -> list[dict[str, Any]]:
 
 def compile_case(case: Case, sharding: Any) -> None:
     """Compiles one case ahead of time."""
-    from trix_kernels.grouped_matmul import hopper
+    from trix_kernels.grouped_matmul import gathered, hopper
 
     def abstract(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -91,13 +97,21 @@ def compile_case(case: Case, sharding: Any) -> None:
     x = abstract(blocks, hopper.ROWS, case.inputs)
     dy = abstract(blocks, hopper.ROWS, case.outputs)
     w = abstract(case.tiles, case.inputs, case.outputs)
+    if case.numbered:
+        tokens = abstract(case.tokens, max(case.inputs, case.outputs))
+        x, dy = (tokens, dy) if case.inputs > case.outputs else (x, tokens)
+    rows = (index(blocks, hopper.ROWS),) if case.numbered else ()
     if case.product == "outer":
-        kernel, args = hopper.grouped_outer, (x, dy, index(case.tiles))
-        args = *args, index(case.tiles)
+        kernel: Any = hopper.grouped_outer
+        if case.numbered:
+            is_left = case.inputs > case.outputs
+            kernel = gathered.outer_of_left if is_left else gathered.outer_of_right
+        args = x, dy, index(case.tiles), index(case.tiles), *rows
     else:
         is_transposed = case.product == "transposed"
-        kernel = functools.partial(hopper.grouped_matmul, transposed=is_transposed)
-        args = dy if is_transposed else x, w, index(blocks), index(1)
+        plain = gathered.gathered_matmul if case.numbered else hopper.grouped_matmul
+        kernel = functools.partial(plain, transposed=is_transposed)
+        args = dy if is_transposed else x, w, index(blocks), index(1), *rows
     jax.jit(kernel).lower(*args).compile()
 
 
@@ -107,7 +121,9 @@ def model(case: Case, gpu: Gpu) -> dict[str, float]:
 
     rows, weights = case.rows, case.tiles * case.inputs * case.outputs
     width_of_dw = 4 if case.product == "outer" else 2
-    moved = 2 * rows * (case.inputs + case.outputs) + width_of_dw * weights
+    narrow, wide = sorted((case.inputs, case.outputs))
+    lying = case.tokens if case.numbered else rows  # rows of the wide side in memory
+    moved = 2 * (rows * narrow + lying * wide) + width_of_dw * weights
     target = {
         "forward": (rows, case.outputs, case.inputs),
         "transposed": (rows, case.inputs, case.outputs),

@@ -10,6 +10,7 @@ about the same time, from the L2 cache.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -76,12 +77,12 @@ def grouped_matmul(
             target = y_ref.at[m].at[own, columns]
             run(contraction // STEP, multiply, (x_ref.at[m], part), target)
 
-        _persistent(
+        persistent(
             output, used_ref[0] * across, (left, right), (x_ref, w_ref), staging, width
         )
 
     y = jax.ShapeDtypeStruct((blocks, ROWS, outputs), jnp.bfloat16)
-    return _kernel(program, y)(block_tile, used, x, w)
+    return kernel(program, y)(block_tile, used, x, w)
 
 
 def grouped_outer(
@@ -109,24 +110,13 @@ def grouped_outer(
         )
         warpgroup = lax.axis_index("wg")
 
-        def mask(count, *refs):
-            for ref in refs:  # in pieces as wide as a swizzle, every other one its own
-
-                @pl.loop(warpgroup, ref.shape[1] // STEP, step=WARPGROUPS)
-                def _(piece, ref=ref):
-                    _keep_rows(ref.at[:, pl.ds(piece * STEP, STEP)], count)
-
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(masked)
-            plgpu.barrier_wait(masked)  # for the other warpgroup's pieces
-
         def output(number, run):
             n, place = lax.div(number, down * across), lax.rem(number, down * across)
             i, o = lax.div(place, across) * ROWS, lax.rem(place, across) * width
 
             def multiply(index, x_smem, dy_smem, acc):
                 count = rows_ref[n] - index[0] * STEP
-                pl.when(count < STEP)(lambda: mask(count, x_smem, dy_smem))
+                pl.when(count < STEP)(lambda: mask(masked, count, x_smem, dy_smem))
                 own = x_smem.at[:, pl.ds(warpgroup * HALF, HALF)]
                 plgpu.wgmma(acc, own.transpose((1, 0)), dy_smem)
                 plgpu.wgmma_wait(0)
@@ -144,12 +134,12 @@ def grouped_outer(
             run(steps, multiply, parts, target)
 
         refs = (x_ref, dy_ref)
-        _persistent(output, tiles * down * across, (left, right), refs, staging, width)
+        persistent(output, tiles * down * across, (left, right), refs, staging, width)
 
     dw = jax.ShapeDtypeStruct((tiles, inputs, outputs), jnp.float32)
     masked = plgpu.Barrier(num_arrivals=WARPGROUPS)
     rows_of = x.reshape(total, inputs), dy.reshape(total, outputs)
-    return _kernel(program, dw, masked=masked)(first, rows, *rows_of)
+    return kernel(program, dw, masked=masked)(first, rows, *rows_of)
 
 
 def columns_of(outputs: int) -> int:
@@ -157,7 +147,7 @@ def columns_of(outputs: int) -> int:
     return next(width for width in COLUMNS if outputs % width == 0)
 
 
-def _kernel(program, out_type, **scratch):
+def kernel(program: Callable, out_type: Any, **scratch: Any) -> Callable:
     """The kernel of a persistent program, with shared memory for results on their way
     out.
     """
@@ -180,13 +170,15 @@ def _kernel(program, out_type, **scratch):
     )
 
 
-def _persistent(output, count, specs, refs, staging, width):
+def persistent(
+    output: Callable, count: Any, specs: tuple, refs: tuple, staging: Ref, width: int
+) -> None:
     """Computes outputs 0 to `count - 1`, shared among the cores.
 
     Args:
-        output: `output(number, run)` calls `run(steps, multiply, parts, target)`: the
-            sum of `multiply` over the steps of two `parts` in global memory goes to
-            `target`, a warpgroup's own.
+        output: `output(number, run)` calls `run(steps, multiply, parts, target, begin)`:
+            after `begin()`, which may be left out, the sum of `multiply` over the steps
+            of the `parts` in global memory goes to `target`, a warpgroup's own.
     """
 
     def pipeline(steps, multiply, results):
@@ -211,9 +203,10 @@ def _persistent(output, count, specs, refs, staging, width):
     def _(allocations):
         @plgpu.nd_loop((count,), collective_axes="core")
         def _(loop):
-            def run(steps, multiply, parts, target):
+            def run(steps, multiply, parts, target, begin=nothing):
                 def results(sums_of):
                     def stored(acc):
+                        begin()
                         sums_of(acc)
                         _store(acc[...], staging.at[lax.axis_index("wg")], target)
 
@@ -241,7 +234,23 @@ def _store(sums, staging, target):
         plgpu.copy_smem_to_gmem(buffer, target.at[:, columns])
 
 
-def _keep_rows(smem, count):
+def mask(masked: Ref, count: Any, *refs: Ref) -> None:
+    """Zeroes rows from `count` on, in pieces as wide as a swizzle that the warpgroups
+    share.
+    """
+    warpgroup = lax.axis_index("wg")
+    for ref in refs:
+
+        @pl.loop(warpgroup, ref.shape[1] // STEP, step=WARPGROUPS)
+        def _(piece, ref=ref):
+            keep_rows(ref.at[:, pl.ds(piece * STEP, STEP)], count)
+
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(masked)
+    plgpu.barrier_wait(masked)  # for the other warpgroup's pieces
+
+
+def keep_rows(smem: Ref, count: Any) -> None:
     """Zeroes all but the first `count` rows, whatever they hold."""
     row = lax.broadcasted_iota(jnp.int32, smem.shape, 0)
     row = plgpu.layout_cast(row, plgpu.Layout.WGMMA)

@@ -170,7 +170,8 @@ def unsupported_reason(
 ) -> str | None:
     """Why the Mosaic GPU kernel does not run on these arrays; None where it does."""
     if layout_of(weights) != "planar":
-        return "The Mosaic GPU kernels take planar weights. These are in the layout 'rows'."
+        layout = layout_of(weights)
+        return f"The Mosaic GPU kernels take planar weights. These are in the layout {layout!r}."
     if reason := device.unsupported_reason():
         return reason
     if x.dtype != jnp.bfloat16:

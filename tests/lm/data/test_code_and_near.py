@@ -52,6 +52,25 @@ def test_code_takes_permissive_repositories_and_one_language(repositories):
     assert "MIT 1, no permissive licence file 2" in lines[0]
 
 
+def test_validation_folder_beside_code_is_code_of_the_same_kind(repositories, tmp_path):
+    (repositories / "b").rename(tmp_path / "b")  # GPL: neither side takes it
+    (tmp_path / "val").mkdir()
+    (repositories / "c").rename(tmp_path / "val" / "c")
+    (tmp_path / "b").rename(tmp_path / "val" / "b")
+    (tmp_path / "val" / "c" / "LICENSE.txt").write_text(MIT)
+    paths = {"path": str(repositories), "val_path": str(tmp_path / "val")}
+    kind = {"source": "code", "languages": "python", "licenses": "permissive"}
+    config = DataConfig(**paths, **kind)
+    store = prepare(config, tmp_path / "store", quiet)
+    sides = store.train, store.val
+    texts = [bytes(side.window(0, len(side)).tolist()) for side in sides]
+    assert texts == [b"name = 'a'\n", b"name = 'c'\n"]
+    assert prepare(config, tmp_path / "store", quiet).fingerprint == store.fingerprint
+    (tmp_path / "val" / "c" / "x.py").write_text("name = 'd'\n")
+    with pytest.raises(ValueError, match=r"c/x\.py changed"):
+        prepare(config, tmp_path / "store", quiet)
+
+
 def test_code_takes_a_list_of_repositories(repositories, tmp_path):
     listed = tmp_path / "list.txt"
     listed.write_text(f"{repositories / 'c'}\n{repositories / 'a'}\n")

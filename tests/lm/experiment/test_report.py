@@ -39,6 +39,13 @@ def test_hypotheses_are_answered_from_what_was_run(runs_of, tmp_path):
     assert "Emergent routing specializes by input: supported" in special
     assert "undecided.** Not measured here" in capacity
     assert "regularizes: supported" in regular
+    bare = [
+        run._replace(arm="lookup-float", train_val_gap=run.train_val_gap + 0.25)
+        for run in found["s", "lookup"]
+    ]
+    also = found | by_arm(bare)
+    assert "s, lookup against lookup-float: -0.2500" in answer(HYPOTHESES[3], also)
+    assert answer(HYPOTHESES[0], also) == lower  # a control is compared with nothing
     alone = by_arm([runs[0] for runs in found.values()])
     assert "one seed, no interval: undecided" in answer(HYPOTHESES[0], alone)
 

@@ -24,9 +24,9 @@ from trix_jax.lm.experiment.results import (
 from trix_jax.lm.experiment.tuning import at_rate, best_rate, sweep, tuned
 
 ROOT = Path(__file__).parents[3]
-NOT_RUNS = ("doing", "ngram-floors", "original-protocol")
+NOT_RUNS = ("doing", "ngram-floors", "original-protocol", "modelled")
 COMMITTED = [
-    *sorted((ROOT / "experiments/scale").glob("*/metrics.json")),
+    *sorted((ROOT / "experiments/scale/results").glob("*.json")),
     *sorted((ROOT / "experiments/quality/results").glob("*.json")),
 ]
 KEYS = (

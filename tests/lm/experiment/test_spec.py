@@ -37,6 +37,7 @@ def test_read_experiment_makes_a_run_of_every_size_arm_and_seed(small):
         ({"sizes": {"s": {"data.path": "x"}}}, "sizes.s in .* must have a config"),
         ({"arm_set": {"moe": {}}}, "arm_set in .* must name arms. Got 'moe'"),
         ({"colour": "red"}, "colour in .* must be one of"),
+        ({"arm_seeds": {"moe": [1]}}, "arm_seeds in .* must name arms. Got 'moe'"),
         (
             {"arms": ["moe"], "arm_set": {}},
             "arm must be one of dense, lookup, base",
@@ -58,7 +59,7 @@ def test_read_experiment_says_what_is_wrong(small, change, match):
     "path",
     [
         pytest.param(
-            path, id=path.stem, marks=[] if path.stem == "e1" else pytest.mark.slow
+            path, id=path.stem, marks=[] if path.stem == "e2" else pytest.mark.slow
         )
         for path in COMMITTED
     ],
@@ -68,8 +69,44 @@ def test_committed_experiment_reads(path, monkeypatch):
     experiment = read_experiment(path, parse_run)
     assert experiment.name == path.stem
     tree = yaml.safe_load(path.read_text())
-    count = len(tree["sizes"]) * len(tree["arms"]) * len(tree["seeds"])
-    assert len({spec.name for spec in experiment.specs}) == count
+    if "like" in tree:
+        tree = yaml.safe_load((path.parent / tree["like"]).read_text()) | tree
+    seeds = tree.get("arm_seeds", {})
+    of_size = sum(len(seeds.get(arm, tree["seeds"])) for arm in tree["arms"])
+    names = {spec.name for spec in experiment.specs}
+    assert len(names) == len(tree["sizes"]) * of_size
+
+
+def test_file_that_is_like_another_takes_what_it_does_not_say(small, tmp_path):
+    tree = yaml.safe_load(small.read_text())
+    tree["arm_set"]["lookup"] = {"train.steps": 5}
+    small.write_text(yaml.safe_dump(tree))
+    path = tmp_path / "other.yaml"
+    own = {
+        "like": "small.yaml",
+        "arms": ["dense", "dense-wide"],
+        "seeds": [1],
+        "arm_seeds": {"dense-wide": [4, 5]},
+        "set": {"train.batch_size": 3},
+        "arm_set": {"dense-wide": {"arm": "dense", "model.ffn_width": 40}},
+    }
+    path.write_text(yaml.safe_dump(own))
+    found = read_experiment(path, parse_run)
+    assert (found.name, found.label) == ("small", "A test.")
+    assert [s.name for s in found.specs] == [
+        "s/dense/seed-1",
+        "s/dense-wide/seed-4",
+        "s/dense-wide/seed-5",
+    ]
+    dense, wide = (found.configs["s", arm] for arm in own["arms"])
+    assert (dense.train.batch_size, dense.train.learning_rate) == (3, 2e-3)
+    assert (wide.arm, wide.model.ffn, wide.model.ffn_width) == ("dense", "dense", 40)
+    assert wide.train.learning_rate == 1e-3
+    assert found.specs[1].flags[1:3] == ("--arm", "dense")
+    second = tmp_path / "second.yaml"
+    second.write_text("like: other.yaml\n")
+    with pytest.raises(ValueError, match=r"like in .* without a like of its own"):
+        read_experiment(second, parse_run)
 
 
 def test_notes_say_what_was_asked_and_refuse_another_experiment(small, tmp_path):
@@ -120,7 +157,8 @@ def test_run_of_a_sweep_is_named_by_its_rate_and_a_patch_is_its_program(tmp_path
 
 
 def test_public_command_has_no_path_of_the_machine():
-    flags = ("/home/me/configs/tiny.yaml", "--arm", "dense", "--data.path", "/data/x")
+    paths = ("--data.path", "/data/x", "--data.val-path", "/data/y")
+    flags = ("/home/me/configs/tiny.yaml", "--arm", "dense", *paths)
     words = public_command(Spec("e", "s", "dense", 1, 5, flags, "/store"))
     assert words == "trix-jax train configs/tiny.yaml --arm dense --data.path data/s"
     here = (str(Path.cwd() / "a/b/c.yaml"), "--arm", "dense")

@@ -35,8 +35,9 @@ class DataConfig:
         path: A prepared store, a file or a folder. None: the embedded default, or a
             download.
         val_path: A file or a folder that is validation, as it is; all that is at `path`
-            is then training, and `val_fraction` says nothing. None: a share is, or the
-            validation file beside a training file of tokens.
+            is then training, and `val_fraction` says nothing. A folder beside source
+            code is source code, of the same languages and licences. None: a share is,
+            or the validation file beside a training file of tokens.
         tokenizer: Ids are characters of the corpus ("char"), UTF-8 bytes ("byte"), a
             byte-level BPE trained on the training documents ("bpe"), or those of a
             `tokenizer.json`, Hugging Face's or a run's: its path, or its folder's. Token

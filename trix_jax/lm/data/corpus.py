@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 from trix_jax.lm.data import origin, splits
 from trix_jax.lm.data.config import DataConfig
 from trix_jax.lm.data.sources import (
+    Source,
     describe,
     infer_source,
     iter_documents,
+    kind_of,
     local_files,
 )
 
@@ -92,7 +94,8 @@ class Corpus(NamedTuple):
         if config.path is not None:
             found += _changes(noted, config.source, config.path, report, *selection)
         if config.val_path is not None and "val" in noted:
-            found += _changes(noted["val"], None, config.val_path, report)
+            where = self._val_source(), config.val_path, report
+            found += _changes(noted["val"], *where, *selection)
         return origin.in_words(found)
 
     def _documents(
@@ -105,9 +108,16 @@ class Corpus(NamedTuple):
     def _val_documents(
         self, report: Report = _quiet, opened: origin.Opened | None = None
     ) -> Iterator[str]:
-        path = self.config.val_path
+        config = self.config
+        path, selection = config.val_path, (config.languages, config.licenses)
         assert path is not None
-        return iter_documents(infer_source(path), path, report=report, opened=opened)
+        source = self._val_source() or infer_source(path)
+        return iter_documents(source, path, None, report, *selection, opened)
+
+    def _val_source(self) -> Source | None:
+        """A folder beside training on code is code; None: as it looks."""
+        is_code = kind_of(self.config.source) == "code"
+        return "code" if is_code and Path(self.config.val_path or "").is_dir() else None
 
 
 def corpus_of(config: DataConfig) -> Corpus:

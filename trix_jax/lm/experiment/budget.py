@@ -51,10 +51,7 @@ def estimate(
     """
     python = train_steps.compiler()
     rows = []
-    configs = {
-        key: resolve(config, _vocabulary(config), end_token=0)
-        for key, config in models.items()
-    }
+    configs = {key: filled(config) for key, config in models.items()}
     peaks: dict[tuple, int | None] = {}
     for devices in (1, MANY):
         for key, config in configs.items():
@@ -62,9 +59,9 @@ def estimate(
                 report(
                     f"{' '.join(key)}: compiling for {devices} H100, minutes the first time"
                 )
-            peaks[key, devices] = _peak(python, config, devices, report)
+            peaks[key, devices] = peak_bytes(python, config, devices, report)
     for (size, arm), config in configs.items():
-        row: dict[str, Any] = {"size": size, "arm": arm, **_counted(config)}
+        row: dict[str, Any] = {"size": size, "arm": arm, **counted(config)}
         row["peak_bytes"] = peaks[(size, arm), 1]
         row["peak_bytes_of_8"] = peaks[(size, arm), MANY]
         row["usd"] = seeds * row["h100_hours"] * SLACK * usd_per_hour
@@ -76,27 +73,37 @@ def step_seconds(config: RunConfig, target: str) -> float:
     """The least that an optimizer step can take on one GPU."""
     gpu = train_steps.GPUS[target]
     tokens = config.train.batch_size * config.model.context
-    macs, num_bytes = _per_token(config.model)
+    macs, num_bytes = macs_per_token(config.model), _bytes_per_token(config.model)
     peak = gpu.cores * gpu.macs * gpu.clock_ghz * 1e9
     state = 28 * costs(config.model).total
     tensor = 3 * tokens * macs / peak
     return max(tensor, (tokens * num_bytes + state) / gpu.bandwidth)
 
 
-def _per_token(c: TransformerConfig) -> tuple[int, int]:
-    """Multiply-accumulates of a forward pass and bytes of a step, a token."""
+def macs_per_token(c: TransformerConfig) -> int:
+    """Multiply-accumulates of a forward pass, a token."""
     assert c.vocab_size is not None
     attention = c.n_layers * (4 * c.d_model**2 + 2 * c.context * c.d_model)
-    macs = attention + costs(c).ffn_active + c.d_model * c.vocab_size
+    return attention + costs(c).ffn_active + c.d_model * c.vocab_size
+
+
+def _bytes_per_token(c: TransformerConfig) -> int:
+    """Bytes that a step reads and writes, a token."""
+    assert c.vocab_size is not None
     layers = c.n_layers * (2 * 34 * c.d_model + 5 * c.n_heads * c.context)
-    return macs, 4 * (layers + 4 * c.vocab_size)
+    return 4 * (layers + 4 * c.vocab_size)
 
 
-def _counted(config: RunConfig) -> dict[str, Any]:
-    counted = costs(config.model)
+def filled(config: RunConfig) -> RunConfig:
+    """The config with the vocabulary that its data will have."""
+    return resolve(config, _vocabulary(config), end_token=0)
+
+
+def counted(config: RunConfig) -> dict[str, Any]:
+    """Parameters, steps and tokens, and the least time on each target."""
     steps = config.train.steps
     tokens = steps * config.train.batch_size * config.model.context
-    row = {"params": counted.total, "steps": steps, "tokens": tokens}
+    row = {"params": costs(config.model).total, "steps": steps, "tokens": tokens}
     for name in TARGETS:
         seconds = step_seconds(config, name)
         row |= {
@@ -106,13 +113,19 @@ def _counted(config: RunConfig) -> dict[str, Any]:
     return row
 
 
-def _peak(
+def peak_bytes(
     python: str | None,
     config: RunConfig,
     devices: int,
     report: Callable[[str], None],
 ) -> int | None:
-    """Peak bytes a GPU; compiled once for the same step and code, then kept."""
+    """Peak bytes a GPU of a resolved config; compiled once for the same step and code,
+    then kept.
+
+    Args:
+        python: that compiles (`trix_jax.lm.aot.compiler`); None only looks at what is
+            kept, and None is what it then may return.
+    """
     train = config.train
     if train.batch_size % (train.accumulate * devices):
         return None

@@ -6,7 +6,10 @@ from typing import NamedTuple
 from trix_jax.lm.experiment.results import Result, twin
 from trix_jax.lm.experiment.stats import Interval, paired, verdict
 
-CONTROLS = ("hash", "random")
+ROUTES = ("hash", "random")  # that no weights choose
+# Arms beside which another stands: ends of their names, or whole names of those on the
+# tiles of `sparse`.
+CONTROLS = (*ROUTES, "learned", "float")
 
 Found = dict[tuple[str, str], list[Result]]  # by size and arm
 
@@ -17,8 +20,9 @@ class Hypothesis(NamedTuple):
 
     Attributes:
         field: of a result, what is compared.
-        cost: whose dense twin the other is; none for the routing controls.
+        cost: whose dense twin the other is; none for controls alone.
         within: share by which the twin's cost may be off.
+        controls: what the other may be besides: `lookup-float` beside `lookup`.
         absent: why nothing is compared.
     """
 
@@ -28,6 +32,7 @@ class Hypothesis(NamedTuple):
     field: str = "val_loss"
     cost: str = ""
     within: float = 0.02
+    controls: tuple[str, ...] = ()
 
 
 HYPOTHESES = (
@@ -40,7 +45,8 @@ HYPOTHESES = (
     Hypothesis(
         "Emergent routing specializes by input",
         "validation loss, routing by weights minus a control on the same tiles",
-        "needs the arms sparse, hash and random, which route the same tiles",
+        "needs an arm and the same with -hash or -random, which route the same tiles",
+        controls=ROUTES,
     ),
     Hypothesis(
         "Sparse computation puts capacity where it is needed",
@@ -51,10 +57,11 @@ HYPOTHESES = (
     ),
     Hypothesis(
         "Ternary structure regularizes",
-        "train-validation gap, TriX minus its parameter-equal twin",
-        "no dense twin with as many parameters has finished",
+        "train-validation gap, TriX minus the same with float weights, or its parameter-equal twin",
+        "neither an arm with -float nor a dense twin with as many parameters has finished",
         field="train_val_gap",
         cost="params_total",
+        controls=("float",),
     ),
 )
 
@@ -91,14 +98,21 @@ def _pairs(hypothesis: Hypothesis, found: Found) -> list[tuple[str, str, str]]:
     """Size, arm, and what it is compared with."""
     pairs, everyone = [], [runs[0] for runs in found.values()]
     for (size, arm), runs in found.items():
-        if runs[0].is_dense or arm in (*CONTROLS, "learned"):
+        if runs[0].is_dense or is_control(arm):
             continue
-        if not hypothesis.cost:
-            others = CONTROLS if arm == "sparse" else ()
-            pairs += [(size, arm, one) for one in others if (size, one) in found]
-        elif other := twin(runs[0], everyone, hypothesis.cost, hypothesis.within):
+        for control in hypothesis.controls:
+            names = (f"{arm}-{control}", *([control] if arm == "sparse" else []))
+            pairs += [(size, arm, one) for one in names if (size, one) in found]
+        if hypothesis.cost and (
+            other := twin(runs[0], everyone, hypothesis.cost, hypothesis.within)
+        ):
             pairs.append((size, arm, other.arm))
     return pairs
+
+
+def is_control(arm: str) -> bool:
+    """Whether an arm is there to be compared with."""
+    return arm.rpartition("-")[2] in CONTROLS
 
 
 def _bounds(found: Interval) -> str:

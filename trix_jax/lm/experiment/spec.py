@@ -20,7 +20,9 @@ from trix_jax.lm.signals import Signals
 
 NOTES, RESULTS = "experiment.json", "metrics.json"
 WORDS = ("title", "question", "label")
-KEYS = ("name", *WORDS, "sizes", "arms", "seeds", "set", "arm_set")
+KEYS = ("name", "like", *WORDS, "sizes", "arms", "seeds", "arm_seeds", "set", "arm_set")
+MERGED = ("set", "arm_set")  # with those of the file that one is like
+DATA_PATHS = ("--data.path", "--data.val-path")  # a machine's own
 
 
 class Spec(NamedTuple):
@@ -89,9 +91,9 @@ def command(spec: Spec, folder: Path) -> list[str]:
 def public_command(spec: Spec) -> str:
     """A run's command without this machine's paths."""
     flags = list(spec.flags)
-    while "--data.path" in flags:
-        at = flags.index("--data.path")
-        del flags[at : at + 2]
+    for at in reversed(range(len(flags))):
+        if flags[at] in DATA_PATHS:
+            del flags[at : at + 2]
     if flags and not flags[0].startswith("-"):
         flags[0] = _public_path(Path(flags[0]))
     program = "trix-jax"
@@ -106,6 +108,10 @@ def read_experiment(
 ) -> Experiment:
     """Reads an experiment's file and checks every run's flags.
 
+    A file that is `like` another one has what that has and it does not say itself. An
+    arm is one of the preset's, or what `arm_set` makes of one: `{arm: lookup,
+    model.grid_size: 1}`. `arm_seeds` gives an arm seeds of its own.
+
     Args:
         path: YAML.
         parse: flags of `trix-jax train` to settings.
@@ -114,8 +120,9 @@ def read_experiment(
         ValueError: it is no experiment.
     """
     path = Path(path)
-    tree = _checked(read_yaml(path), path)
+    tree = _checked(_with_like(read_yaml(path), path), path)
     every, by_arm = tree.get("set") or {}, tree.get("arm_set") or {}
+    seeds_of = tree.get("arm_seeds") or {}
     name = str(tree.get("name") or path.stem)
     words = {key: str(tree.get(key) or "") for key in WORDS}
     words["title"] = words["title"] or name
@@ -126,16 +133,18 @@ def read_experiment(
             raise ValueError(f"sizes.{size} in {path} must have a config. Got none.")
         preset = _find(given.pop("config"), path)
         for arm in map(str, tree["arms"]):
-            more = to_flags({**every, **given, **(by_arm.get(arm) or {})})
-            config = parse([preset, "--arm", arm, *more])
+            own = dict(by_arm.get(arm) or {})
+            start = str(own.pop("arm", arm))
+            more = to_flags({**every, **given, **own})
+            config = parse([preset, "--arm", start, *more])
             data = experiment.data.setdefault(str(size), config.data)
             if config.data != data:
                 raise ValueError(
                     f"the arms of {size} in {path} must share their data. Got other data for {arm}."
                 )
             experiment.configs[str(size), arm] = config
-            for seed in map(int, tree["seeds"]):
-                flags = (preset, "--arm", arm, "--seed", str(seed), *more)
+            for seed in map(int, seeds_of.get(arm, tree["seeds"])):
+                flags = (preset, "--arm", start, "--seed", str(seed), *more)
                 where = (config.train.steps, flags, _store_of(str(size), data))
                 experiment.specs.append(Spec(name, str(size), arm, seed, *where))
     return experiment
@@ -187,6 +196,27 @@ def prepare_data(
             prepare(data, place, report)
 
 
+def _with_like(tree: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A file's tree over that of the file beside it that it is like, if any."""
+    like = tree.pop("like", None)
+    if like is None:
+        return tree
+    base = read_yaml(path.with_name(str(like)))
+    if "like" in base:
+        raise ValueError(
+            f"like in {path} must name a file without a like of its own. Got {like!r}."
+        )
+    merged = {k: {**(base.get(k) or {}), **(tree.get(k) or {})} for k in MERGED}
+    arms = tree.get("arms") or base.get("arms") or []
+    own = tree.get("arm_set") or {}
+    merged["arm_set"] = {
+        arm: given
+        for arm, given in merged["arm_set"].items()
+        if arm in arms or arm in own
+    }
+    return {**base, **tree, **merged}
+
+
 def _checked(tree: dict[str, Any], path: Path) -> dict[str, Any]:
     if odd := sorted(set(tree) - set(KEYS)):
         raise ValueError(
@@ -195,8 +225,9 @@ def _checked(tree: dict[str, Any], path: Path) -> dict[str, Any]:
     for key, kind in (("sizes", dict), ("arms", list), ("seeds", list)):
         if not isinstance(tree.get(key), kind) or not tree[key]:
             raise ValueError(f"{key} in {path} must be a {kind.__name__} with entries.")
-    if odd := sorted(set(tree.get("arm_set") or {}) - set(tree["arms"])):
-        raise ValueError(f"arm_set in {path} must name arms. Got {odd[0]!r}.")
+    for key in ("arm_set", "arm_seeds"):
+        if odd := sorted(set(tree.get(key) or {}) - set(tree["arms"])):
+            raise ValueError(f"{key} in {path} must name arms. Got {odd[0]!r}.")
     return tree
 
 

@@ -1,0 +1,139 @@
+"""Hopper's products of rows read by number: in the GPU interpreter with race detection,
+and where the copies of single threads put what they read.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from trix_jax.dispatch import make_plan
+from trix_kernels.grouped_matmul import gathered, hopper, reference
+
+ROWS = hopper.ROWS
+TOKENS, K = 90, 2
+CHOSEN = {  # tiles of the tokens' first choice, and how many there are
+    "skewed": (lambda rng: rng.integers(0, 2, TOKENS) * rng.integers(0, 2, TOKENS), 4),
+    "empty tiles": (lambda rng: np.full(TOKENS, 1), 4),
+    "one tile takes all": (lambda rng: np.full(TOKENS, 1), 2),
+}
+
+
+@pytest.mark.parametrize(("rows", "width"), [(64, 64), (32, 256), (32, 128)])
+def test_threads_of_a_warpgroup_fill_shared_memory_as_a_wgmma_reads_it(rows, width):
+    x = np.random.default_rng(0).integers(0, 2**16, (rows, width), np.uint16)
+    # Tiles of 8 rows of 64 numbers one after the other; in the address of 16 bytes the
+    # three bits above those of a line's pieces are added to these.
+    tiles = x.reshape(rows // 8, 8, width // 64, 64).swapaxes(1, 2)
+    address = np.arange(tiles.size * 2).reshape(-1, 16)[:, 0]
+    swizzled = address ^ ((address >> 7 & 7) << 4)
+    expected = np.zeros((tiles.size * 2 // 16, 8), np.uint16)
+    expected[swizzled // 16] = tiles.reshape(-1, 8)
+    found, written = np.zeros_like(expected), np.zeros(len(expected), int)
+    for thread in range(gathered.THREADS):
+        for row, column, byte in gathered.pieces_of(thread, rows, width):
+            found[byte // 16] = x[row, column : column + 8]
+            written[byte // 16] += 1
+    assert (written == 1).all()
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    monkeypatch.setattr(hopper, "CORES", 2)  # several outputs a program
+    monkeypatch.setattr(gathered, "COPY", gathered.INTERPRETED)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        yield
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+class Arguments(NamedTuple):
+    tile: Any
+    rows: Any
+    starts: Any
+    counts: Any
+
+
+class Case(NamedTuple):
+    x: Any
+    dy: Any
+    w: Any
+    filled: Any
+    at: Arguments
+    blocks: Callable
+
+
+def case(loads, inputs, outputs):
+    """A plan's arguments, and integers: by token, and in blocks with NaN where a row does
+    not count.
+    """
+    rng, (choose, tiles) = np.random.default_rng(0), CHOSEN[loads]
+    first = choose(rng)
+    second = np.where(np.arange(TOKENS) < 70, (first + tiles // 2) % tiles, first)
+    chosen = np.stack([first, first if tiles == 2 else second], 1)
+    plan = make_plan(jnp.asarray(chosen), tiles, ROWS)
+    source = np.asarray(plan.source)
+    counted = source < chosen.size
+    filled, tile = counted.sum(axis=1), np.asarray(plan.block_tile)
+    rows = np.where(counted, source // K, -1).astype(np.int32)
+    x, dy = (
+        rng.integers(-3, 4, (TOKENS, n)).astype(np.float32) for n in (inputs, outputs)
+    )
+
+    def blocks(a, padding):
+        return np.where(counted[..., None], a[rows], padding)
+
+    of_tile = [np.flatnonzero((tile == n) & (filled > 0)) for n in range(tiles)]
+    starts = np.asarray([at[0] if len(at) else 0 for at in of_tile], np.int32)
+    counts = np.asarray([filled[at].sum() for at in of_tile], np.int32)
+    w = rng.integers(-1, 2, (tiles, inputs, outputs)).astype(np.float32)
+    at = Arguments(*map(jnp.asarray, (plan.block_tile, rows, starts, counts)))
+    return Case(x, dy, w, filled, at, blocks)
+
+
+def bfloat16(x):
+    return jnp.asarray(x, jnp.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("loads", CHOSEN)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_matmul_of_numbered_rows_is_exact_on_integers(loads, transposed):
+    x, dy, w, filled, at, blocks = case(loads, 256, 128)
+    given, oracle = x, reference.grouped_matmul
+    if transposed:
+        given, oracle = dy, reference.transposed_matmul
+    used = jnp.asarray([(filled > 0).sum()], jnp.int32)
+    args = bfloat16(given), bfloat16(w), at.tile, used, at.rows
+    y = gathered.gathered_matmul(*args, transposed=transposed)
+    expected = bfloat16(oracle(blocks(given, 0), w, np.asarray(at.tile)))
+    expected = np.asarray(expected, np.float32)
+    y, is_used = np.asarray(y, np.float32), filled > 0
+    np.testing.assert_array_equal(
+        y[is_used], expected[is_used]
+    )  # zeros where no row is
+    assert np.isnan(y[~is_used]).all()  # neither read nor written
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("loads", CHOSEN)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_outer_product_of_numbered_rows_is_exact_on_integers(loads, side):
+    x, dy, w, filled, at, blocks = case(loads, 128, 256)
+    runs = at.starts, at.counts, at.rows
+    if side == "left":
+        given = bfloat16(x), bfloat16(blocks(dy, np.nan))
+        dw = gathered.outer_of_left(*given, *runs)
+    else:
+        given = bfloat16(blocks(x, np.nan)), bfloat16(dy)
+        dw = gathered.outer_of_right(*given, *runs)
+    assert dw.dtype == jnp.float32
+    args = blocks(x, 0), blocks(dy, 0), np.asarray(at.tile), filled, len(w)
+    np.testing.assert_array_equal(dw, reference.grouped_outer(*args))
