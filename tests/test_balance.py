@@ -53,6 +53,20 @@ def test_closed_tiles_and_nan_are_not_counted():
     assert np.isfinite(hist).all()
 
 
+def test_margins_of_open_tiles_alone_are_those_of_all_with_the_others_closed():
+    scores, tiles = scores_of(50, 8), jnp.argsort(scores_of(50, 8, 1))[:, :4]
+    some = jnp.take_along_axis(scores, tiles, axis=-1)
+    columns = routing.select_tiles(some, 2)
+    found = jax.jit(balance.margin_histogram, static_argnums=4)(
+        some, columns, None, tiles, 8
+    )
+    closed = jnp.full_like(scores, -jnp.inf)
+    closed = closed.at[jnp.arange(50)[:, None], tiles].set(some)
+    chosen = jnp.take_along_axis(tiles, columns, axis=-1)
+    np.testing.assert_array_equal(found, histogram(closed, chosen))
+    assert found.sum() == 50 * 4
+
+
 @pytest.mark.parametrize("k", [1, 3])
 def test_repeated_steps_make_the_loads_even(k):
     scores, bias = scores_of(2000, 8), jnp.zeros(8)

@@ -47,6 +47,15 @@ def layer(kind, config=CONFIGS["absmean-tile"]):
         ),
         "linear": TriXLinear(10, num_tiles=2, use_bias=True, ternary=config),
         "lookup": SparseLookupFFN(D, num_tiles=4, tiles_per_cluster=2, grid_size=3),
+        "lookup_own": SparseLookupFFN(
+            D,
+            num_tiles=8,
+            tiles_per_cluster=4,
+            grid_size=2,
+            tiles_per_token=3,
+            reads="own",
+            ternary=config,
+        ),
     }[kind]
 
 
@@ -107,6 +116,7 @@ KERNELS = {
     "hierarchical": {"tiles/up", "tiles/down"},
     "linear": {"kernel"},
     "lookup": {"splines"},
+    "lookup_own": {"splines", "read", "write"},
 }
 
 
@@ -115,8 +125,9 @@ KERNELS = {
     [
         ("hierarchical", "absmean-group"),
         ("sparse", "fixed"),
+        ("lookup_own", "absmean-tile"),
         *[("linear", name) for name in CONFIGS],
-        *slowly([("lookup", "fixed")]),
+        *slowly([("lookup", "fixed"), ("lookup_own", "threshold-tile")]),
         *slowly(
             (kind, name) for kind in ("sparse", "hierarchical") for name in CONFIGS
         ),

@@ -24,6 +24,7 @@ FLOORS = {
         "trix_jax.clusters",
         "trix_jax.labels",
         "trix_jax.hashing",
+        "trix_jax.splines",
     ),
     "core: the seam to the kernels": ("trix_jax.ops",),
     "core: tokens to blocks and devices": (

@@ -20,8 +20,8 @@ from trix_jax.lm.train.optimizer import decay_mask
 SIZES = {"vocab_size": 7, "context": 4, "d_model": 8, "n_layers": 1, "n_heads": 2}
 
 
-def parameters(ffn):
-    tiles = {"num_tiles": 4, "tiles_per_cluster": 2, "grid_size": 2}
+def parameters(ffn, **more):
+    tiles = {"num_tiles": 4, "tiles_per_cluster": 2, "grid_size": 2, **more}
     model = TransformerLM(TransformerConfig(ffn=ffn, **SIZES, **tiles))
     tokens = jnp.zeros((1, 4), jnp.int32)
     return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
@@ -34,6 +34,9 @@ def test_every_parameter_has_its_word():
     assert {path for path, word in found.items() if word == "ternary"} == ternary
     assert {path for path, word in found.items() if word == "kernel"} == kernels
     assert {found[path] for path in found.keys() - ternary - kernels} == {"other"}
+    own = flatten_dict(optimizer_labels(parameters("lookup", reads="own")), sep="/")
+    ternary = {f"block_00/ffn/{end}/kernel" for end in ("read", "write")}
+    assert {path for path, word in own.items() if word == "ternary"} == ternary
     linear = jax.eval_shape(TriXLinear(8).init, jax.random.key(0), jnp.zeros((1, 8)))
     assert jax.tree.leaves(optimizer_labels(linear["params"])) == ["ternary"]
 

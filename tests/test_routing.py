@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trix_jax import RoutingConfig, routing
+from trix_jax import RoutingConfig, matching, routing
 
 # Compiling is what takes the time here, and no test in this file asks for equal bits
 # across programs.
@@ -150,7 +150,9 @@ def test_scores_inside_clusters_are_those_of_all_tiles(tokens, top):
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["apart", "ties", "nan", "infinite"])
-def test_selection_among_candidates_is_the_masked_selection(kind, k):
+@pytest.mark.parametrize("few", [0, 8], ids=["sorted", "one by one"])
+def test_selection_among_candidates_is_the_masked_selection(kind, k, few, monkeypatch):
+    monkeypatch.setattr(matching, "FEW", few)
     rng = np.random.default_rng(1)
     scores = rng.normal(size=(60, 8)).astype(np.float32)
     if kind == "ties":
@@ -223,6 +225,26 @@ def test_balance_loss_is_zero_at_even_use_and_n_minus_one_at_collapse():
         jnp.zeros((6, 4)).at[:, 2].set(50.0), jnp.zeros(4).at[2].set(1.0)
     )
     assert collapsed == pytest.approx(3, abs=1e-6)
+
+
+@pytest.mark.parametrize("mask", [None, jnp.arange(40) % 3 > 0])
+def test_balance_loss_over_open_tiles_is_that_of_all_with_the_others_closed(mask):
+    scores, share = normal(40, 8), jax.nn.softmax(normal(1, 8)[0])
+    clusters = jnp.argsort(normal(40, 4, seed=2), axis=-1)[:, :2]
+    tiles = MEMBERS[clusters].reshape(40, -1)
+
+    def over_open(scores):
+        own = jnp.take_along_axis(scores, tiles, axis=-1)
+        return routing.balance_loss(own, share, mask, tiles=tiles)
+
+    def over_all(scores):
+        closed = jnp.where(routing.open_tiles(clusters, MEMBERS), scores, -jnp.inf)
+        return routing.balance_loss(closed, share, mask)
+
+    found, wanted = (jax.value_and_grad(f)(scores) for f in (over_open, over_all))
+    np.testing.assert_allclose(found[0], wanted[0], atol=1e-6)
+    np.testing.assert_allclose(found[1], wanted[1], atol=1e-7)
+    assert np.abs(wanted[1]).max() > 1e-3
 
 
 def test_balance_loss_pushes_the_crowded_tile_down():

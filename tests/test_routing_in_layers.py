@@ -272,3 +272,44 @@ def test_learned_control_is_the_only_one_with_a_routing_parameter():
         )
         has_router = "router" in variables["params"]["tiles"]
         assert has_router == (source == "learned")
+
+
+def test_training_that_scores_open_tiles_alone_moves_as_that_which_scores_all():
+    layer = HierarchicalTriXFFN(
+        16,
+        8,
+        num_tiles=16,
+        tiles_per_cluster=4,
+        top_k_clusters=2,
+        tiles_per_token=3,
+        routing=RoutingConfig(balance_weight=0.0, diversity_weight=0.0),
+    )
+    variables = variables_of(layer)
+    dy = normal(40, 16, seed=1)
+
+    def trained(over):
+        config = RoutingConfig(balance_weight=0.0, balance_over=over)
+        model = layer.clone(routing=config)
+
+        def loss(params):
+            (y, info, aux), new = model.apply(
+                {**variables, "params": params}, X, True, mutable=["routing"]
+            )
+            return jnp.sum(y * dy) + aux["total_aux"], (info, aux, new["routing"])
+
+        return jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+
+    (all_grads, (all_info, _, all_state)), (grads, (info, aux, state)) = (
+        trained(over) for over in ("all", "open")
+    )
+    np.testing.assert_array_equal(info.tiles, all_info.tiles)
+    for one, other in zip(*map(jax.tree.leaves, (grads, all_grads)), strict=True):
+        bound = 40 * 16 * EPS * np.abs(other).max()  # sums in another order
+        np.testing.assert_allclose(one, other, rtol=0, atol=bound)
+    # A score in its last bits may fall into the next bin: two counts.
+    found, wanted = (
+        t["tiles"]["router"]["margins"].cumsum(axis=-1) for t in (state, all_state)
+    )
+    assert np.abs(found - wanted).sum() <= 2
+    np.testing.assert_array_equal(found[:, -1], wanted[:, -1])
+    assert 0 < aux["balance"] < 1

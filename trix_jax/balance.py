@@ -29,9 +29,11 @@ CHOSEN = BINS // 2  # bins below this one hold the tokens that chose the tile
 
 
 def margin_histogram(
-    biased: Float[Array, "T N"],
-    tiles: Integer[Array, "T K"],
+    biased: Float[Array, "T S"],
+    chosen: Integer[Array, "T K"],
     mask: Bool[Array, " T"] | None = None,
+    tiles: Integer[Array, "T S"] | None = None,
+    num_tiles: int | None = None,
 ) -> Float[Array, "N bins"]:
     """Counts the margins of every tile in `BINS` bins over `-REACH..REACH`; what lies
     outside is in the last bins.
@@ -39,23 +41,30 @@ def margin_histogram(
     Args:
         biased: scores with the bias; `-inf` where a token may not choose the tile,
             which is then not counted; nor are NaN.
-        tiles: what the tokens chose.
+        chosen: the columns of `biased` that the tokens chose.
         mask: False for tokens that are not counted.
+        tiles: which tile each column is of, where tokens have scores of some alone; None
+            has those of all, in order.
+        num_tiles: N; None has as many columns.
     """
-    num_tiles = biased.shape[-1]
-    chosen = (tiles[:, :, None] == jnp.arange(num_tiles)[None, None]).any(axis=1)
+    columns = jnp.arange(biased.shape[-1])[None]
+    is_chosen = (chosen[:, :, None] == columns[None]).any(axis=1)
     # Not by top_k: where only its values are used, XLA sorts on CPUs (50 times slower).
-    last = jnp.take_along_axis(biased, tiles, axis=-1).min(axis=-1, keepdims=True)
-    after = jnp.where(chosen, -jnp.inf, biased).max(axis=-1, keepdims=True)
-    margin = jnp.where(chosen, after, last) - biased
+    last = jnp.take_along_axis(biased, chosen, axis=-1).min(axis=-1, keepdims=True)
+    after = jnp.where(is_chosen, -jnp.inf, biased).max(axis=-1, keepdims=True)
+    margin = jnp.where(is_chosen, after, last) - biased
     counted = (biased > -jnp.inf) & ~jnp.isnan(margin)
     if mask is not None:
         counted &= mask[:, None]
     bins = jnp.floor((jnp.where(counted, margin, 0) / REACH + 1) * CHOSEN)
-    low, high = jnp.where(chosen, 0, CHOSEN), jnp.where(chosen, CHOSEN - 1, BINS - 1)
+    low, high = (
+        jnp.where(is_chosen, 0, CHOSEN),
+        jnp.where(is_chosen, CHOSEN - 1, BINS - 1),
+    )
     bins = jnp.clip(bins, low, high).astype(jnp.int32)
-    rows = jnp.arange(num_tiles)[None]
-    return jnp.zeros((num_tiles, BINS)).at[rows, bins].add(counted.astype(jnp.float32))
+    empty = jnp.zeros((num_tiles or biased.shape[-1], BINS))
+    rows = columns if tiles is None else tiles
+    return empty.at[rows, bins].add(counted.astype(jnp.float32))
 
 
 def loads(margins: Float[Array, "*B N bins"]) -> Float[Array, "*B N"]:

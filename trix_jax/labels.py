@@ -7,14 +7,16 @@ from typing import Any
 import jax
 
 PROJECTIONS = ("up", "down", "kernel")  # the modules of latent ternary matrices
+OWN = ("read", "write")  # those of tiles that read by themselves
 
 
 def optimizer_labels(params: Any) -> Any:
     """A tree like `params` with a word for every parameter.
 
     ===========  ===============================================================
-    "ternary"    latent matrices of tiles and of `TriXLinear`: decayed, or given
-                 to Muon matrix by matrix, `[..., I, O]`
+    "ternary"    latent matrices of tiles, of `TriXLinear` and of lookups that read
+                 by themselves: decayed, or given to Muon matrix by matrix,
+                 `[..., I, O]`
     "kernel"     real matrices (attention, heads, dense layers): decayed
     "other"      embeddings, norms, biases, scales, directions, and the latent
                  splines, whose threshold is fixed: not decayed
@@ -33,6 +35,7 @@ def optimizer_labels(params: Any) -> Any:
         if names[-1] != "kernel" or names[-2:-1] == ["splines"]:
             return "other"
         in_tiles = "tiles" in names[:-2] and names[-2] in PROJECTIONS
-        return "ternary" if in_tiles or names[-2:-1] == ["kernel"] else "kernel"
+        is_own = names[-2:-1] in ([name] for name in (*OWN, "kernel"))
+        return "ternary" if in_tiles or is_own else "kernel"
 
     return jax.tree_util.tree_map_with_path(label, params)

@@ -12,6 +12,8 @@ from trix_jax import dispatch
 from trix_jax.clusters import EPSILON
 from trix_jax.typing import Array, Bool, Float, Integer
 
+FEW = 8  # tiles that are looked for one after the other; more by a sort
+
 
 def match(
     h: Float[Array, "T D"], signature: Float[Array, "N D"], scale: float = 1.0
@@ -80,6 +82,10 @@ def select_among(
     """
     scores = jnp.where(jnp.isnan(scores), jnp.inf, scores)
     column = jnp.arange(scores.shape[-1])[None]
+    if k > FEW:
+        keys = jnp.where(scores == 0, 0, -scores), tiles
+        columns = jnp.broadcast_to(column, scores.shape)
+        return jax.lax.sort((*keys, columns), num_keys=2)[2][:, :k]
     is_left = jnp.ones(scores.shape, bool)
     chosen = []
     for _ in range(k):

@@ -51,16 +51,20 @@ GROUPED_ROWS = grouped.ROWS  # of a block that the kernels of grouped products t
 Weights = Ternary | Packed
 
 
-def pack(weights: Ternary) -> Packed:
+def pack(weights: Ternary, by_row: bool = False) -> Packed:
     """Ternary weights to two bits each; exact.
 
     In the layout of the Mosaic GPU kernels where the default device runs them and the
     shape has it, else in that of the XLA path.
+
+    Args:
+        by_row: takes the XLA path's layout everywhere, of which rows can be taken.
     """
     rows, features = weights.q.shape[-2:]
     has_planar = planar_unsupported_reason(rows, features, weights.scale.shape[-2])
     on_gpu = trix_kernels.device.arch() is not None
-    layout = "planar" if on_gpu and has_planar is None else "rows"
+    is_planar = on_gpu and has_planar is None and not by_row
+    layout = "planar" if is_planar else "rows"
     return trix_kernels.pack(weights.q, weights.scale, layout)
 
 
@@ -157,6 +161,50 @@ def matmul(
     else:
         y_NTO = _matmul(x_NTI, *weights, activations)
     return jnp.moveaxis(y_NTO, 0, 1)
+
+
+def read_rows(
+    x: Float[Array, "T I"], weights: Weights, rows: Integer[Array, "T K"], dtype: Any
+) -> Float[Array, "T K"]:
+    """Computes `<x_t, q_n> * scale`, n = `rows[t, k]`, of weights `[N, I]` with one
+    scale: products in `dtype`, their sums and the result in float32.
+
+    Only the rows asked for are unpacked; nothing is computed of the others.
+    """
+    q_TKI, scale = _rows(weights, rows, x.shape[-1], dtype)
+    found = jnp.einsum(
+        "tki,ti->tk", q_TKI, x.astype(dtype), preferred_element_type=jnp.float32
+    )
+    return found * scale
+
+
+def write_rows(
+    a: Float[Array, "T K"],
+    weights: Weights,
+    rows: Integer[Array, "T K"],
+    features: int,
+    dtype: Any,
+) -> Float[Array, "T O"]:
+    """Computes `sum_k a_tk * q_n * scale`, n = `rows[t, k]`, of weights `[N, O]` with
+    one scale, as `read_rows` does.
+    """
+    q_TKO, scale = _rows(weights, rows, features, dtype)
+    y = jnp.einsum(
+        "tk,tko->to", a.astype(dtype), q_TKO, preferred_element_type=jnp.float32
+    )
+    return y * scale
+
+
+def _rows(weights, rows, features, dtype):
+    """Rows of ternary weights `[T, K, O]`, and the scale of all."""
+    scale = weights.scale.astype(jnp.float32)
+    if isinstance(weights, Ternary):
+        return weights.q[rows].astype(dtype), scale
+    if layout_of(weights) == "planar":
+        return unpack(weights, features).q[rows].astype(dtype), scale
+    each = jnp.broadcast_to(scale, (rows.shape[0], *scale.shape))
+    taken = Packed(weights.bits[rows], each)
+    return trix_kernels.unpack(taken, features, dtype)[0], scale
 
 
 def tile_ffn(

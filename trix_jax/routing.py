@@ -43,6 +43,7 @@ Signature = Literal["sum", "sign"]
 Gate = Literal["none", "sigmoid", "softmax", "renormalized"]
 Source = Literal["weights", "random", "learned", "hash"]
 Hold = Literal["signatures", "scores", "routes"]
+BalanceOver = Literal["all", "open"]
 
 DEAD_SHARE = 0.1  # a tile below this share of the uniform load 1/N is dead
 
@@ -64,6 +65,9 @@ class RoutingConfig:
         score_scale: multiplies the scores.
         balance_weight: of the probability balance loss in `total_aux`.
         diversity_weight: of the signature diversity loss in `total_aux`.
+        balance_over: the tiles whose probabilities the balance loss is made of: "all", or
+            "open", those that a token may choose from. With clusters, training under
+            "open" scores no other tiles, as serving does.
         hold_after: share of training after which what `hold` names is held: it stays
             what it was at that moment and takes no gradient, while the weights go on
             training. None never holds, 1 leaves it to `hold_signatures`.
@@ -78,6 +82,7 @@ class RoutingConfig:
     score_scale: float = 1.0
     balance_weight: float = 0.01
     diversity_weight: float = 0.001
+    balance_over: BalanceOver = "all"
     hold_after: float | None = None
     hold: Hold = "signatures"
 
@@ -86,6 +91,7 @@ class RoutingConfig:
             ("source", Source),
             ("signature", Signature),
             ("gate", Gate),
+            ("balance_over", BalanceOver),
             ("hold", Hold),
         ):
             if getattr(self, name) not in get_args(kind):
@@ -231,10 +237,11 @@ def count_tiles(
 
 
 def balance_loss(
-    scores: Float[Array, "T N"],
+    scores: Float[Array, "T S"],
     share: Float[Array, " N"],
     mask: Bool[Array, " T"] | None = None,
     count: Float[Array, ""] | None = None,
+    tiles: Integer[Array, "T S"] | None = None,
 ) -> Float[Array, ""]:
     """Computes `N * sum_n share_n * mean_t softmax(scores)_tn - 1`: 0 at even use, at
     most N - 1.
@@ -243,21 +250,25 @@ def balance_loss(
     4).
 
     Args:
-        scores: of every tile.
+        scores: of every tile, or of those that a token may choose from.
         share: of the assignments, a number a tile.
         mask: False for tokens that the mean leaves out; without any the loss is 0.
         count: what the mean divides by; None takes the number of tokens. The losses of
             devices that hold different numbers of real tokens average to that of the
             whole batch if all of them divide by the mean of those numbers.
+        tiles: which tiles the scores are of; None is every one, in order. The
+            probability of all others is 0.
     """
     probability = jax.nn.softmax(scores, axis=-1)
+    share, n = jax.lax.stop_gradient(share), share.shape[0]
+    if tiles is not None:  # the sum over a token's own tiles comes first
+        probability = (share[tiles] * probability).sum(axis=-1, keepdims=True)
+        share = jnp.ones((1,))
     if mask is None:
-        mean = probability.mean(axis=0)
-        return scores.shape[-1] * jnp.sum(jax.lax.stop_gradient(share) * mean) - 1
+        return n * jnp.sum(share * probability.mean(axis=0)) - 1
     own = mask.sum().astype(jnp.float32)
     total = jnp.where(mask[:, None], probability, 0).sum(axis=0)
-    pull = jnp.sum(jax.lax.stop_gradient(share) * total)
-    excess = scores.shape[-1] * pull - own  # `sum_t (N sum_n share_n p_tn - 1)`
+    excess = n * jnp.sum(share * total) - own  # `sum_t (N sum_n share_n p_tn - 1)`
     return excess / jnp.maximum(own if count is None else count, EPSILON)
 
 

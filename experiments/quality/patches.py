@@ -74,7 +74,8 @@ class HashedWithGates(ByTokenRouter):
         del used, h, signature, state
         s = self.settings
         chosen = hashing.hash_tiles(self.ids, s.num_tiles, s.tiles_per_token)
-        return chosen, routing.gates(scores, chosen, s.routing.gate)
+        gates = routing.gates(scores, chosen, s.routing.gate)
+        return chosen, gates, router.Seen(scores)
 
 
 class HalfHashed(ByTokenRouter):
@@ -92,7 +93,8 @@ class HalfHashed(ByTokenRouter):
         self._add_margins(state, "margins", biased, matched)
         gates = routing.gates(scores, matched, s.routing.gate)
         opened = jnp.concatenate([jnp.ones(hashed.shape, gates.dtype), gates], axis=1)
-        return jnp.concatenate([hashed, matched], axis=1), opened
+        chosen = jnp.concatenate([hashed, matched], axis=1)
+        return chosen, opened, router.Seen(scores)
 
 
 class TokenRouter(router.Router):
@@ -206,24 +208,24 @@ def bits_side_by_side(layer, config):
     return sum(BITS(part, config) for part in layer.values())
 
 
-def no_magnitude(self, ab, tile, progress):
+def no_magnitude(self, place, route, progress):
     """The lookup gives nothing: what attention alone is worth."""
-    return 0.0 * MAGNITUDE(self, ab, tile, progress)
+    return 0.0 * MAGNITUDE(self, place, route, progress)
 
 
-def continuous(self, ab, tile, progress):
+def continuous(self, place, route, progress):
     """A spline without jumps: bilinear between the coefficients `c0` of a tile's cells,
     which sit on the grid's corners.
     """
-    grid = self.grid_size
-    position = (ab + 1) / 2 * (grid - 1)
+    grid, tile = self.grid_size, route.tiles[:, 0]
+    position = (place[:, 0] + 1) / 2 * (grid - 1)
     cell = jax.lax.stop_gradient(jnp.clip(jnp.floor(position), 0, grid - 2))
     (a, b), (i, j) = (position - cell).T, cell.astype(jnp.int32).T
-    c0 = self._splines(progress).reshape(self.num_tiles, grid, grid, 3)[..., 0]
+    c0 = self._splines(progress, 2).reshape(self.num_tiles, grid, grid, 3)[..., 0]
     low = (1 - a) * c0[tile, i, j] + a * c0[tile, i + 1, j]
     high = (1 - a) * c0[tile, i, j + 1] + a * c0[tile, i + 1, j + 1]
     scale = self.param("spline_scale", nn.initializers.ones, (self.num_tiles,))
-    return scale[tile] * ((1 - b) * low + b * high)
+    return (scale[tile] * ((1 - b) * low + b * high))[:, None]
 
 
 def flat_start(shape, rule, init, **rest):
@@ -233,18 +235,20 @@ def flat_start(shape, rule, init, **rest):
     return kernel.TernaryKernel(shape, rule, lambda *args: 0.1 * init(*args), **rest)
 
 
-def all_of_the_compressor(self, h, dtype):
+def all_of_the_compressor(self, h, route, read, dtype):
     """The compressor's hidden units, for `linear_magnitude`."""
+    del route, read
     width = compress_width(self.d_model, self.compress_hidden)
-    return jax.nn.gelu(nn.Dense(width, name="compress_in", dtype=dtype)(h))
+    return jax.nn.gelu(nn.Dense(width, name="compress_in", dtype=dtype)(h))[:, None]
 
 
-def linear_magnitude(self, hidden, tile, progress):
+def linear_magnitude(self, hidden, route, progress):
     """Not a spline of two numbers but each tile's own product with all hidden units."""
     del progress
     shape = self.num_tiles, hidden.shape[-1]
     init = nn.initializers.normal(shape[1] ** -0.5)
-    return (hidden * self.param("magnitudes", init, shape)[tile]).sum(axis=-1)
+    magnitudes = self.param("magnitudes", init, shape)[route.tiles]
+    return (hidden * magnitudes).sum(axis=-1)
 
 
 def bits_without_splines(layer, config):
@@ -299,7 +303,7 @@ SELECT, ROUTER_TOKENS = routing.select_tiles, tiles.router_tokens
 
 CONTINUOUS = (SparseLookupFFN, "_magnitude", continuous)
 LINEAR = (
-    (SparseLookupFFN, "_compress", all_of_the_compressor),
+    (SparseLookupFFN, "_place", all_of_the_compressor),
     (SparseLookupFFN, "_magnitude", linear_magnitude),
 )
 FOUR = (

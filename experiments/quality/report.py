@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.quality import claim, claim_page, curve, measure, page
+from experiments.quality import claim, claim_page, curve, lookups, measure, page
 from experiments.quality.arms import best, hidden, lookup
 from experiments.quality.design import SEEDS, SETTINGS, Setting
 from experiments.quality.widths import (
@@ -111,7 +111,7 @@ def appendix(folder: Path) -> str:
         "and `claim.py`. What follows from it is in [the report](REPORT.md).\n",
     ]
     parts += claim_page.ladders(folder)
-    for setting in (*claim.SETTINGS.values(), *SETTINGS.values()):
+    for setting in (claim.SETTINGS | lookups.SETTINGS | SETTINGS).values():
         runs = results.read(folder / "results" / f"{setting.name}.json")
         for alike in results.by_sampler(runs).values():
             parts += section(setting, alike, folder / "results")

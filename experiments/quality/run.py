@@ -3,7 +3,7 @@ with more slots, for several runs at a time.
 
     python -m experiments.quality.run SETTING --data PATH --runs DIR
 
-SETTING is a name in `design` or `claim`, PATH a text, folder or token store. Every run is a
+SETTING is a name in `design`, `claim` or `lookups`, PATH a text, folder or token store. Every run is a
 process; its result is added to results/SETTING.json at once, and a run that is in there
 is done, whatever DIR holds. SIGTERM saves the runs under way; the same command goes on
 with them. What comes next is a function of the results alone (`schedule`).
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.quality import claim, design
+from experiments.quality import claim, design, lookups
 from experiments.quality.design import Setting
 from experiments.quality.schedule import runs_to_come
 from trix_jax.cli.experiment import parse_run
@@ -35,7 +35,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def settings() -> dict[str, Setting]:
     """Every setting by its name."""
-    return design.SETTINGS | claim.SETTINGS
+    return design.SETTINGS | claim.SETTINGS | lookups.SETTINGS
 
 
 def main(argv: Sequence[str] | None = None) -> int:

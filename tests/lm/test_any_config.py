@@ -34,6 +34,7 @@ MODELS = {
     "grid_size": small,
     "compress_hidden": st.sampled_from([None, 0, 1, 3]),
     "ternary_splines": st.booleans(),
+    "reads": st.sampled_from(["shared", "own"]),
     "activation": st.sampled_from([None, "gelu", "relu2"]),
     "dropout": st.sampled_from([0.0, 0.5]),
     "tied": st.booleans(),

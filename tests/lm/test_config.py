@@ -145,6 +145,32 @@ def test_costs_by_hand():
     assert costs(sparse).ffn_active_training == costs(sparse).ffn_active
 
 
+def test_costs_of_lookups_by_hand():
+    # 256 tiles in 16 clusters of 16: 16 addresses and 2 * 16 tiles are scored.
+    sizes = {"n_layers": 1, "num_tiles": 256, "tiles_per_cluster": 16, "grid_size": 2}
+    sizes |= {"vocab_size": 65, "top_k_clusters": 2, "tiles_per_token": 8}
+    own = TransformerConfig(ffn="lookup", reads="own", **sizes)
+    # A token reads, takes a spline of one number, and writes, eight times.
+    assert costs(own).ffn_active == (16 + 32) * 128 + 8 * (128 + 1 + 128)
+    assert costs(own).ffn_active_training == (16 + 256) * 128 + 8 * (2 * 128 + 1)
+    directions, splines, scales = 2 * 256 * 128, 256 * 2 * 2, 3
+    rest = 256 + 2 * 128 + 1  # a scale a tile, the norm, the output's scale
+    ternary = directions + splines
+    assert costs(own).ffn == ternary + rest
+    assert costs(own).ffn_bits == 2 * ternary + 16 * (scales + rest)
+    real = dataclasses.replace(own, ternary=TernaryConfig(mode="none"))
+    assert costs(real).ffn_bits == 2 * splines + 16 * (directions + 1 + rest)
+    both = dataclasses.replace(real, ternary_splines=False)
+    assert costs(both).ffn_bits == 16 * costs(own).ffn
+    # Biases, tiles of clusters and their biases: signatures are the rows that tiles
+    # read by.
+    assert costs(own).routing_bits == 16 * (256 + 256 + 16)
+    # The compressor's two matrices, and two numbers and a direction a tile.
+    shared = dataclasses.replace(own, reads="shared")
+    compressor = 128 * 32 + 32 * 2
+    assert costs(shared).ffn_active == 48 * 128 + compressor + 8 * (2 + 128)
+
+
 def test_learning_rate_schedule_warms_up_and_ends_at_its_share():
     config = cfg.TrainConfig(steps=100, warmup_steps=10, learning_rate=1.0)
     schedule = learning_rate_schedule(config)
@@ -182,6 +208,16 @@ def test_learning_rate_schedules_are_their_formulas(schedule, rates):
     config = cfg.TrainConfig(schedule=schedule, decay_share=0.4, **settings)
     found = [float(learning_rate_schedule(config)(u)) for u in range(10)]
     np.testing.assert_allclose(found, rates, atol=1e-6)
+
+
+def test_lookup_of_a_config_that_knows_no_reads_has_the_one_cluster_it_had():
+    model = TransformerConfig(ffn="lookup", top_k_clusters=2)
+    tree = cfg.to_tree(cfg.RunConfig(model=model))
+    assert cfg.from_tree(tree).model == model
+    assert cfg.model_from_tree(tree["model"]) == model
+    del tree["model"]["reads"]
+    one = dataclasses.replace(model, top_k_clusters=1)
+    assert cfg.from_tree(tree).model == cfg.model_from_tree(tree["model"]) == one
 
 
 def test_learning_rate_of_a_config_that_names_no_schedule_is_cosine():

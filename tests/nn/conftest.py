@@ -24,6 +24,15 @@ FFNS = {
         D, num_tiles=8, tiles_per_cluster=2, top_k_clusters=2, tiles_per_token=2
     ),
     "lookup": SparseLookupFFN(D, num_tiles=4, tiles_per_cluster=2, grid_size=3),
+    "lookup_own": SparseLookupFFN(
+        D,
+        num_tiles=12,
+        tiles_per_cluster=3,
+        grid_size=2,
+        top_k_clusters=2,
+        tiles_per_token=3,
+        reads="own",
+    ),
 }
 TILES = {"tiles/up/kernel", "tiles/down/kernel"}
 LEAVES = {
@@ -41,6 +50,15 @@ LEAVES = {
         "compress_in/bias",
         "compress_out/kernel",
         "compress_out/bias",
+    },
+    "lookup_own": {
+        "norm/scale",
+        "norm/bias",
+        "read/kernel",
+        "write/kernel",
+        "splines/kernel",
+        "spline_scale",
+        "output_scale",
     },
 }
 
@@ -86,9 +104,16 @@ CASES = {name: Case(name) for name in FFNS}
 KINDS = ["hierarchical", "sparse_top2", "lookup"]
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=[pytest.mark.slow] if name == "lookup_own" else [])
+        for name in CASES
+    ]
+)
 def ffn(request):
-    """Every layer."""
+    """Every layer; the lookup whose tiles read by themselves with the slow tests, and by
+    default in `test_lookup_own.py`.
+    """
     return CASES[request.param]
 
 

@@ -372,7 +372,8 @@ def test_language_model_starts_near_the_uniform_guess():
         ({"num_tiles": 7}, r"num_tiles=7 must divide expansion \* d_model=64"),
         ({"tiles_per_token": 5}, "tiles_per_token=5 .* num_tiles=4"),
         ({"activation": "tanh"}, "activation must be one of .* Got 'tanh'"),
-        ({"ffn": "lookup", "tiles_per_token": 2}, "tiles_per_token must be 1 .* Got 2"),
+        ({"ffn": "lookup", "tiles_per_token": 3}, "tiles_per_token=3 .*=2"),
+        ({"ffn": "lookup", "reads": "each"}, "reads must be one of .* Got 'each'"),
         ({"ffn": "hierarchical", "tiles_per_token": 3}, "tiles_per_token=3 .*=2"),
     ],
 )

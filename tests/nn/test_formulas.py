@@ -5,6 +5,9 @@ token at a time.
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+
+from trix_jax import SparseLookupFFN
 
 D = 16
 EPS = np.finfo(np.float32).eps
@@ -99,25 +102,42 @@ def lookup_oracle(layer, variables, x):
     p = jax.tree.map(np.float64, variables["params"])
     centred = x - x.mean(axis=-1, keepdims=True)
     h = unit(centred) * p["norm"]["scale"] + p["norm"]["bias"]
-    state = variables["routing"]["router"]
-    tiles, matches = routes(h, unit(p["directions"]), 1, state)
+    state, k = variables["routing"]["router"], layer.tiles_per_token
+    is_own, grid = layer.reads == "own", layer.grid_size
+    write, place = own_rows(p, h) if is_own else (p["directions"], shared_place(p, h))
+    address = ternary(p["read"]["kernel"])[0] if is_own else write
+    tiles, matches = routes(h, unit(address), k, state, layer.top_k_clusters)
+    splines = p["splines"]["kernel"]
+    splines = np.sign(splines) * (np.abs(splines) > 0.3)
+    axes = 1 if is_own else 2
+    splines = splines.reshape(-1, *[grid] * axes, 1 + axes)
+    y, size = np.zeros_like(x), np.zeros_like(x)
+    for t, token in enumerate(tiles):
+        for n, match in zip(token, matches[t], strict=True):
+            where = (place[t, n] + 1) / 2 * grid
+            cell = tuple(min(int(u), grid - 1) for u in where)
+            c0, *c = splines[n][cell]
+            far = c0 + sum(a * (u - i) for a, u, i in zip(c, where, cell, strict=True))
+            outside = sigmoid(match) * p["spline_scale"][n] * p["output_scale"]
+            y[t] += outside * far * write[n]
+            # An error of tanh in 0..1 counts G times in the place inside a cell.
+            size[t] += np.abs(outside * (1 + 2 * grid) * write[n])
+    return tiles, y, size
+
+
+def shared_place(p, h):
+    """Two numbers a token, the same for all tiles."""
     hidden = h @ p["compress_in"]["kernel"] + p["compress_in"]["bias"]
     tanh_gelu = np.tanh(np.sqrt(2 / np.pi) * (hidden + 0.044715 * hidden**3))
     hidden = hidden / 2 * (1 + tanh_gelu)
     ab = np.tanh(hidden @ p["compress_out"]["kernel"] + p["compress_out"]["bias"])
-    grid = layer.grid_size
-    splines = p["splines"]["kernel"].reshape(-1, grid, grid, 3)
-    splines = np.sign(splines) * (np.abs(splines) > 0.3)
-    y, size = np.zeros_like(x), np.zeros_like(x)
-    for t, (n, (a, b)) in enumerate(zip(tiles[:, 0], ab, strict=True)):
-        i, j = (min(int((u + 1) / 2 * grid), grid - 1) for u in (a, b))
-        la, lb = (a + 1) / 2 * grid - i, (b + 1) / 2 * grid - j
-        c0, c1, c2 = splines[n, i, j]
-        outside = sigmoid(matches[t, 0]) * p["spline_scale"][n] * p["output_scale"]
-        y[t] = outside * (c0 + c1 * la + c2 * lb) * p["directions"][n]
-        # An error of tanh in 0..1 counts G times in the place inside a cell.
-        size[t] = np.abs(outside * (1 + 2 * grid) * p["directions"][n])
-    return tiles, y, size
+    return np.broadcast_to(ab[:, None], (len(h), len(p["directions"]), 2))
+
+
+def own_rows(p, h):
+    """The directions as served, and a number a token and tile."""
+    (read, scale), (write, size) = (ternary(p[n]["kernel"]) for n in ("read", "write"))
+    return size * write, np.tanh(scale * (h @ read.T))[..., None]
 
 
 ORACLES = {
@@ -125,6 +145,7 @@ ORACLES = {
     "sparse_top2": sparse_oracle,
     "hierarchical": hierarchical_oracle,
     "lookup": lookup_oracle,
+    "lookup_own": lookup_oracle,
 }
 
 
@@ -165,3 +186,27 @@ def test_ffn_matches_the_oracle(ffn):
     bound = (2 * D + width + 2 * D + 16) * EPS * size
     error = np.abs(np.float64(y).reshape(-1, D) - expected)
     assert (error <= bound).all(), (error / bound).max()
+
+
+SHARED = SparseLookupFFN(
+    D,
+    num_tiles=8,
+    tiles_per_cluster=4,
+    grid_size=1,
+    top_k_clusters=2,
+    tiles_per_token=3,
+)
+OWN = SHARED.clone(grid_size=2, reads="own")
+
+
+@pytest.mark.parametrize("layer", [SHARED, OWN], ids=["shared", "own"])
+def test_several_directions_match_the_oracle(layer):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(24, D)), jnp.float32)
+    variables = disturbed(jax.jit(layer.init)(jax.random.key(0), x))
+    y, info, _ = jax.jit(layer.apply)(variables, x)
+    tiles, expected, size = lookup_oracle(layer, variables, np.float64(x))
+    np.testing.assert_array_equal(info.tiles, tiles)
+    assert len(np.unique(tiles)) > 4
+    error = np.abs(np.float64(y) - expected)
+    assert (error <= (6 * D + 16) * EPS * size).all()
+    assert np.abs(expected).max() > 0.05

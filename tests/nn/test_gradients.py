@@ -48,6 +48,17 @@ LAYERS = {
         ternary_splines=False,
         routing=RoutingConfig(**LOSSES),
     ),
+    "lookup_own": SparseLookupFFN(
+        D,
+        num_tiles=8,
+        tiles_per_cluster=4,
+        tiles_per_token=2,
+        grid_size=1,
+        ternary_splines=False,
+        reads="own",
+        ternary=REAL,
+        routing=RoutingConfig(**LOSSES),
+    ),
 }
 
 

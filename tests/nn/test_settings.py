@@ -40,6 +40,7 @@ ARGUMENTS = {
     "grid_size": 3,
     "compress_hidden": 5,
     "ternary_splines": False,
+    "reads": "own",
     "width": 24,
     "dropout": 0.25,
     "activation": "silu",
@@ -60,9 +61,18 @@ def arguments_of(layer):
     return {n: getattr(layer, n) for n in names & ARGUMENTS.keys()}
 
 
-@pytest.mark.parametrize("block", FFN_OF)
-def test_every_argument_of_a_block_reaches_its_ffn_and_the_tiles(block):
+# Of two kinds of lookup each refuses what only the other has.
+LOOKUPS = {"own": {"compress_hidden"}, "shared": {"reads", "ternary"}}
+BLOCKS = [
+    *((block, set()) for block in FFN_OF if block is not SparseLookupBlock),
+    *((SparseLookupBlock, others) for others in LOOKUPS.values()),
+]
+
+
+@pytest.mark.parametrize(("block", "others"), BLOCKS)
+def test_every_argument_of_a_block_reaches_its_ffn_and_the_tiles(block, others):
     taken = {field.name for field in dataclasses.fields(block)} & ARGUMENTS.keys()
+    taken -= others
     layer, modules = block(D, 2, **{n: ARGUMENTS[n] for n in taken}), {}
 
     def note(call, args, kwargs, context):
@@ -73,6 +83,7 @@ def test_every_argument_of_a_block_reaches_its_ffn_and_the_tiles(block):
         jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((2, 3, D)))
     assert type(modules["ffn"]) is FFN_OF[block]
     ffn = arguments_of(modules["ffn"])
+    ffn = {n: value for n, value in ffn.items() if n not in others}
     assert ffn == {n: ARGUMENTS[n] for n in ffn}
     if block is not DenseBlock:
         settings = arguments_of(modules["router"].settings)
@@ -101,10 +112,19 @@ FFN_PATHS = {
 }
 
 
+FFN_PATHS["lookup_own"] = (
+    {"norm/scale", "norm/bias", "read/kernel", "write/kernel", "output_scale"}
+    | {"splines/kernel", "spline_scale"},
+    FFN_PATHS["lookup"][1],
+)
+
+
 @pytest.mark.parametrize("ffn", FFN_PATHS)
 def test_paths_of_variables_stay_what_saved_runs_have(ffn):
     sizes = {"vocab_size": 11, "d_model": D, "n_layers": 1, "grid_size": 3}
-    model = TransformerLM(TransformerConfig(ffn=ffn, tied=False, **sizes))
+    kind, _, reads = ffn.partition("_")
+    sizes |= {"reads": reads} if reads else {}
+    model = TransformerLM(TransformerConfig(ffn=kind, tied=False, **sizes))
     tokens = jnp.zeros((2, 3), int)
     shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)
     params, state = FFN_PATHS[ffn]

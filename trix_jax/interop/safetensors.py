@@ -35,6 +35,8 @@ from trix_jax.ternary import Ternary
 from trix_jax.typing import Variables
 from trix_kernels import packing
 
+LOOKED_UP = ("read", "write")  # kernels of which layers take single rows
+
 
 def write(path: Path, model: TransformerLM, variables: Variables) -> dict[str, int]:
     """Writes frozen variables; returns the bytes of every tensor by name."""
@@ -114,7 +116,7 @@ def from_tensors(
             if scale is None:
                 raise ValueError(f"{name} must have a scale beside it. Got none.")
             ternary = Ternary(jnp.asarray(q, jnp.float32), jnp.asarray(scale))
-            flat[path] = ops.pack(ternary).bits
+            flat[path] = ops.pack(ternary, by_row=path[-2] in LOOKED_UP).bits
             table = ".".join((*path[:-2], "router", TILES))
             if path[-2] == "up" and table not in tensors:
                 flat[(*path[:-2], "signature_sums")] = jnp.asarray(

@@ -4,6 +4,7 @@ from the config alone.
 
 import dataclasses
 import functools
+import math
 from typing import Literal, NamedTuple
 
 import jax
@@ -30,8 +31,8 @@ class Costs(NamedTuple):
             routing scores included: with clusters `C + top_k_clusters * N / C` scores.
         ffn_bits: bits of the FFN weights as served: ternary at 2 plus scales,
             everything else at 16.
-        ffn_active_training: `ffn_active` of a forward pass in training, where the
-            balance loss needs the scores of all tiles: with clusters `C + N`.
+        ffn_active_training: `ffn_active` of a forward pass in training, where a balance
+            loss over all tiles needs their scores: with clusters `C + N`.
         routing_bits: bits that routing stores beside the FFN weights as served, at 16 a
             number: signatures, biases, clusters and, where scores are held, the copy of
             the embedding's rows. A hash stores nothing, a learned router's rows are
@@ -131,9 +132,11 @@ def _active(c: TransformerConfig, training: bool = False) -> int:
     if c.ffn == "dense":
         return 2 * c.d_model * c.dense_width
     always = _scoring(c, training) + 2 * c.d_model * c.shared_width
+    if c.ffn == "lookup" and c.reads == "own":
+        return always + c.tiles_per_token * (2 * c.d_model + 1)
     if c.ffn == "lookup":
         hidden = compress_width(c.d_model, c.compress_hidden)
-        return always + (c.d_model + 2) * hidden + 2 + c.d_model
+        return always + (c.d_model + 2) * hidden + c.tiles_per_token * (2 + c.d_model)
     return always + 2 * c.d_model * c.tile_width * c.tiles_per_token
 
 
@@ -141,8 +144,9 @@ def _scoring(c: TransformerConfig, training: bool = False) -> int:
     """Multiply-accumulates of a layer's scores for a token."""
     if c.ffn == "lookup" or c.ffn == "hierarchical":
         clusters = c.num_tiles // c.tiles_per_cluster
-        top = c.top_k_clusters if c.ffn == "hierarchical" else 1
-        scores = clusters + (clusters if training else top) * c.tiles_per_cluster
+        scores_all = training and c.routing.balance_over == "all"
+        looked_at = clusters if scores_all else c.top_k_clusters
+        scores = clusters + looked_at * c.tiles_per_cluster
     else:
         scores = c.num_tiles
     is_hash = c.routing.source == "hash" and c.ffn != "lookup"
@@ -159,7 +163,8 @@ def _routing_bits(c: TransformerConfig, tables: int) -> int:
         8 * shape.dtype.itemsize * shape.size for shape in table_shapes(c).values()
     )
     n, has_clusters = c.num_tiles, c.ffn in ("hierarchical", "lookup")
-    # A lookup's signatures are read off its directions, which are FFN weights.
+    # A lookup's signatures are rows of its directions, or of what its tiles read by,
+    # which are FFN weights.
     is_read = c.ffn == "lookup" and c.routing.source == "weights"
     is_learned = c.routing.source == "learned"  # its rows are FFN weights too
     is_stored = not is_learned and (c.routing.holds or not is_read)
@@ -171,41 +176,33 @@ def _routing_bits(c: TransformerConfig, tables: int) -> int:
 
 
 def _bits(layer, c: TransformerConfig) -> int:
-    ternary = 0
-    if c.ffn in ("sparse", "hierarchical") and c.ternary.mode != "none":
-        for kernel in (
-            layer["tiles"]["up"]["kernel"],
-            layer["tiles"]["down"]["kernel"],
-        ):
-            ternary += kernel.size
-        scales = _scales(layer, c)
-    elif c.ffn == "lookup" and c.ternary_splines:
-        ternary, scales = (
-            layer["splines"]["kernel"].size,
-            1,
-        )  # spline_scale is counted with the rest
-    else:
+    kernels = _kernels(layer, c)
+    if not kernels:
         return FLOAT_BITS * _size(layer)
-    learned = _size([k["scale"] for k in _kernels(layer) if "scale" in k])
-    return (
-        2 * ternary
-        + SCALE_BITS * scales
-        + FLOAT_BITS * (_size(layer) - ternary - learned)
-    )
+    ternary = sum(kernel["kernel"].size for kernel, _ in kernels)
+    scales = sum(number for _, number in kernels)
+    learned = _size([kernel["scale"] for kernel, _ in kernels if "scale" in kernel])
+    rest = _size(layer) - ternary - learned
+    return 2 * ternary + SCALE_BITS * scales + FLOAT_BITS * rest
 
 
-def _kernels(layer):
-    return (layer["tiles"]["up"], layer["tiles"]["down"]) if "tiles" in layer else ()
+def _kernels(layer, c: TransformerConfig) -> list[tuple[dict, int]]:
+    """The ternary kernels of a layer, and how many scales each has as served."""
+    found = []
+    if c.has_ternary_products and c.ternary.mode != "none":
+        names = ("read", "write") if c.ffn == "lookup" else ("up", "down")
+        inside = layer if c.ffn == "lookup" else layer["tiles"]
+        found = [(inside[name], _scales(inside[name]["kernel"], c)) for name in names]
+    if c.ffn == "lookup" and c.ternary_splines:  # the tiles' own scales are real ones
+        found.append((layer["splines"], 1))
+    return found
 
 
-def _scales(layer, c: TransformerConfig) -> int:
-    total = 0
-    for kernel in _kernels(layer):
-        n, rows, columns = kernel["kernel"].shape
-        per_tile = {"tile": 1, "channel": columns}.get(c.ternary.granularity)
-        if c.ternary.rule == "fixed":
-            per_tile = columns
-        if per_tile is None:
-            per_tile = columns * max(1, rows // c.ternary.group_size)
-        total += n * per_tile
-    return total
+def _scales(kernel, c: TransformerConfig) -> int:
+    *tiles, rows, columns = kernel.shape
+    per_matrix = {"tile": 1, "channel": columns}.get(c.ternary.granularity)
+    if c.ternary.rule == "fixed":
+        per_matrix = columns
+    if per_matrix is None:
+        per_matrix = columns * max(1, rows // c.ternary.group_size)
+    return math.prod(tiles) * per_matrix

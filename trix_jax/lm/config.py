@@ -198,9 +198,11 @@ def resolve(
             it.
     """
     model = config.model
-    if config.train.optimizer == "muon" and model.ffn == "lookup":
+    has_projections = model.ffn == "dense" or model.has_ternary_products
+    if config.train.optimizer == "muon" and not has_projections:
         raise ValueError(
-            "train.optimizer must be adamw with model.ffn='lookup', which has no projections for muon. Got 'muon'."
+            "train.optimizer must be adamw with model.ffn='lookup' and model.reads='shared', "
+            "which has no projections for muon. Got 'muon'."
         )
     if config.train.ffn_rate_factor != 1 and model.ffn == "lookup":
         raise ValueError(
@@ -245,14 +247,16 @@ def to_tree(config: RunConfig) -> dict[str, Any]:
 
 
 def from_tree(tree: dict[str, Any]) -> RunConfig:
-    """The inverse of `to_tree`, for a config that this program wrote: the sampler of one
-    that has none is that of its time.
+    """The inverse of `to_tree`, for a config that this program wrote: what one does not
+    name is as it was in its time.
 
     Raises:
         ValueError: unknown or missing names, or values of another type.
     """
     if isinstance(train := tree.get("train"), dict):
         tree = tree | {"train": {"sampler": SAMPLER_BEFORE} | train}
+    if isinstance(model := tree.get("model"), dict):
+        tree = tree | {"model": _as_it_was(model)}
     return _build(RunConfig, tree, "")
 
 
@@ -262,7 +266,14 @@ def model_from_tree(tree: dict[str, Any]) -> TransformerConfig:
     Raises:
         ValueError: unknown or missing names, or values of another type.
     """
-    return _build(TransformerConfig, tree, "model.")
+    return _build(TransformerConfig, _as_it_was(tree), "model.")
+
+
+def _as_it_was(model: dict[str, Any]) -> dict[str, Any]:
+    """A lookup of before `reads` chose among one cluster, whatever its config says."""
+    if model.get("ffn") == "lookup" and "reads" not in model:
+        return model | {"top_k_clusters": 1}
+    return model
 
 
 def load(path: str | Path) -> RunConfig:

@@ -14,9 +14,10 @@ from trix_jax.nn.hierarchical_ffn import HierarchicalTriXFFN
 from trix_jax.nn.inputs import check_input, check_mask, hide
 from trix_jax.nn.settings import LayerArguments, TileArguments, TileSettings
 from trix_jax.nn.sparse_ffn import SparseTriXFFN
-from trix_jax.nn.sparse_lookup_ffn import SparseLookupFFN
+from trix_jax.nn.sparse_lookup_ffn import Reads, SparseLookupFFN
 from trix_jax.nn.tiles import Aux
 from trix_jax.routing import RoutingConfig, RoutingInfo
+from trix_jax.ternary import TernaryConfig
 from trix_jax.typing import AnyArray, Array, Dtype, Float, Scalar, Shaped
 
 Norm = Literal["layer", "rms"]
@@ -250,6 +251,10 @@ class SparseLookupBlock(Block):
     compress_hidden: int | None = None
     ternary_splines: bool = True
     routing: RoutingConfig = TileSettings.routing
+    top_k_clusters: int = 1
+    tiles_per_token: int = 1
+    reads: Reads = "shared"
+    ternary: TernaryConfig = TileSettings.ternary
 
     def _ffn(self):
         sizes = self.d_model, self.num_tiles, self.tiles_per_cluster
@@ -262,5 +267,9 @@ class SparseLookupBlock(Block):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             axis_name=self.axis_name,
+            top_k_clusters=self.top_k_clusters,
+            tiles_per_token=self.tiles_per_token,
+            reads=self.reads,
+            ternary=self.ternary,
             name="ffn",
         )

@@ -80,6 +80,8 @@ class TernaryKernel(nn.Module):
             `tile_init()`, or `uniform_init` under the rule "fixed".
         learn_scale: under the rule "fixed", whose scale nothing else sets, adds a
             parameter `scale` per output.
+        by_row: whether rows of a kernel `[I, O]` are looked up one at a time, so that
+            it is packed in rows on every device.
     """
 
     shape: tuple[int, ...]
@@ -87,6 +89,7 @@ class TernaryKernel(nn.Module):
     kernel_init: Callable | None = None
     learn_scale: bool = True
     param_dtype: Dtype = jnp.float32
+    by_row: bool = False
 
     @nn.compact
     def __call__(self, progress: Scalar = 1.0) -> ops.Weights:
@@ -125,7 +128,7 @@ class TernaryKernel(nn.Module):
         weights = hard_ternary(jnp.asarray(params["kernel"], jnp.float32), self.config)
         if "scale" in params:
             weights = Ternary(weights.q, round_scale(params["scale"]))
-        return ops.pack(weights)._asdict()
+        return ops.pack(weights, self.by_row)._asdict()
 
     def _check_there_are_weights(self):
         """Says where frozen variables have lost their packed half."""

@@ -29,15 +29,24 @@ class Route(NamedTuple):
     gates: Float[Array, "T K"]
 
 
+class Seen(NamedTuple):
+    """The scores that losses and diagnostics are made of, and the tiles they are of;
+    None is every one, in order.
+    """
+
+    scores: Float[Array, "T S"]
+    tiles: Integer[Array, "T S"] | None = None
+
+
 class Router(nn.Module):
     """Chooses tiles for tokens by signature.
 
     With clusters, evaluation and serving score the clusters and then the tiles of those
-    chosen, `C + top_k_clusters * N / C` products a token. Training (a mutable
-    collection `"routing"`) scores all N: the balance loss is made of the probabilities
-    of all tiles, and so are the losses and the diagnostic `tie_rate`. Evaluation under
-    `jit` computes them only where they are read. Orders (`steering`) may open any tile
-    and score all as well.
+    chosen, `C + top_k_clusters * N / C` products a token. So does training (a mutable
+    collection `"routing"`) if the balance loss is made of the probabilities of open
+    tiles alone (`balance_over`). If it is made of all it scores all N, as do the losses
+    and the diagnostic `tie_rate`; evaluation under `jit` computes those only where they
+    are read. Orders (`steering`) may open any tile and score all as well.
 
     Attributes:
         settings: see `TileSettings`.
@@ -69,13 +78,14 @@ class Router(nn.Module):
                 )
             tiles = hash_tiles(token_ids, n, self.settings.tiles_per_token)
             gates = jnp.ones(tiles.shape, jnp.float32)
+            seen = Seen(scores)
         else:
-            tiles, gates = self._select(scores, used, h, signature, state)
+            tiles, gates, seen = self._select(scores, used, h, signature, state)
         if self._is_training():
             state["signature"].value = jax.lax.stop_gradient(signature)
         counts = routing.count_tiles(tiles, n, mask)
-        info = _info(tiles, gates, counts, scores, used, mask)
-        losses = self._losses(scores, used, counts, train, mask)
+        info = _info(tiles, gates, counts, seen.scores, used, mask)
+        losses = self._losses(seen, used, counts, train, mask)
         return Route(tiles, gates), info, losses
 
     def _check_collection(self, train):
@@ -191,10 +201,12 @@ class Router(nn.Module):
         clusters = routing.select_tiles(near, s.top_k_clusters)
         self._add_margins(state, "cluster_margins", near, clusters)
         steered = self.has_variable(steering.STEERING, "tiles")
-        if self._is_training() or steered or s.top_k_clusters == s.num_clusters:
+        needs_all = self._is_training() and config.balance_over == "all"
+        if needs_all or steered or s.top_k_clusters == s.num_clusters:
             allowed = routing.open_tiles(clusters, members)
             return self._of_all(scores, allowed, state)
-        return self._of_clusters(h, used, clusters, state)
+        tiles, gates, seen = self._of_clusters(h, used, clusters, state)
+        return tiles, gates, seen if config.balance_over == "open" else Seen(scores)
 
     def _of_all(self, scores, allowed, state):
         """Tiles and gates from the scores of all tiles, closed ones masked."""
@@ -207,27 +219,31 @@ class Router(nn.Module):
             allowed = None if allowed is None else allowed | (orders > 0)
         tiles = routing.select_tiles(biased, self.settings.tiles_per_token)
         self._add_margins(state, "margins", biased, tiles)
-        return tiles, routing.gates(scores, tiles, self.settings.routing.gate, allowed)
+        gates = routing.gates(scores, tiles, self.settings.routing.gate, allowed)
+        return tiles, gates, Seen(scores)
 
     def _of_clusters(self, h, used, clusters, state):
-        """Tiles and gates from the scores of the tiles in the chosen clusters alone,
-        where no margins are wanted.
-        """
+        """Tiles and gates from the scores of the tiles in the chosen clusters alone."""
         config, members = self.settings.routing, state["members"].value
         scores, tiles = routing.match_inside(
             h, used, clusters, members, config.score_scale, state["mask"]
         )
         biased = jax.lax.stop_gradient(scores) + state["bias"].value[tiles]
         columns = routing.select_among(biased, tiles, self.settings.tiles_per_token)
+        self._add_margins(state, "margins", biased, columns, tiles)
         gates = routing.gates(scores, columns, config.gate)
-        return jnp.take_along_axis(tiles, columns, axis=-1), gates
+        chosen = jnp.take_along_axis(tiles, columns, axis=-1)
+        return chosen, gates, Seen(scores, tiles)
 
-    def _add_margins(self, state, name, biased, chosen):
+    def _add_margins(self, state, name, biased, chosen, tiles=None):
         """Adds a training call's margins to the histograms that `routing.update` reads."""
         if self._is_training():
-            state[name].value += balance.margin_histogram(biased, chosen, state["mask"])
+            number = state[name].value.shape[0]
+            state[name].value += balance.margin_histogram(
+                biased, chosen, state["mask"], tiles, number
+            )
 
-    def _losses(self, scores, signature, counts, train, mask):
+    def _losses(self, seen, signature, counts, train, mask):
         config, axis = self.settings.routing, self.settings.axis_name
         if not train or self.is_initializing():
             axis = None
@@ -239,7 +255,7 @@ class Router(nn.Module):
             if axis is not None:
                 counts, count = jax.lax.pmean((counts, count), axis)
             share = counts / jnp.maximum(counts.sum(), routing.EPSILON)
-        balance_loss = routing.balance_loss(scores, share, mask, count)
+        balance_loss = routing.balance_loss(seen.scores, share, mask, count, seen.tiles)
         diversity = routing.diversity_loss(signature)
         total = config.balance_weight * balance_loss
         total = total + config.diversity_weight * diversity

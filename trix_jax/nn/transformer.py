@@ -194,6 +194,9 @@ def make_block(
     common |= {"routing": c.routing, "shared_width": c.shared_width}
     if c.ffn == "lookup":
         splines = c.grid_size, c.compress_hidden, c.ternary_splines
+        common |= {"top_k_clusters": c.top_k_clusters, "tiles_per_token": k}
+        if c.reads == "own":
+            common |= {"reads": c.reads, "ternary": c.ternary}
         return SparseLookupBlock(width, heads, n, m, *splines, **common)
     common |= {"ternary": c.ternary, "implementation": c.implementation}
     common["activation"] = c.activation or "relu2"

@@ -8,7 +8,7 @@ from trix_jax.nn.activations import activation
 from trix_jax.nn.block import Norm
 from trix_jax.nn.cudnn import AttentionKind
 from trix_jax.nn.settings import TileSettings, check_divides
-from trix_jax.nn.sparse_lookup_ffn import compress_width
+from trix_jax.nn.sparse_lookup_ffn import Reads, check_reads, compress_width
 from trix_jax.nn.token_input import check_router_input
 from trix_jax.routing import RoutingConfig
 from trix_jax.ternary import TernaryConfig
@@ -50,7 +50,7 @@ class TransformerConfig:
         pair_weight: see `router_input`.
         hidden_from: the first layer, counted from 0, that routes by hidden state
             whatever `router_input` says; None has no such layer.
-        grid_size, compress_hidden, ternary_splines: of `SparseLookupFFN`.
+        grid_size, compress_hidden, ternary_splines, reads: of `SparseLookupFFN`.
         activation: None takes "gelu" for the dense FFN, "relu2" for the ternary ones.
         dropout: rate behind embeddings, attention and FFN.
         tied: the head is the embedding transposed.
@@ -94,6 +94,7 @@ class TransformerConfig:
     grid_size: int = 16
     compress_hidden: int | None = None
     ternary_splines: bool = True
+    reads: Reads = "shared"
     activation: str | None = None
     dropout: float = 0.0
     tied: bool = True
@@ -162,16 +163,22 @@ class TransformerConfig:
             check_divides("expansion * d_model", width, "num_tiles", n)
         if self.ffn == "sparse":
             TileSettings(num_tiles=n, tiles_per_token=k, implementation=how)
+        clusters = {"tiles_per_cluster": m, "top_k_clusters": self.top_k_clusters}
         if self.ffn == "hierarchical":
-            clusters = {"tiles_per_cluster": m, "top_k_clusters": self.top_k_clusters}
             TileSettings(num_tiles=n, tiles_per_token=k, implementation=how, **clusters)
         if self.ffn == "lookup":
-            TileSettings(num_tiles=n, tiles_per_cluster=m)
-            compress_width(self.d_model, self.compress_hidden)
-            if k != 1:
-                raise ValueError(
-                    f"tiles_per_token must be 1 with ffn='lookup'. Got {k}."
-                )
+            TileSettings(num_tiles=n, tiles_per_token=k, **clusters)
+            is_own = self.reads == "own"
+            ternary = self.ternary if is_own else TernaryConfig()
+            check_reads(self.reads, self.compress_hidden, ternary)
+            if not is_own:
+                compress_width(self.d_model, self.compress_hidden)
+
+    @property
+    def has_ternary_products(self) -> bool:
+        """Whether the FFN multiplies by weights that `ternary` is about."""
+        is_own = self.ffn == "lookup" and self.reads == "own"
+        return is_own or self.ffn in ("sparse", "hierarchical")
 
     def on_any_device(self) -> "TransformerConfig":
         """The same model, whose kernels are taken where they run: what was trained with

@@ -66,10 +66,12 @@ def test_page_is_one_file_without_references(found, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ffn", ["sparse", "hierarchical", "lookup"])
-def test_packed_export_of_every_kind_is_looked_into(ffn, run_dir, tmp_path):
+@pytest.mark.parametrize("kind", ["sparse", "hierarchical", "lookup", "lookup_own"])
+def test_packed_export_of_every_kind_is_looked_into(kind, run_dir, tmp_path):
     loaded, _, tokenizer = load_run(run_dir)
+    ffn, _, reads = kind.partition("_")
     shape = {
+        "reads": reads or "shared",
         "num_tiles": 8,
         "tiles_per_cluster": 4,
         "tiles_per_token": 1,
@@ -85,13 +87,15 @@ def test_packed_export_of_every_kind_is_looked_into(ffn, run_dir, tmp_path):
     assert len(layer["usage"]) == len(layer["similarity"]) == 8
     assert sum(layer["usage"]) == pytest.approx(1)
     kernels = {"splines"} if ffn == "lookup" else {"up", "down"}
+    kernels |= {"read", "write"} if reads else set()
     assert layer["zero"].keys() == kernels
     assert all(0 < share < 1 for shares in layer["zero"].values() for share in shares)
     clusters = layer["clusters"]
     assert (clusters is None) == (ffn == "sparse")
     assert clusters is None or sorted(np.ravel(clusters)) == list(range(8))
     splines = layer["splines"]
-    assert np.shape(splines) == ((8, 4, 4) if ffn == "lookup" else ())
+    cells = (8, 1, 4) if reads else (8, 4, 4)
+    assert np.shape(splines) == (cells if ffn == "lookup" else ())
     assert ffn != "lookup" or np.abs(splines).max() > 0
     write_page(found, tmp_path / "page.html")  # what JSON cannot hold would raise
 

@@ -89,6 +89,7 @@ def test_tokens_are_those_of_whole_calls_past_the_context_too(model, variables, 
     [
         {"ffn": "dense", "document_mask": True, "end_token": 3},
         {"ffn": "lookup", "tiles_per_token": 1, "tiles_per_cluster": 2},
+        {"ffn": "lookup", "tiles_per_cluster": 4, "grid_size": 2, "reads": "own"},
         {"ffn": "hierarchical", "tiles_per_cluster": 4, "positions": "rotary"},
         {"router_input": "hidden", "positions": "rotary", "qk_norm": True},
         {"context": 1},

@@ -1,7 +1,6 @@
 """Restore, evaluate, sample, export and load back, on one small run."""
 
 import dataclasses
-import itertools
 import json
 import shutil
 import subprocess
@@ -242,19 +241,16 @@ def test_export_bytes_are_two_bits_a_weight_and_scales(exported, loaded):
 @pytest.mark.slow
 def test_export_all_ffn_kinds_load_back_bit_for_bit(tmp_path, loaded):
     tokenizer = loaded[2]
-    for kind, number in itertools.product(("hierarchical", "lookup", "dense"), (4,)):
-        config = dataclasses.replace(
-            loaded[0].config,
-            ffn=kind,
-            num_tiles=number,
-            tiles_per_cluster=2,
-            tiles_per_token=1,
-        )
+    own = {"reads": "own", "tiles_per_token": 2, "grid_size": 2}
+    kinds = (("hierarchical", {}), ("lookup", {}), ("dense", {}), ("lookup", own))
+    for number, (kind, more) in enumerate(kinds):
+        few = {"num_tiles": 4, "tiles_per_cluster": 2, "tiles_per_token": 1}
+        config = dataclasses.replace(loaded[0].config, ffn=kind, **few | more)
         model = trix_jax.TransformerLM(config)
         tokens = jnp.arange(12, dtype=jnp.int32)[None]
         variables = model.init(jax.random.key(1), tokens)
-        export(model, variables, tokenizer, tmp_path / kind)
-        again, packed, _ = load_run(tmp_path / kind)
+        export(model, variables, tokenizer, tmp_path / str(number))
+        again, packed, _ = load_run(tmp_path / str(number))
         expected = jax.jit(model.apply)(variables, tokens)[0]
         np.testing.assert_array_equal(jax.jit(again.apply)(packed, tokens)[0], expected)
 

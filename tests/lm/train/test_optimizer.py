@@ -132,9 +132,10 @@ def test_muon_without_projections_raises():
         resolve(config, 65)
 
 
-@pytest.mark.parametrize("ffn", ["dense", "hierarchical", "sparse"])
+@pytest.mark.parametrize("ffn", ["dense", "hierarchical", "sparse", "lookup"])
 def test_muon_gets_the_projections_of_a_model_and_nothing_else(ffn):
-    model = TransformerLM(TransformerConfig(vocab_size=5, n_layers=1, ffn=ffn))
+    sizes = {"vocab_size": 5, "n_layers": 1, "reads": "own"}
+    model = TransformerLM(TransformerConfig(ffn=ffn, **sizes))
 
     def init():
         return model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
@@ -144,8 +145,9 @@ def test_muon_gets_the_projections_of_a_model_and_nothing_else(ffn):
     states = jax.tree_util.tree_leaves_with_path(jax.eval_shape(optimizer.init, params))
     names = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in states]
     momenta = [name for name in names if "muon" in name and name.endswith("/kernel")]
-    where = "ffn" if ffn == "dense" else "tiles"
-    wanted = {f"{where}/{name}/kernel" for name in ("up", "down")}
+    where = "ffn" if ffn in ("dense", "lookup") else "tiles"
+    names = ("read", "write") if ffn == "lookup" else ("up", "down")
+    wanted = {f"{where}/{name}/kernel" for name in names}
     assert {"/".join(name.split("/")[-3:]) for name in momenta} == wanted
 
 

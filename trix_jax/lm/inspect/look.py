@@ -176,42 +176,48 @@ def _rest(q):
 
 def _kernels(config, variables: Variables, name: str) -> dict[str, np.ndarray]:
     """Ternary weights of a layer, a tile on the first axis."""
-    inside = ("ffn",) if config.ffn == "lookup" else ("ffn", "tiles")
-    names = ("splines",) if config.ffn == "lookup" else ("up", "down")
+    is_lookup, splines = (
+        config.ffn == "lookup",
+        TernaryConfig(rule="fixed", threshold=0.3),
+    )
+    wanted = {}
+    if config.has_ternary_products and config.ternary.mode != "none":
+        d, width = config.d_model, config.tile_width
+        widths = {"read": d, "write": d} if is_lookup else {"up": width, "down": d}
+        wanted = {kernel: (config.ternary, width) for kernel, width in widths.items()}
+    if is_lookup and config.ternary_splines:
+        wanted["splines"] = splines, math.prod(_spline_shape(config)[1:])
     found = {}
-    for kernel in names:
-        path = (name, *inside, kernel)
+    for kernel, (ternary, width) in wanted.items():
+        path = (name, "ffn", kernel) if is_lookup else (name, "ffn", "tiles", kernel)
         if PACKED in variables:
-            leaf = ops.Packed(**_at(variables[PACKED], path))
-            if config.ffn == "lookup":
-                width = 3 * config.grid_size**2
-            else:
-                width = config.tile_width if kernel == "up" else config.d_model
-            found[kernel] = np.asarray(ops.unpack(leaf, width).q)
-        elif config.ffn != "lookup" and config.ternary.mode != "none":
-            weights = _at(variables["params"], path)["kernel"]
-            found[kernel] = np.asarray(
-                hard_ternary(jnp.asarray(weights), config.ternary).q
-            )
-        elif config.ffn == "lookup" and config.ternary_splines:
-            weights = _at(variables["params"], path)["kernel"]
-            rule = TernaryConfig(rule="fixed", threshold=0.3)
-            found[kernel] = np.asarray(hard_ternary(jnp.asarray(weights), rule).q)
+            weights = ops.unpack(ops.Packed(**_at(variables[PACKED], path)), width)
+        else:
+            latent = _at(variables["params"], path)["kernel"]
+            weights = hard_ternary(jnp.asarray(latent), ternary)
+        found[kernel] = np.asarray(weights.q)
     return found
+
+
+def _spline_shape(config) -> tuple[int, ...]:
+    """Of a lookup layer's coefficients."""
+    grid = config.grid_size
+    cells = (grid, 2) if config.reads == "own" else (grid, grid, 3)
+    return config.num_tiles, *cells
 
 
 def _splines(config, variables, kernels, name):
     """The magnitude at the middle of every cell, `s * (c0 + (c1 + c2) / 2)`, `[N, G,
-    G]`.
+    G]`; of splines of one number, `s * (c0 + c1 / 2)`, `[N, 1, G]`.
     """
     if config.ffn != "lookup":
         return None
-    grid = config.grid_size
     layer = variables["params"][name]["ffn"]
-    c = kernels["splines"] if kernels else np.asarray(layer["splines"])
-    c = c.reshape(config.num_tiles, grid, grid, 3)
+    c = kernels["splines"] if "splines" in kernels else np.asarray(layer["splines"])
+    c = c.reshape(_spline_shape(config))
+    c = c[:, None] if config.reads == "own" else c
     scale = np.asarray(layer["spline_scale"])[:, None, None]
-    middle = scale * (c[..., 0] + (c[..., 1] + c[..., 2]) / 2)
+    middle = scale * (c[..., 0] + c[..., 1:].sum(axis=-1) / 2)
     return np.round(middle, 3).tolist()
 
 

@@ -133,7 +133,7 @@ def moments(run: RunRecord) -> list[tuple[float, str]]:
         is_cosine = train.schedule == "cosine"
         begins = train.warmup_steps if is_cosine else decay_begins(train)
         found.append((begins / train.steps, "rate decays"))
-    if model.ffn in ("sparse", "hierarchical"):
+    if model.has_ternary_products:
         turns = {"ste": ternary.full_precision_fraction}
         turns["progressive"] = ternary.hard_fraction
         found.append((turns.get(ternary.mode, 0.0), "weights become ternary"))

@@ -115,7 +115,7 @@ def at_context(config: TransformerConfig, context: int) -> TransformerConfig:
 
 def trains_as_served(config: TransformerConfig, progress: float) -> bool:
     """Whether training computes at `progress` with the weights that are served."""
-    has_latent = config.ffn in ("sparse", "hierarchical")
+    has_latent = config.has_ternary_products
     return not has_latent or is_as_served(config.ternary, progress)
 
 

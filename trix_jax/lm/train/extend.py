@@ -41,7 +41,7 @@ def stable_until(config: RunConfig) -> Limit:
 def _limits(config: RunConfig) -> list[Limit]:
     train, ternary, steps = config.train, config.model.ternary, config.train.steps
     first = ternary.full_precision_fraction
-    has_latent = config.model.ffn in ("sparse", "hierarchical")
+    has_latent = config.model.has_ternary_products
     limits = [Limit(steps, "it ends there")]
     if train.schedule == "cosine":
         limits.append(

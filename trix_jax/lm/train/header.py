@@ -78,9 +78,9 @@ def ffn_text(model: TransformerConfig) -> str:
     """The FFN in a few words."""
     if model.ffn == "dense":
         return f"dense FFN, {model.dense_width} wide"
-    if model.ffn == "lookup":
-        return f"lookup FFN, {_tiles(model)}"
     chosen = f"{model.tiles_per_token} a token"
+    if model.ffn == "lookup":
+        return f"lookup FFN, {_tiles(model)}, {chosen}"
     return f"{model.ffn} FFN, {_tiles(model)} of {model.tile_width}, {chosen}"
 
 

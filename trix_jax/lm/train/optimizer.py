@@ -12,7 +12,7 @@ import optax
 from trix_jax.lm.config import TrainConfig
 
 MUON_RMS = 0.2  # of an update before the learning rate, as AdamW's are (Liu et al.)
-PROJECTIONS = (("up", "kernel"), ("down", "kernel"))
+PROJECTIONS = tuple((name, "kernel") for name in ("up", "down", "read", "write"))
 
 
 def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
