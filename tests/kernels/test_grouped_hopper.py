@@ -159,7 +159,12 @@ def test_gradients_and_tangents_are_those_of_the_xla_path():
     np.testing.assert_array_equal(*dw)
 
 
-def test_an_ffn_and_its_backward_pass_err_no_more_than_by_xla():
+def squared_relu(h):
+    return jnp.square(jax.nn.relu(h))
+
+
+@pytest.mark.parametrize("act", [jax.nn.silu, squared_relu])  # by XLA, in the kernels
+def test_an_ffn_and_its_backward_pass_err_no_more_than_by_xla(act):
     rng = np.random.default_rng(4)
     tiles = jnp.asarray(rng.integers(0, 2, 40)[:, None] * [1, 2] + [0, 1])  # 0 to 3
     mask = jnp.arange(40) < 36
@@ -177,7 +182,6 @@ def test_an_ffn_and_its_backward_pass_err_no_more_than_by_xla():
     plan = make_plan(tiles, 4, ROWS, mask)
 
     def pulled(inputs, implementation):
-        act = jax.nn.silu
         y, pull = jax.vjp(
             lambda inputs: grouped_ffn(inputs, plan, act, implementation, mask), inputs
         )
