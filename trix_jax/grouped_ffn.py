@@ -125,96 +125,127 @@ def _differentiable(act, implementation):
 
 
 def _forward(act, implementation, inputs: Inputs, plan: Plan):
-    products = _products(plan, inputs, implementation)
-    h = products.forward(inputs.x, inputs.up)
-    y_TKD = from_blocks(products.forward(act(h), inputs.down), plan)
+    how = _How(act, implementation, inputs.up.shape[0])
+    h, a = _up(how, inputs.x, inputs.up, plan)
+    y_TKD = from_blocks(_product("forward", how, a, inputs.down, plan), plan)
     y = (y_TKD * inputs.gates[..., None]).sum(axis=1)
     return y.astype(inputs.x.dtype), h
 
 
 def _backward(act, implementation, primals: Any, dy: Float[Array, "T D"]) -> Inputs:
     inputs, plan, h = primals
-    products = _products(plan, inputs, implementation)
+    how = _How(act, implementation, inputs.up.shape[0])
     # Or XLA would find the rows of x and act(h) where the way forward has made them, and
     # keep them until now.
     x, h, dy = jax.lax.optimization_barrier((inputs.x, h, dy))
-    a, act_back = jax.vjp(act, h)
-    p = products.transposed(dy, inputs.down)
-    gate = numbers_to_blocks(inputs.gates, plan)[..., None]
-    dgates = numbers_from_blocks((p * a.astype(gate.dtype)).sum(axis=-1), plan)
-    (dh,) = act_back((gate * p).astype(h.dtype))
-    ddown = products.outer((gate * a).astype(h.dtype), dy)
-    dup = products.outer(x, dh)
-    dx = from_blocks(products.transposed(dh, inputs.up), plan).sum(axis=1)
+    gate = numbers_to_blocks(inputs.gates, plan)
+    dh, ga, dots = _hidden(how, dy, inputs.down, h, gate, plan)
+    dgates = numbers_from_blocks(dots, plan)
+    ddown = _product("outer", how, ga, dy, plan)
+    dup = _product("outer", how, x, dh, plan)
+    dx_TKD = from_blocks(_product("transposed", how, dh, inputs.up, plan), plan)
     return Inputs(
-        dx,
+        dx_TKD.sum(axis=1),
         dgates.astype(inputs.gates.dtype),
         dup.astype(inputs.up.dtype),
         ddown.astype(inputs.down.dtype),
     )
 
 
-class _Products(NamedTuple):
-    """The products of one plan, of two arrays each. Tokens, `[T, D]`, stand for their
-    rows in blocks.
+class _How(NamedTuple):
+    """What computes: the activation, the products' implementation, and N."""
+
+    act: Callable
+    implementation: Implementation
+    tiles: int
+
+    @property
+    def has_epilogues(self) -> bool:
+        """Whether the kernels compute the activation too; else XLA does."""
+        return self.implementation == "mosaic_gpu" and ops.knows(self.act)
+
+
+def _up(how, x, w, plan):
+    """Computes `h = x_t @ up_n` and `act(h)` in blocks."""
+
+    def plain(x, w, plan):
+        h = _product("forward", how, x, w, plan)
+        return h, how.act(h)
+
+    def fused(x, w, plan):
+        return ops.numbered_matmul_and_act(x, w, *_numbers(how, plan), how.act)
+
+    return _either(how.has_epilogues, fused, plain, x, w, plan)
+
+
+def _hidden(how, dy, w, h, gate, plan):
+    """Computes `act'(h) * gate * p`, `gate * act(h)` and `<p, act(h)>` of each row, `p =
+    dy_t @ down_n.T`.
     """
 
-    forward: Callable
-    transposed: Callable
-    outer: Callable
+    def plain(dy, w, h, gate, plan):
+        p = _product("transposed", how, dy, w, plan)
+        a, act_back = jax.vjp(how.act, h)
+        wide = gate[..., None]
+        (dh,) = act_back((wide * p).astype(h.dtype))
+        return dh, (wide * a).astype(h.dtype), (p * a.astype(gate.dtype)).sum(axis=-1)
+
+    def fused(dy, w, h, gate, plan):
+        numbers, more = _numbers(how, plan), (h, gate, how.act)
+        dh, ga, dots = ops.numbered_hidden_gradient(dy, w, *numbers, *more)
+        return dh, ga, dots.astype(gate.dtype)
+
+    return _either(how.has_epilogues, fused, plain, dy, w, h, gate, plan)
 
 
-def _products(plan, inputs, implementation):
-    def product(name):
-        how = name, implementation, inputs.up.shape[0]
-        return lambda left, right: _product(how, left, right, plan)
-
-    return _Products(*map(product, _Products._fields))
-
-
-def _product(how, left, right, plan):
-    """In the kernels rows of tokens are read where they lie; derivatives of that are
-    those of the product of blocks, which is the same.
+def _product(name, how, left, right, plan):
+    """A product of two arrays. Tokens, `[T, D]`, stand for their rows in blocks: the
+    kernels read these where they lie.
     """
+
+    def plain(left, right, plan):
+        blocks = (to_blocks(a, plan) if a.ndim == 2 else a for a in (left, right))
+        calls: dict[str, Any] = {
+            "forward": ops.grouped_matmul,
+            "transposed": ops.transposed_matmul,
+            "outer": partial(ops.grouped_outer, tiles=how.tiles),
+        }
+        at = {"block_tile": plan.block_tile, "filled": _filled(plan)}
+        return calls[name](*blocks, **at, implementation=how.implementation)
+
+    def fused(left, right, plan):
+        numbers = _numbers(how, plan)
+        if name == "outer":
+            return ops.numbered_outer(left, right, *numbers)
+        is_transposed = name == "transposed"
+        return ops.numbered_matmul(left, right, *numbers, transposed=is_transposed)
+
     has_tokens = 2 in (left.ndim, right.ndim)
-    if how[1] == "xla" or not has_tokens:
-        return _of_blocks(how, left, right, plan)
+    is_fused = has_tokens and how.implementation == "mosaic_gpu"
+    return _either(is_fused, fused, plain, left, right, plan)
 
-    @jax.custom_jvp
-    def call(*args):
-        return _of_tokens(how, *args)
+
+def _either(is_fused, fused, plain, *args):
+    """`plain(*args)`, or `fused(*args)`, which is the same, with the derivatives of
+    `plain`.
+    """
+    if not is_fused:
+        return plain(*args)
+    call = jax.custom_jvp(fused)
 
     @call.defjvp
     def _(primals, tangents):
-        return jax.jvp(partial(_of_blocks, how), primals, tangents)
+        return jax.jvp(plain, primals, tangents)
 
-    return call(left, right, plan)
-
-
-def _of_blocks(how, left, right, plan):
-    name, implementation, tiles = how
-    left, right = (to_blocks(a, plan) if a.ndim == 2 else a for a in (left, right))
-    at, filled = plan.block_tile, _filled(plan)
-    call = {
-        "forward": ops.grouped_matmul,
-        "transposed": ops.transposed_matmul,
-        "outer": partial(ops.grouped_outer, tiles=tiles),
-    }[name]
-    return call(
-        left, right, block_tile=at, filled=filled, implementation=implementation
-    )
+    return call(*args)
 
 
-def _of_tokens(how, left, right, plan):
-    name, _, tiles = how
-    numbers = jnp.arange(tiles, dtype=jnp.int32)
+def _numbers(how, plan):
+    """The groups of a plan's blocks, and the token in each row, -1 where none is."""
+    numbers = jnp.arange(how.tiles, dtype=jnp.int32)
     groups = ops.Groups(plan.block_tile, _filled(plan), numbers)
     is_real = plan.source < plan.slot.size
-    rows = jnp.where(is_real, plan.source // plan.slot.shape[-1], -1)
-    if name == "outer":
-        return ops.numbered_outer(left, right, groups, rows)
-    is_transposed = name == "transposed"
-    return ops.numbered_matmul(left, right, groups, rows, transposed=is_transposed)
+    return groups, jnp.where(is_real, plan.source // plan.slot.shape[-1], -1)
 
 
 def _filled(plan):

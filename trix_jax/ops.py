@@ -25,7 +25,14 @@ from trix_kernels.grouped_matmul import grouped_matmul as grouped_matmul
 from trix_kernels.grouped_matmul import grouped_outer as grouped_outer
 from trix_kernels.grouped_matmul import transposed_matmul as transposed_matmul
 from trix_kernels.grouped_matmul.api import Implementation as Implementation
+from trix_kernels.grouped_matmul.numbered import knows as knows
+from trix_kernels.grouped_matmul.numbered import (
+    numbered_hidden_gradient as numbered_hidden_gradient,
+)
 from trix_kernels.grouped_matmul.numbered import numbered_matmul as numbered_matmul
+from trix_kernels.grouped_matmul.numbered import (
+    numbered_matmul_and_act as numbered_matmul_and_act,
+)
 from trix_kernels.grouped_matmul.numbered import numbered_outer as numbered_outer
 from trix_kernels.grouped_matmul.products import Groups as Groups
 from trix_kernels.quantize import quantize

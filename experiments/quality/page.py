@@ -144,8 +144,9 @@ def _against_hash(all_found: Sequence[Found]) -> list[str]:
     rows = []
     for one in all_found:
         is_claim = one.setting.name in claim.SETTINGS
-        names = ("tiles-64-held", "tiles-64-hash") if is_claim else (best, by_hash)
-        ours, theirs = (one.arm(getattr(name, "name", name)) for name in names)
+        before = best.name, by_hash.name
+        names = ("tiles-64-held", "tiles-64-hash") if is_claim else before
+        ours, theirs = map(one.arm, names)
         if ours is not None and theirs is not None:
             rows.append([one.name, ours.arm, *_against(ours, theirs)])
     if not rows:
@@ -245,30 +246,33 @@ BASES = {"ablations": best.name, "together": f"{best.name}-late"}
 
 def _lost(all_found: Sequence[Found]) -> list[str]:
     """Arms that were worse than what they were to improve, one a line."""
-    rows, undecided = {}, 0
-    bases = BASES | {what.group: what.base for what in QUESTIONS}
+    rows, undecided = [], 0
     for one in all_found:
-        for group, arms in one.setting.groups.items():
-            base = one.arm(bases[group]) if group in bases else None
-            for asked in arms if base else ():
-                arm = one.arm(asked.name)
-                difference = paired(arm.losses, base.losses) if arm else None
-                if difference is None or asked.name == base.arm:
-                    continue
-                is_lost = difference.side == "above" or (
-                    difference.n == 1 and difference.mean > LOST
-                )
-                undecided += difference.n > 1 and difference.side == "undecided"
-                if is_lost:
-                    bound = _seeds(difference)
-                    rows[one.name, asked.name] = [
-                        asked.name, one.name, base.arm, f"{difference.mean:+.4f}", bound
-                    ]  # fmt: skip
+        for arm, base in _compared(one):
+            found = paired(arm.losses, base.losses)
+            if found is None:
+                continue
+            undecided += found.n > 1 and found.side == "undecided"
+            if found.side == "above" or (found.n == 1 and found.mean > LOST):
+                shift = f"{found.mean:+.4f}"
+                rows.append([arm.arm, one.name, base.arm, shift, _seeds(found)])
     if not rows:
         return []
     return [
         "## What was tried and lost\n",
         f"Worse by the whole of its interval, or by more than {LOST} nats of the one seed "
         f"({SEEDS[0]}) that has run. {undecided} further comparisons are undecided.\n",
-        table(["arm", "setting", "than", "by", "95%"], list(rows.values()), left=3),
+        table(["arm", "setting", "than", "by", "95%"], rows, left=3),
     ]
+
+
+def _compared(one: Found) -> Iterator[tuple[Tuned, Tuned]]:
+    """Arms that have runs, each once, with what its group is compared with."""
+    bases, seen = BASES | {what.group: what.base for what in QUESTIONS}, set()
+    for group in (g for g in one.setting.groups if g in bases):
+        base = one.arm(bases[group])
+        for asked in one.setting.groups[group]:
+            arm = one.arm(asked.name)
+            if arm and base and arm.arm != base.arm and arm.arm not in seen:
+                seen.add(arm.arm)
+                yield arm, base

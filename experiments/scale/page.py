@@ -156,7 +156,7 @@ def models_table(runs: Runs, modelled: Sequence[dict[str, Any]]) -> str:
 NOTE = (
     "Loss in nats a token, mean over seeds with half the 95 % interval; a dash has not run. "
     "`lookup` is as asked, `lookup-best` the best lookup known, `dense` has the parameters of `lookup`. "
-    "All arms of an experiment train at one rate, the original's; none is tuned.\n"
+    "All arms of an experiment train at one rate, the original's (`e4-small`: that of E1); none is tuned.\n"
 )
 REASONS_NOTE = (
     "A difference is the arm less the other, paired by seed; below zero supports the reason. "
@@ -165,7 +165,7 @@ REASONS_NOTE = (
 )
 ARMS_NOTE = (
     "No run is on FineWeb-Edu or on The Stack. Losses are in nats a token, means over seeds with half the 95 % "
-    "interval. All arms train at the original's rate; none is tuned.\n"
+    "interval. All arms train at the original's rate (`e4-small`: at that of E1); none is tuned.\n"
 )
 
 

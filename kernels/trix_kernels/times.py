@@ -11,7 +11,8 @@ Rates are `SHARE` of the data sheet's. `SHARE` is what an H100 did (2026-11-26, 
 cubed. `LAUNCH` and `FILL` are fitted to its times of cuBLAS's products and of the packed
 kernels, all twenty of which come out within 15 % (`experiments/speed/measured/h100.json`; a
 test holds 20 %). XLA's own path on packed weights is not among them. `REFILL`, about what a
-copy from device memory waits, is an assumption: no grouped product has run on a GPU yet.
+copy from device memory waits, is an assumption: no grouped product has run on a GPU yet. A
+product with elementwise work behind it has two an output.
 So is `SHARE` of any other GPU.
 """
 
@@ -55,17 +56,21 @@ def packed_us(case: Any, gpu: Gpu, registers: int, smem_bytes: int) -> float:
     return us + product_us(gpu, 3 * rows * case.d_in, 0) if is_int8 else us
 
 
-def grouped_us(gpu: Gpu, moved: Number, outputs: int, macs: Number) -> float:
+def grouped_us(
+    gpu: Gpu, moved: Number, outputs: int, macs: Number, refills: int = 1
+) -> float:
     """A grouped product on Hopper.
 
     Args:
         moved: bytes.
         outputs: that programs share.
         macs: of one of them.
+        refills: of an output; 2 where it is stored with elementwise work, which nothing
+            overlaps.
     """
     each = math.ceil(outputs / gpu.cores)
     work = max(_copy_us(gpu, moved), _macs_us(gpu, each * macs, 1))
-    return LAUNCH + FILL + REFILL * (each - 1) + work
+    return LAUNCH + FILL + REFILL * (refills * each - 1) + work
 
 
 def module_us(text: str, gpu: Gpu) -> float:
@@ -79,7 +84,7 @@ def _launch_us(launch: hlo.Launch, gpu: Gpu) -> float:
     from trix_kernels.grouped_matmul.hopper import ROWS, columns_of
 
     arrays = [a for a in launch.operands if a.dtype == "bf16"]
-    (result,) = launch.results
+    result = launch.results[0]
     *lead, inputs, outputs = result.sizes
     # `dw` sums over all rows of the blocks, of which there are more than of tokens that
     # are read by number, `y` over the inputs of its row.
@@ -91,7 +96,8 @@ def _launch_us(launch: hlo.Launch, gpu: Gpu) -> float:
     count = math.prod(lead) * (inputs // ROWS) * (outputs // width)
     tiles = lead[0] if is_outer else 1
     macs = ROWS * width * contraction / tiles
-    return grouped_us(gpu, launch.bytes, count, macs)
+    refills = min(len(launch.results), 2)
+    return grouped_us(gpu, launch.bytes, count, macs, refills)
 
 
 def _copy_us(gpu, moved):

@@ -17,7 +17,7 @@ LAYERS = {
     "lookup_ffn": "SparseLookupFFN",
 }
 
-SHORTENED = {"linen_transformer": ["50"], "dense_to_trix": ["80", "20"]}  # steps
+SHORTENED = {"linen_transformer": ["50"], "dense_to_trix": ["40", "10"]}  # steps
 
 
 def imports(script):

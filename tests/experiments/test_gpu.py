@@ -233,7 +233,8 @@ def test_products_of_numbered_rows_are_compared_with_those_of_their_blocks(
             blocks = jnp.where(rows[..., None] < 0, 0, tokens[rows])
             is_right = use == "gradient of down"
             pair = (other, blocks) if is_right else (blocks, other)
-            return plain(*pair, tile, filled).at[0, 0, 5].add(more[0])
+            y = products.alongside(case, plain(*pair, tile, filled))
+            return y.at[0, 0, 5].add(more[0])
 
         return call
 

@@ -5,6 +5,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -182,7 +184,7 @@ TINY = (
 
 
 @pytest.mark.slow
-def test_queue_trains_what_is_not_done_and_goes_on(tmp_path, capsys):
+def test_queue_trains_what_is_not_done_and_goes_on(tmp_path, user_env):
     text = tmp_path / "text.txt"
     text.write_text("What is written twice is read once.\n" * 60, encoding="utf-8")
     done = [made("lookup", seed, 1.0) for seed in (43, 44)]
@@ -190,9 +192,12 @@ def test_queue_trains_what_is_not_done_and_goes_on(tmp_path, capsys):
     names = {spec.arm for spec in run.read("e1-one-epoch").specs}
     done += [made(arm, 42, 1.0) for arm in names - {"lookup", "dense", "sparse-random"}]
     results.write(tmp_path / "e1-one-epoch.json", done)
-    argv = ["e1-one-epoch", "--data", str(text), "--runs", str(tmp_path / "runs")]
+    argv = [sys.executable, "-m", "experiments.scale.run", "e1-one-epoch"]
+    argv += ["--data", str(text), "--runs", str(tmp_path / "runs")]
     argv += ["--results", str(tmp_path), "--flags", TINY]
-    assert run.main(argv) == 0
+    where = {"cwd": run.ROOT, "env": user_env, "capture_output": True, "text": True}
+    done = subprocess.run(argv, **where)
+    assert done.returncode == 0, done.stdout + done.stderr
     found = {one.name: one for one in results.read(tmp_path / "e1-one-epoch.json")}
     assert len(found) == 18
     for arm in ("lookup", "sparse-random"):
@@ -201,8 +206,9 @@ def test_queue_trains_what_is_not_done_and_goes_on(tmp_path, capsys):
         assert one.steps == 2
         assert str(tmp_path) not in one.command
     assert found["tiny/lookup/seed-43"].val_loss == 1.0
-    assert run.main([*argv, "--list"]) == 0
-    assert "nothing is left to do" in capsys.readouterr().out
+    assert str(tmp_path) not in (tmp_path / "e1-one-epoch.json").read_text("utf-8")
+    left = subprocess.run([*argv, "--list"], **where).stdout
+    assert left == "nothing is left to do\n"
 
 
 # What runs say -----------------------------------------------------------------------

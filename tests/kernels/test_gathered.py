@@ -5,13 +5,15 @@ and where the copies of single threads put what they read.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from trix_jax.dispatch import make_plan
-from trix_kernels.grouped_matmul import gathered, hopper, reference
+from trix_kernels.grouped_matmul import copying, gathered, hopper, reference
+from trix_kernels.grouped_matmul.numbered import knows
 
 ROWS = hopper.ROWS
 TOKENS, K = 90, 2
@@ -33,8 +35,8 @@ def test_threads_of_a_warpgroup_fill_shared_memory_as_a_wgmma_reads_it(rows, wid
     expected = np.zeros((tiles.size * 2 // 16, 8), np.uint16)
     expected[swizzled // 16] = tiles.reshape(-1, 8)
     found, written = np.zeros_like(expected), np.zeros(len(expected), int)
-    for thread in range(gathered.THREADS):
-        for row, column, byte in gathered.pieces_of(thread, rows, width):
+    for thread in range(copying.THREADS):
+        for row, column, byte in copying.pieces_of(thread, rows, width):
             found[byte // 16] = x[row, column : column + 8]
             written[byte // 16] += 1
     assert (written == 1).all()
@@ -44,7 +46,7 @@ def test_threads_of_a_warpgroup_fill_shared_memory_as_a_wgmma_reads_it(rows, wid
 @pytest.fixture
 def interpreter(monkeypatch):
     monkeypatch.setattr(hopper, "CORES", 2)  # several outputs a program
-    monkeypatch.setattr(gathered, "COPY", gathered.INTERPRETED)
+    monkeypatch.setattr(copying, "COPY", copying.INTERPRETED)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         yield
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
@@ -102,8 +104,10 @@ def bfloat16(x):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("interpreter")
-@pytest.mark.parametrize("loads", CHOSEN)
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("loads", "transposed"),
+    [*((loads, False) for loads in CHOSEN), ("skewed", True)],
+)
 def test_matmul_of_numbered_rows_is_exact_on_integers(loads, transposed):
     x, dy, w, filled, at, blocks = case(loads, 256, 128)
     given, oracle = x, reference.grouped_matmul
@@ -137,3 +141,58 @@ def test_outer_product_of_numbered_rows_is_exact_on_integers(loads, side):
     assert dw.dtype == jnp.float32
     args = blocks(x, 0), blocks(dy, 0), np.asarray(at.tile), filled, len(w)
     np.testing.assert_array_equal(dw, reference.grouped_outer(*args))
+
+
+def squared_relu(x):
+    return jnp.square(jax.nn.relu(x))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreter")
+def test_a_product_comes_with_its_activation():
+    x, _, w, filled, at, blocks = case("empty tiles", 128, 128)
+    used = jnp.asarray([(filled > 0).sum()], jnp.int32)
+    args = bfloat16(x), bfloat16(w), at.tile, used, at.rows
+    h, a = gathered.matmul_and_act(*args, squared_relu)
+    oracle = reference.grouped_matmul(blocks(x, 0), w, np.asarray(at.tile))
+    expected, is_used = bfloat16(oracle), filled > 0
+    np.testing.assert_array_equal(h[is_used], expected[is_used])
+    np.testing.assert_array_equal(a[is_used], squared_relu(expected)[is_used])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("width", [128, 512])  # a program's output has 256 at most
+def test_the_hidden_layers_gradient_is_that_of_its_parts(width):
+    _, dy, w, filled, at, blocks = case("empty tiles", width, 128)
+    rng = np.random.default_rng(3)
+    h = bfloat16(rng.integers(-3, 4, (*at.rows.shape, width)))
+    gate = jnp.asarray(rng.integers(1, 5, at.rows.shape) / 4, jnp.float32)
+    used = jnp.asarray([(filled > 0).sum()], jnp.int32)
+    args = bfloat16(dy), bfloat16(w), at.tile, used, at.rows, h, gate, squared_relu
+    dh, ga, dots = gathered.hidden_gradient(*args)
+    assert dots.shape == (-(-width // 256), *at.rows.shape)
+    p = bfloat16(reference.transposed_matmul(blocks(dy, 0), w, np.asarray(at.tile)))
+    a, pull = jax.vjp(squared_relu, h)
+    expected = (
+        pull(bfloat16(gate[..., None] * p))[0],
+        bfloat16(gate[..., None] * a),
+        (p.astype(jnp.float32) * a.astype(jnp.float32)).sum(axis=-1),
+    )
+    is_used = filled > 0
+    for found, exact in zip((dh, ga, dots.sum(axis=0)), expected, strict=True):
+        assert found.dtype == exact.dtype
+        np.testing.assert_array_equal(found[is_used], exact[is_used])
+
+
+@pytest.mark.parametrize(
+    ("act", "is_known"),
+    [
+        (squared_relu, True),
+        (jax.nn.relu, True),
+        (jax.nn.gelu, False),
+        (jax.nn.silu, False),
+    ],
+)
+def test_kernels_know_activations_by_what_they_compute(act, is_known):
+    assert knows(act) is is_known

@@ -22,7 +22,7 @@ from trix_kernels import (
     grouped_outer,
     transposed_matmul,
 )
-from trix_kernels.grouped_matmul import gathered, hopper, reference
+from trix_kernels.grouped_matmul import copying, hopper, reference
 
 pytestmark = pytest.mark.slow  # the interpreter takes seconds a kernel
 
@@ -45,7 +45,7 @@ def interpreter(monkeypatch):
     measured = choice.Choice("mosaic_gpu", "")
     monkeypatch.setattr(choice, "choose_whole", lambda arch: measured)
     monkeypatch.setattr(hopper, "CORES", 2)  # several outputs a program
-    monkeypatch.setattr(gathered, "COPY", gathered.INTERPRETED)
+    monkeypatch.setattr(copying, "COPY", copying.INTERPRETED)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         yield
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks

@@ -100,3 +100,5 @@ def test_a_core_with_more_outputs_refills_its_pipeline_for_each():
     one, three = (times.grouped_us(H100, 8, n, 0) for n in (H100.cores, 3 * H100.cores))
     np.testing.assert_allclose(one, times.LAUNCH + times.FILL, rtol=1e-5)
     np.testing.assert_allclose(three - one, 2 * times.REFILL)
+    with_more = times.grouped_us(H100, 8, 3 * H100.cores, 0, refills=2)
+    np.testing.assert_allclose(with_more - three, 3 * times.REFILL)

@@ -58,8 +58,22 @@ def gathered_matmul(x, w, block_tile, used, rows, *, transposed=False):
     return matmul(rows_of(x, rows), w, block_tile, used, transposed=transposed)
 
 
+def matmul_and_act(x, w, block_tile, used, rows, act):
+    h = gathered_matmul(x, w, block_tile, used, rows)
+    return h, act(h)
+
+
+def hidden_gradient(dy, w, block_tile, used, rows, h, gate, act):
+    p = gathered_matmul(dy, w, block_tile, used, rows, transposed=True)
+    a, pull = jax.vjp(act, h)
+    parts = (p * a).reshape(*p.shape[:2], 2, -1).sum(axis=-1)
+    return *pull(gate[..., None] * p), gate[..., None] * a, jnp.moveaxis(parts, 2, 0)
+
+
 @pytest.fixture
 def hopper_stands_in(monkeypatch):
+    monkeypatch.setattr(gathered, "matmul_and_act", matmul_and_act)
+    monkeypatch.setattr(gathered, "hidden_gradient", hidden_gradient)
     monkeypatch.setattr(hopper, "grouped_matmul", matmul)
     monkeypatch.setattr(hopper, "grouped_outer", outer)
     monkeypatch.setattr(gathered, "gathered_matmul", gathered_matmul)

@@ -204,10 +204,10 @@ def resolve(
             "train.optimizer must be adamw with model.ffn='lookup' and model.reads='shared', "
             "which has no projections for muon. Got 'muon'."
         )
-    if config.train.ffn_rate_factor != 1 and model.ffn == "lookup":
+    if config.train.ffn_rate_factor != 1 and not has_projections:
         raise ValueError(
-            "train.ffn_rate_factor must be 1 with model.ffn='lookup', which has no projections. "
-            f"Got {config.train.ffn_rate_factor}."
+            "train.ffn_rate_factor must be 1 with model.ffn='lookup' and model.reads='shared', "
+            f"which has no projections. Got {config.train.ffn_rate_factor}."
         )
     if isinstance(model.ffn_width, str):
         raise ValueError(

@@ -206,19 +206,45 @@ def numbers_of(case: Product, groups: Groups) -> Any:
 
 def call_by_number(case: Product) -> Callable:
     """The same product of tokens that are read by number, as `call_of`; its first array
-    are tokens.
+    are tokens. Products that come with more return all of it, see `alongside`.
     """
 
     def product(tokens, other, tile, filled, rows):
         groups = ops.Groups(tile, filled, jnp.arange(case.tiles, dtype=jnp.int32))
-        if case.product != "outer":
-            how = {"transposed": case.product == "transposed"}
-            return ops.numbered_matmul(tokens, other, groups, rows, **how)
+        act = jax.nn.relu
+        if case.product == "forward":
+            return ops.numbered_matmul_and_act(tokens, other, groups, rows, act)
+        if case.product == "transposed":
+            h = jnp.ones((*rows.shape, case.inputs), jnp.bfloat16)
+            more = h, jnp.full(rows.shape, 0.5), act
+            how = tokens, other, groups, rows, *more
+            return ops.numbered_hidden_gradient(*how)
         is_left = case.use == "gradient of up"
         pair = (tokens, other) if is_left else (other, tokens)
         return ops.numbered_outer(*pair, groups, rows)
 
     return jax.jit(product)
+
+
+def alongside(case: Product, y: jax.Array) -> jax.Array:
+    """What `call_by_number` makes of a product, `joined`: with ReLU behind the
+    up-projection, and with hidden layers of 1 and gates of 0.5 before the
+    down-projection.
+    """
+    y = y.astype(jnp.float32)
+    if case.product == "forward":
+        return joined((y, jax.nn.relu(y)))
+    if case.product == "transposed":
+        return joined((y / 2, jnp.full_like(y, 0.5), y.sum(axis=-1)))
+    return y
+
+
+def joined(parts: Any) -> jax.Array:
+    """Arrays of rows, or of a number a row, as one in float32; one array as it is."""
+    if isinstance(parts, jax.Array):
+        return parts
+    rows = (part if part.ndim == 3 else part[..., None] for part in parts)
+    return jnp.concatenate([part.astype(jnp.float32) for part in rows], axis=-1)
 
 
 def numbered_args(case: Product, groups: Groups, is_whole: bool) -> tuple[Any, ...]:
@@ -254,9 +280,9 @@ def check_numbered(case: Product, shapes: Shapes) -> Iterator[Row]:
         blocks = jnp.where(_counted(groups), tokens[rows], 0)
         is_right = case.product == "outer" and case.use == "gradient of down"
         pair = (other, blocks) if is_right else (blocks, other)
-        expected, wrong = expect(*pair, tile, filled), []
+        expected, wrong = alongside(case, expect(*pair, tile, filled)), []
         for _ in range(shapes.again):
-            is_other = call(*args) != expected
+            is_other = joined(call(*args)) != expected
             if case.product != "outer":
                 is_other &= _counted(groups)
             wrong.append(int(is_other.sum()))

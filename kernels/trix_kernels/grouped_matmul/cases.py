@@ -27,7 +27,8 @@ class Case(NamedTuple):
 
     Attributes:
         numbered: whether the wider side of the rows are tokens, read by number where they
-            lie.
+            lie. Then "up" computes a squared ReLU too, and the gradient of the hidden
+            layer what goes with it (`gathered.hidden_gradient`).
     """
 
     use: str
@@ -109,10 +110,19 @@ def compile_case(case: Case, sharding: Any) -> None:
         args = x, dy, index(case.tiles), index(case.tiles), *rows
     else:
         is_transposed = case.product == "transposed"
-        plain = gathered.gathered_matmul if case.numbered else hopper.grouped_matmul
-        kernel = functools.partial(plain, transposed=is_transposed)
+        kernel = functools.partial(hopper.grouped_matmul, transposed=is_transposed)
         args = dy if is_transposed else x, w, index(blocks), index(1), *rows
+        if case.numbered:
+            kernel = functools.partial(gathered.matmul_and_act, act=_squared_relu)
+        if case.numbered and is_transposed:
+            kernel = functools.partial(gathered.hidden_gradient, act=_squared_relu)
+            h = abstract(blocks, hopper.ROWS, case.inputs)
+            args = *args, h, abstract(blocks, hopper.ROWS, dtype=jnp.float32)
     jax.jit(kernel).lower(*args).compile()
+
+
+def _squared_relu(h):
+    return jnp.square(jax.nn.relu(h))
 
 
 def model(case: Case, gpu: Gpu) -> dict[str, float]:
@@ -123,7 +133,10 @@ def model(case: Case, gpu: Gpu) -> dict[str, float]:
     width_of_dw = 4 if case.product == "outer" else 2
     narrow, wide = sorted((case.inputs, case.outputs))
     lying = case.tokens if case.numbered else rows  # rows of the wide side in memory
-    moved = 2 * (rows * narrow + lying * wide) + width_of_dw * weights
+    hidden = 1  # arrays as wide as the hidden layer
+    if case.numbered and case.product != "outer":
+        hidden = 2 if case.product == "forward" else 3
+    moved = 2 * (hidden * rows * narrow + lying * wide) + width_of_dw * weights
     target = {
         "forward": (rows, case.outputs, case.inputs),
         "transposed": (rows, case.inputs, case.outputs),
@@ -133,6 +146,7 @@ def model(case: Case, gpu: Gpu) -> dict[str, float]:
     width = hopper.columns_of(across)
     outputs = down // hopper.ROWS * across // width
     macs = hopper.ROWS * width * contraction
+    cost = gpu, moved, outputs, macs, min(hidden, 2)
     clocks = -(-outputs // gpu.cores) * macs / gpu.macs
     bytes_us = 1e6 * moved / gpu.bandwidth
     tensor_us = clocks / gpu.clock_ghz / 1e3
@@ -140,5 +154,5 @@ def model(case: Case, gpu: Gpu) -> dict[str, float]:
         "bytes_moved": moved,
         "bytes_us": round(bytes_us, 3),
         "tensor_us": round(tensor_us, 3),
-        "modelled_us": round(times.grouped_us(gpu, moved, outputs, macs), 3),
+        "modelled_us": round(times.grouped_us(*cost), 3),
     }

@@ -1,7 +1,9 @@
 """Hopper's products of rows that are read where they lie, by number, instead of copied
 into blocks first.
 
-    gathered_matmul    y[m] = x[rows[m]] @ w[n]
+    gathered_matmul    y[m] = x[rows[m]] @ w[n], or with w[n].T
+    matmul_and_act     the same, h, with act(h)
+    hidden_gradient    the same of dy and w[n].T, p, to act'(h) * gate * p and what goes with it
     outer_of_left      dw[n] = x[rows_n].T @ dy_n
     outer_of_right     dw[n] = x_n.T @ dy[rows_n]
 
@@ -13,7 +15,6 @@ Tokens that several tiles read come again from the L2 cache, as far as it holds 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,22 +23,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32, Int32
 
-from trix_kernels.grouped_matmul import hopper, lanes
+from trix_kernels.grouped_matmul import copying, hopper
 from trix_kernels.grouped_matmul.hopper import (
     HALF,
     ROWS,
     STAGES,
     STEP,
     WARPGROUPS,
-    Ref,
     columns_of,
 )
 from trix_kernels.planar_gpu import tiled
-
-AHEAD = STAGES - 1  # steps that rows are asked for before they are multiplied
-THREADS = 128  # of a warpgroup
-PIECE = 16  # bytes that a thread copies at a time
-LINE = 128  # bytes of a row in a tile of shared memory: 8 pieces, swizzled
 
 
 def gathered_matmul(
@@ -55,12 +50,112 @@ def gathered_matmul(
         rows: each in 0..T-1, or -1 for a row of zeros; R is `ROWS`.
         w, block_tile, used, transposed: as for `hopper.grouped_matmul`.
     """
-    blocks, contraction = rows.shape[0], x.shape[1]
-    outputs = w.shape[1 if transposed else 2]
+    blocks, outputs = rows.shape[0], w.shape[1 if transposed else 2]
+    y = jax.ShapeDtypeStruct((blocks, ROWS, outputs), jnp.bfloat16)
+
+    def store_of(y_ref, m, own, columns, _):
+        return hopper.into(y_ref.at[m].at[own, pl.ds(columns, columns_of(outputs))])
+
+    call = _matmul(x, rows, w, y, store_of, transposed)
+    return call(block_tile, used, x, w, rows)
+
+
+def matmul_and_act(
+    x: BFloat16[Array, "T I"],
+    w: BFloat16[Array, "N I O"],
+    block_tile: Int32[Array, " M"],
+    used: Int32[Array, "1"],
+    rows: Int32[Array, "M R"],
+    act: Callable,
+) -> tuple[BFloat16[Array, "M R O"], BFloat16[Array, "M R O"]]:
+    """Computes `h[m] = x[rows[m]] @ w[n]`, `n = block_tile[m]`, and `act(h)`.
+
+    Args:
+        rows: as for `gathered_matmul`.
+    """
+    h = jax.ShapeDtypeStruct((*rows.shape, w.shape[2]), jnp.bfloat16)
+
+    def store_of(h_ref, a_ref, m, own, columns, _):
+        def store(sums, staging):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            for at, part in _pieces(columns, sums.shape[1]):
+                values = sums[:, part].astype(jnp.bfloat16)
+                hopper.send(values, staging.at[0], h_ref.at[m].at[own, at])
+                hopper.send(act(values), staging.at[1], a_ref.at[m].at[own, at])
+
+        return store
+
+    call = _matmul(x, rows, w, (h, h), store_of, transposed=False)
+    return call(block_tile, used, x, w, rows)
+
+
+def hidden_gradient(
+    dy: BFloat16[Array, "T O"],
+    w: BFloat16[Array, "N I O"],
+    block_tile: Int32[Array, " M"],
+    used: Int32[Array, "1"],
+    rows: Int32[Array, "M R"],
+    h: BFloat16[Array, "M R I"],
+    gate: Float32[Array, "M R"],
+    act: Callable,
+) -> tuple[BFloat16[Array, "M R I"], BFloat16[Array, "M R I"], Float32[Array, "C M R"]]:
+    """Computes with `p[m] = dy[rows[m]] @ w[n].T`, `n = block_tile[m]`, and `a = act(h)`
+    the gradient of h, `dh = act'(h) * gate * p`, `gate * a`, and `<p, a>` of each row in
+    C parts, which are to be added.
+
+    Args:
+        rows: as for `gathered_matmul`.
+    """
+    parts = h.shape[2] // columns_of(h.shape[2])
+    like = jax.ShapeDtypeStruct(h.shape, jnp.bfloat16)
+    dots_type = jax.ShapeDtypeStruct((parts, *gate.shape), jnp.float32)
+    layout = plgpu.Layout.WGMMA
+
+    def load(ref, layout):
+        return plgpu.load(ref, layout=layout, optimized=False)
+
+    def store_of(h_ref, gate_ref, dh_ref, ga_ref, dots_ref, m, own, columns, number):
+        def store(sums, staging):
+            gates = load(gate_ref.at[m].at[own], layout.reduce(1))
+            dots = plgpu.layout_cast(jnp.zeros((HALF,), jnp.float32), layout.reduce(1))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            for at, part in _pieces(columns, sums.shape[1]):
+                p = sums[:, part].astype(jnp.bfloat16).astype(jnp.float32)
+                a, pull = jax.vjp(act, load(h_ref.at[m].at[own, at], layout))
+                gate = lax.broadcast_in_dim(gates, p.shape, (0,))
+                (dh,) = pull((gate * p).astype(jnp.bfloat16))
+                a = a.astype(jnp.float32)
+                dots += jnp.sum(p * a, axis=1)
+                ga = (gate * a).astype(jnp.bfloat16)
+                hopper.send(dh, staging.at[0], dh_ref.at[m].at[own, at])
+                hopper.send(ga, staging.at[1], ga_ref.at[m].at[own, at])
+            dots_ref.at[number].at[m].at[own][...] = dots
+
+        return store
+
+    results = like, like, dots_type
+    call = _matmul(dy, rows, w, results, store_of, transposed=True)
+    return call(block_tile, used, dy, w, rows, h, gate)
+
+
+def _pieces(columns, width):
+    """An output's columns, 64 by 64: where they lie, and which of its sums."""
+    return [
+        (pl.ds(columns + at, STEP), slice(at, at + STEP))
+        for at in range(0, width, STEP)
+    ]
+
+
+def _matmul(x, rows, w, results, store_of, transposed):
+    """The kernel of `gathered_matmul`, whose sums `store_of(*refs, m, own, columns,
+    number)` stores: the warpgroup's `own` rows of block m, and the columns from where on.
+    `refs` are further arguments and the results.
+    """
+    contraction, outputs = x.shape[1], w.shape[1 if transposed else 2]
     width, steps = columns_of(outputs), contraction // STEP
     across = outputs // width
 
-    def program(tile_ref, used_ref, x_ref, w_ref, rows_ref, y_ref, staging, x_smem):
+    def program(tile_ref, used_ref, x_ref, w_ref, rows_ref, *refs, staging, x_smem):
         shape, index = (STEP, width), lambda k: (k, 0)
         if transposed:
             shape, index = (width, STEP), lambda k: (0, k)
@@ -69,34 +164,33 @@ def gathered_matmul(
         own = pl.ds(warpgroup * HALF, HALF)
 
         def output(number, run):
-            m, columns = lax.div(number, across), lax.rem(number, across) * width
-            of_tile, columns = w_ref.at[tile_ref[m]], pl.ds(columns, width)
+            m, place = lax.div(number, across), lax.rem(number, across)
+            of_tile, columns = w_ref.at[tile_ref[m]], pl.ds(place * width, width)
             part = of_tile.at[columns, :] if transposed else of_tile.at[:, columns]
 
             def copy(step, smem):
                 of_step = x_ref.at[:, pl.ds(step * STEP, STEP)]
-                COPY.rows(of_step, rows_ref.at[m].at[own], smem)
+                copying.COPY.rows(of_step, rows_ref.at[m].at[own], smem)
 
-            fetch, smem_of = _ring(copy, x_smem.at[warpgroup], steps)
+            fetch, smem_of = copying.ring(copy, x_smem.at[warpgroup], steps)
 
             def multiply(index, w_smem, acc):
-                COPY.wait()
+                copying.COPY.wait()
                 plgpu.commit_smem()
                 w_step = w_smem.transpose((1, 0)) if transposed else w_smem
                 plgpu.wgmma(acc, smem_of(index[0]), w_step)
-                fetch(index[0] + AHEAD)
+                fetch(index[0] + copying.AHEAD)
                 plgpu.wgmma_wait(0)
                 return acc
 
-            target = y_ref.at[m].at[own, columns]
-            run(steps, multiply, (part,), target, lambda: _start(fetch))
+            store = store_of(*refs, m, own, place * width, place)
+            run(steps, multiply, (part,), store, lambda: copying.start(fetch))
 
         count, specs = used_ref[0] * across, (right,)
         hopper.persistent(output, count, specs, (w_ref,), staging, width)
 
-    y = jax.ShapeDtypeStruct((blocks, ROWS, outputs), jnp.bfloat16)
     own_smem = _smem((WARPGROUPS, STAGES, HALF, STEP))
-    return hopper.kernel(program, y, x_smem=own_smem)(block_tile, used, x, w, rows)
+    return hopper.kernel(program, results, x_smem=own_smem)
 
 
 def outer_of_left(
@@ -132,25 +226,25 @@ def outer_of_left(
 
             def copy(step, smem):
                 of_step = rows_ref.at[pl.ds(start + step * STEP, STEP)]
-                COPY.rows(x_ref.at[:, own], of_step, smem)
+                copying.COPY.rows(x_ref.at[:, own], of_step, smem)
 
-            fetch, smem_of = _ring(copy, x_smem.at[warpgroup], steps)
+            fetch, smem_of = copying.ring(copy, x_smem.at[warpgroup], steps)
 
             def multiply(index, dy_smem, acc):
-                COPY.wait()
+                copying.COPY.wait()
                 plgpu.commit_smem()
                 count, own_smem = counts_ref[n] - index[0] * STEP, smem_of(index[0])
 
                 pl.when(count < STEP)(lambda: hopper.mask(masked, count, dy_smem))
                 plgpu.wgmma(acc, own_smem.transpose((1, 0)), dy_smem)
-                fetch(index[0] + AHEAD)
+                fetch(index[0] + copying.AHEAD)
                 plgpu.wgmma_wait(0)
                 return acc
 
             of_tile = pl.ds(start, total)  # beyond the end, where no step goes
             part = dy_ref.at[of_tile, pl.ds(o, width)]
-            target = dw_ref.at[n].at[own, pl.ds(o, width)]
-            run(steps, multiply, (part,), target, lambda: _start(fetch))
+            store = hopper.into(dw_ref.at[n].at[own, pl.ds(o, width)])
+            run(steps, multiply, (part,), store, lambda: copying.start(fetch))
 
         count = tiles * down * across
         hopper.persistent(output, count, (right,), (dy_ref,), staging, width)
@@ -215,31 +309,31 @@ def outer_of_right(
                 at = start + step * STEP + warpgroup * share
                 half = smem.at[pl.ds(warpgroup * share, share)]
                 columns = dy_ref.at[:, pl.ds(o, width)]
-                COPY.rows(columns, rows_ref.at[pl.ds(at, share)], half)
+                copying.COPY.rows(columns, rows_ref.at[pl.ds(at, share)], half)
 
-            fetch, smem_of = _ring(copy, dy_smem, steps)
+            fetch, smem_of = copying.ring(copy, dy_smem, steps)
 
             def begin():
                 meet()  # the other warpgroup still multiplies the output before
-                _start(fetch)
+                copying.start(fetch)
 
             def multiply(index, x_smem, acc):
-                COPY.wait()
+                copying.COPY.wait()
                 plgpu.commit_smem()
                 meet()
                 count, right = counts_ref[n] - index[0] * STEP, smem_of(index[0])
 
                 pl.when(count < STEP)(lambda: hopper.mask(masked, count, x_smem))
                 plgpu.wgmma(acc, x_smem.at[:, own].transpose((1, 0)), right)
-                fetch(index[0] + AHEAD)
+                fetch(index[0] + copying.AHEAD)
                 plgpu.wgmma_wait(0)
                 return acc
 
             of_tile = pl.ds(start, total)  # beyond the end, where no step goes
             part = x_ref.at[of_tile, pl.ds(i, ROWS)]
             own_rows = pl.ds(i + warpgroup * HALF, HALF)
-            target = dw_ref.at[n].at[own_rows, pl.ds(o, width)]
-            run(steps, multiply, (part,), target, begin)
+            store = hopper.into(dw_ref.at[n].at[own_rows, pl.ds(o, width)])
+            run(steps, multiply, (part,), store, begin)
 
         count = tiles * down * across
         hopper.persistent(output, count, (left,), (x_ref,), staging, width)
@@ -256,103 +350,3 @@ def outer_of_right(
 
 def _smem(shape):
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=tiled(STEP))
-
-
-def _ring(copy, smem, steps):
-    """`fetch(step)`, which asks for the rows of a step, and where these are then."""
-
-    def of(step):
-        return smem.at[lax.rem(step, STAGES)]
-
-    def fetch(step):
-        pl.when(step < steps)(lambda: copy(step, of(step)))
-        COPY.commit()  # also of nothing: `wait` counts steps
-
-    return fetch, of
-
-
-def _start(fetch):
-    for step in range(AHEAD):
-        fetch(jnp.int32(step))
-
-
-class Copy(NamedTuple):
-    """How a warpgroup copies rows from global memory.
-
-    Attributes:
-        rows: `rows(x, numbers, smem)` has `smem[r] = x[numbers[r]]`, or zeros where the
-            number is negative, some time later.
-        commit: ends a step's copies.
-        wait: until all but the last `AHEAD - 1` steps have come.
-    """
-
-    rows: Callable[[Ref, Ref, Ref], None]
-    commit: Callable[[], None]
-    wait: Callable[[], None]
-
-
-class Piece(NamedTuple):
-    """16 bytes that a thread copies.
-
-    Attributes:
-        row, column: of them, in numbers of two bytes.
-        byte: where they go, from the start of the shared memory.
-    """
-
-    row: Any
-    column: Any
-    byte: Any
-
-
-def pieces_of(thread: Any, rows: int, width: int) -> list[Piece]:
-    """What a thread of a warpgroup copies of `rows` rows of `width` numbers.
-
-    They go to tiles of 8 rows of 128 bytes, where the pieces of row r stand in the order
-    `piece ^ (r % 8)`: the widest swizzle.
-    """
-    piece, first = thread % (LINE // PIECE), thread // (LINE // PIECE)
-    tiles, apart = width // STEP, THREADS * PIECE // LINE
-    line = (first // 8) * (8 * LINE * tiles) + (first % 8) * LINE
-    byte = line + (piece ^ (first % 8)) * PIECE
-    return [
-        Piece(
-            first + row, piece * 8 + STEP * tile, byte + LINE * (row * tiles + 8 * tile)
-        )
-        for row in range(0, rows, apart)
-        for tile in range(tiles)
-    ]
-
-
-def _copy_rows(x_ref, rows_ref, smem_ref):
-    (count, width), is_smem = smem_ref.shape, plgpu.RefType(tiled(STEP))
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), is_smem))
-    def copy(_, x, rows, smem):
-        lanes.copy_rows(x, rows, smem, lambda thread: pieces_of(thread, count, width))
-
-    copy(x_ref, rows_ref, smem_ref)
-
-
-def _commit():
-    plgpu.inline_mgpu()(lambda _: lanes.commit())()
-
-
-def _wait():
-    plgpu.inline_mgpu()(lambda _: lanes.wait(AHEAD - 1))()
-
-
-ASYNCHRONOUS = Copy(_copy_rows, _commit, _wait)
-
-
-def _copy_rows_at_once(x_ref, rows_ref, smem_ref):
-    @pl.loop(0, smem_ref.shape[0])
-    def _(r):
-        number = rows_ref[r]
-        row = x_ref[jnp.maximum(number, 0), :]
-        smem_ref[r, :] = jnp.where(number < 0, jnp.zeros_like(row), row)
-
-
-# For the interpreter, which does not know what single threads do.
-INTERPRETED = Copy(_copy_rows_at_once, lambda: None, lambda: None)
-
-COPY = ASYNCHRONOUS

@@ -74,8 +74,8 @@ def grouped_matmul(
             m, columns = lax.div(number, across), lax.rem(number, across) * width
             of_tile, columns = w_ref.at[tile_ref[m]], pl.ds(columns, width)
             part = of_tile.at[columns, :] if transposed else of_tile.at[:, columns]
-            target = y_ref.at[m].at[own, columns]
-            run(contraction // STEP, multiply, (x_ref.at[m], part), target)
+            store = into(y_ref.at[m].at[own, columns])
+            run(contraction // STEP, multiply, (x_ref.at[m], part), store)
 
         persistent(
             output, used_ref[0] * across, (left, right), (x_ref, w_ref), staging, width
@@ -129,9 +129,9 @@ def grouped_outer(
                 dy_ref.at[of_tile, pl.ds(o, width)],
             )
             own = pl.ds(i + warpgroup * HALF, HALF)
-            target = dw_ref.at[n].at[own, pl.ds(o, width)]
+            store = into(dw_ref.at[n].at[own, pl.ds(o, width)])
             steps = lax.div(rows_ref[n] + (STEP - 1), STEP)
-            run(steps, multiply, parts, target)
+            run(steps, multiply, parts, store)
 
         refs = (x_ref, dy_ref)
         persistent(output, tiles * down * across, (left, right), refs, staging, width)
@@ -151,7 +151,7 @@ def kernel(program: Callable, out_type: Any, **scratch: Any) -> Callable:
     """The kernel of a persistent program, with shared memory for results on their way
     out.
     """
-    dtype = out_type.dtype
+    dtype = jax.tree.leaves(out_type)[0].dtype
     width = 128 // dtype.itemsize
     staging = plgpu.SMEM(
         (WARPGROUPS, 2, HALF, width), dtype, transforms=tiled(width, dtype.itemsize)
@@ -176,9 +176,10 @@ def persistent(
     """Computes outputs 0 to `count - 1`, shared among the cores.
 
     Args:
-        output: `output(number, run)` calls `run(steps, multiply, parts, target, begin)`:
-            after `begin()`, which may be left out, the sum of `multiply` over the steps
-            of the `parts` in global memory goes to `target`, a warpgroup's own.
+        output: `output(number, run)` calls `run(steps, multiply, parts, store, begin)`:
+            after `begin()`, which may be left out, each warpgroup calls `store(sums,
+            staging)` with its own sums of `multiply` over the steps of the `parts` in
+            global memory.
     """
 
     def pipeline(steps, multiply, results):
@@ -203,12 +204,12 @@ def persistent(
     def _(allocations):
         @plgpu.nd_loop((count,), collective_axes="core")
         def _(loop):
-            def run(steps, multiply, parts, target, begin=nothing):
+            def run(steps, multiply, parts, store, begin=nothing):
                 def results(sums_of):
                     def stored(acc):
                         begin()
                         sums_of(acc)
-                        _store(acc[...], staging.at[lax.axis_index("wg")], target)
+                        store(acc[...], staging.at[lax.axis_index("wg")])
 
                     pl.run_scoped(stored, plgpu.ACC((HALF, width), jnp.float32))
 
@@ -220,18 +221,27 @@ def persistent(
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _store(sums, staging, target):
-    """Sends sums to global memory through two buffers in turn."""
-    piece = staging.shape[-1]
-    values = sums.astype(staging.dtype)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    for number in range(values.shape[1] // piece):
-        columns = slice(number * piece, (number + 1) * piece)
-        buffer = staging.at[number % 2]
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-        buffer[...] = values[:, columns]
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(buffer, target.at[:, columns])
+def into(target: Ref) -> Callable:
+    """`store(sums, staging)` of a warpgroup, which rounds its sums and sends them to
+    global memory.
+    """
+
+    def store(sums, staging):
+        piece, values = staging.shape[-1], sums.astype(staging.dtype)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for number in range(values.shape[1] // piece):
+            columns = slice(number * piece, (number + 1) * piece)
+            send(values[:, columns], staging.at[number % 2], target.at[:, columns])
+
+    return store
+
+
+def send(values: Any, buffer: Ref, target: Ref) -> None:
+    """Through one of two buffers that are used in turn."""
+    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+    buffer[...] = values
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(buffer, target)
 
 
 def mask(masked: Ref, count: Any, *refs: Ref) -> None:

@@ -102,6 +102,10 @@ def test_header_says_what_a_run_is(tiny_config, one_device, tmp_path):
     [
         ({}, "xla. The GPU kernels of this FFN: not measured on a GPU yet; --model"),
         ({"implementation": "mosaic_gpu"}, "mosaic_gpu, as asked for"),
+        (
+            {"implementation": "mosaic_gpu", "activation": "gelu"},
+            "mosaic_gpu, gelu by xla, as asked for",
+        ),
         ({"implementation": "xla"}, "xla, as asked for"),
         ({"dtype": "float32"}, "xla. The Mosaic GPU kernels take bfloat16"),
         ({"num_tiles": 2, "expansion": 1}, "Got 128 and 64."),

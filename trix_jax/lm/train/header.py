@@ -6,9 +6,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from trix_jax import grouped_ffn
+from trix_jax import grouped_ffn, ops
 from trix_jax.lm.accounting import costs
 from trix_jax.lm.config import RunConfig
+from trix_jax.nn.activations import activation
 from trix_jax.nn.transformer import TransformerConfig
 
 
@@ -63,10 +64,14 @@ def products_text(config: RunConfig, devices: int, spread: int = 1) -> str | Non
         sequences * model.context * model.tiles_per_token,
         model.ternary.activations,
     )
+    name = model.activation or "relu2"
+    beside = "" if ops.knows(activation(name)) else f", {name} by xla"
+    if model.implementation == "mosaic_gpu":
+        return f"mosaic_gpu{beside}, as asked for"
     if model.implementation:
         return f"{model.implementation}, as asked for"
     reason = grouped_ffn.default_reason(shapes)
-    return f"xla. {reason}" if reason else "mosaic_gpu"
+    return f"xla. {reason}" if reason else f"mosaic_gpu{beside}"
 
 
 def ffn_text(model: TransformerConfig) -> str:
