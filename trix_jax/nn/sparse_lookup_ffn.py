@@ -131,8 +131,8 @@ class SparseLookupFFN(nn.Module):
         done = 1.0 if progress is None else progress
         place = self._place(h, route, directions.read, dtype)
         distance = route.gates * self._magnitude(place, route, done)
-        small = nn.initializers.constant(0.1)
-        scale = self.param("output_scale", small, (), self.param_dtype)
+        first = nn.initializers.constant(0.1 if self.reads == "shared" else 1.0)
+        scale = self.param("output_scale", first, (), self.param_dtype)
         y = self._write(distance * scale, directions.write, route, dtype)
         y = inputs.unflatten(inputs.hide(y.astype(dtype), tokens.mask), lead)
         y = finish(y, x, settings, train)
@@ -169,7 +169,8 @@ class SparseLookupFFN(nn.Module):
             how = {"param_dtype": self.param_dtype, "by_row": True}
             return TernaryKernel(shape, self.ternary, init, name=name, **how)(done)
 
-        read, write = kernel("read", self.d_model**-0.5), kernel("write", 1.0)
+        std = self.d_model**-0.5  # larger latent rows would hardly change their signs
+        read, write = kernel("read", std), kernel("write", std)
         return _Directions(read, write, ops.unpack(read, self.d_model).q)
 
     def _place(
