@@ -18,7 +18,6 @@ from public_layers import (
     X,
     assert_same,
     every_module,
-    jit,
     most_modules,
     output,
     plain,
@@ -36,7 +35,7 @@ from trix_jax import (
 def test_numpy_and_integers_give_the_numbers_of_floats(name):
     layer, variables = MODULES[name], variables_of(name)
     given = [np.float32(X), np.int8(INTS), jnp.asarray(INTS)]
-    outputs = jit(lambda v: [output(layer.apply(v, x)) for x in given])(variables)
+    outputs = jax.jit(lambda v: [output(layer.apply(v, x)) for x in given])(variables)
     for y in outputs:
         assert y.dtype == jnp.float32
         assert_same(y, plain(name))
@@ -85,7 +84,7 @@ def test_complex_numbers_are_refused(no_type_hook):
 def test_narrow_floats_stay_near_float32(name):
     layer, variables = MODULES[name], variables_of(name)
     low = [X.astype(t) for t in (jnp.float16, jnp.bfloat16)]
-    outputs = jit(lambda v: [output(layer.apply(v, x)) for x in low])(variables)
+    outputs = jax.jit(lambda v: [output(layer.apply(v, x)) for x in low])(variables)
     expected = plain(name)
     for y, bits in zip(outputs, (10, 7), strict=True):
         # Another tile may win where two are level, as integers often are.
@@ -97,7 +96,7 @@ def test_narrow_floats_stay_near_float32(name):
 def test_float64_is_computed_in_float64(name):
     layer, variables = MODULES[name], variables_of(name)
     with jax.enable_x64(True):
-        y = jit(lambda v, x: output(layer.apply(v, x)))(variables, np.float64(X))
+        y = jax.jit(lambda v, x: output(layer.apply(v, x)))(variables, np.float64(X))
         assert y.dtype == jnp.float64
         assert_same(np.asarray(y), plain(name))
 
@@ -111,7 +110,7 @@ def test_any_leading_axes_give_the_numbers_of_the_plain_call(name):
     shapes = RANKS[1:] if name in BLOCKS else RANKS
     flat = X.reshape(-1, D)
     given = [flat[: max(np.prod(s) // D, 1)].reshape(s) for s in shapes]
-    outputs = jit(lambda v: [output(layer.apply(v, x)) for x in given])(variables)
+    outputs = jax.jit(lambda v: [output(layer.apply(v, x)) for x in given])(variables)
     for y, x in zip(outputs, given, strict=True):
         assert y.shape == x.shape
         tokens = expected.reshape(-1, D)[: x.size // D]
@@ -128,7 +127,7 @@ def test_empty_batch_gives_an_empty_output_finite_losses_and_gradients_of_zero(n
         aux = returned[2]["balance"] if "balance" in str(returned) else 0.0
         return output(returned).sum() + aux, output(returned)
 
-    gradient, y = jit(jax.grad(loss, has_aux=True))(variables["params"])
+    gradient, y = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
     assert y.shape == (0, 6, D)
     for leaf in jax.tree.leaves(gradient):
         np.testing.assert_array_equal(leaf, 0)
@@ -137,7 +136,7 @@ def test_empty_batch_gives_an_empty_output_finite_losses_and_gradients_of_zero(n
 @most_modules
 def test_length_of_one_gives_the_first_tokens_numbers(name):
     layer, variables = MODULES[name], variables_of(name)
-    y = jit(lambda v, x: output(layer.apply(v, x)))(variables, X[:, :1])
+    y = jax.jit(lambda v, x: output(layer.apply(v, x)))(variables, X[:, :1])
     assert_same(y, plain(name)[:, :1])
 
 
@@ -157,7 +156,7 @@ def test_vmap_and_nn_vmap_give_the_numbers_of_the_plain_call(name):
         by_jax = jax.vmap(lambda x: output(layer.apply(variables, x)))(x)
         return by_jax, output(lifted.apply(variables, x))
 
-    for y in jit(both)(variables, X):
+    for y in jax.jit(both)(variables, X):
         assert_same(y, plain(name))
 
 
@@ -192,7 +191,7 @@ class Wrapped(nn.Module):
 def test_scan_and_remat_give_the_numbers_of_the_plain_call(name):
     variables = jax.tree.map(lambda leaf: leaf[None], variables_of(name))
     nested = {key: {"steps": {"layer": value}} for key, value in variables.items()}
-    y = jit(Wrapped(MODULES[name]).apply)(nested, X)
+    y = jax.jit(Wrapped(MODULES[name]).apply)(nested, X)
     assert_same(y, plain(name))
 
 
@@ -200,7 +199,7 @@ def test_scan_and_remat_give_the_numbers_of_the_plain_call(name):
 def test_donated_variables_and_a_deep_copy_give_the_numbers_of_the_plain_call(name):
     layer = copy.deepcopy(MODULES[name])
     donated = jax.tree.map(jnp.copy, variables_of(name))
-    call = jit(lambda v, x: (v, output(layer.apply(v, x))), donate_argnums=0)
+    call = jax.jit(lambda v, x: (v, output(layer.apply(v, x))), donate_argnums=0)
     _, y = call(donated, X)
     assert_same(y, plain(name))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(donated))

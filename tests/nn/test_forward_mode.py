@@ -12,7 +12,6 @@ from public_layers import (
     X,
     assert_same,
     every_module,
-    jit,
     most_modules,
     output,
     variables_of,
@@ -61,7 +60,7 @@ def assert_tangents_are_those_of_reverse_mode(call, at, eps=EPS):
     """`<dy, J u> = <J^T dy, u>`, by `linearize` and by `jvp` under remat and `vmap`."""
     u, dy = drawn_like(at, 1), drawn_like(jax.eval_shape(call, *at), 2)
 
-    @jit
+    @jax.jit
     def run(at, u, dy):
         def tangent(u):
             return jax.jvp(jax.checkpoint(call), at, u)[1]
@@ -133,7 +132,7 @@ def test_jvp_agrees_with_reverse_mode_in_every_mode(name):
     if name == "masked":
         given["mask"] = jnp.arange(6)[None] < jnp.asarray([[4], [6]])
         x = jnp.where(given["mask"][..., None], x, jnp.nan)
-    variables = jit(layer.init)(jax.random.key(0), x)
+    variables = jax.jit(layer.init)(jax.random.key(0), x)
     call, (params, _) = of_params_and_input(layer, variables, **given)
     # The learned scale of the rule "fixed" is rounded to bfloat16, and so is its tangent.
     is_rounded = "bfloat16" in name or name == "fixed"
@@ -149,7 +148,7 @@ def test_jacfwd_is_jacrev(name):
     def one_token(x):
         return output(call(params, x))
 
-    both = jit(lambda x: (jax.jacfwd(one_token)(x), jax.jacrev(one_token)(x)))
+    both = jax.jit(lambda x: (jax.jacfwd(one_token)(x), jax.jacrev(one_token)(x)))
     forward, reverse = both(x[0, :1])
     assert_same(forward, reverse)
 
@@ -173,7 +172,7 @@ def test_hessian_vector_product_is_the_difference_of_gradients(name):
 
         gradient, step = jax.grad(loss), 2.0**-13
 
-        @jit
+        @jax.jit
         def run(x, u):
             ends = [gradient(x + sign * step * u) for sign in (1, -1)]
             return jax.jvp(gradient, (x,), (u,))[1], (ends[0] - ends[1]) / (2 * step)
@@ -200,8 +199,10 @@ def test_a_gradient_penalty_has_the_gradient_that_forward_mode_gives(which):
         )
         return sum(jnp.vdot(g, d) for g, d in pairs)
 
-    by_reverse = jit(jax.grad(along))(at[which])
-    by_forward = jit(lambda part: jax.jvp(jax.grad(loss), (part,), (v,))[1])(at[which])
+    by_reverse = jax.jit(jax.grad(along))(at[which])
+    by_forward = jax.jit(lambda part: jax.jvp(jax.grad(loss), (part,), (v,))[1])(
+        at[which]
+    )
     for found, expected in zip(
         jax.tree.leaves(by_reverse), jax.tree.leaves(by_forward), strict=True
     ):
