@@ -246,6 +246,7 @@ def test_deterministic_sets_a_flag_that_xla_knows(user_env, more, is_fine):
     assert (done.returncode == 0) == is_fine
 
 
+@pytest.mark.slow
 def test_help_and_a_mistyped_verb_or_flag_need_no_jax(user_env):
     code = (
         "import sys; from trix_jax.cli.main import main; "

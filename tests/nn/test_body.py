@@ -213,9 +213,8 @@ def test_an_empty_sequence_gives_an_empty_output():
     assert jax.jit(layer.apply)(variables, np.zeros((2, 0, D))).shape == (2, 0, D)
 
 
-@pytest.mark.parametrize(
-    "ffn", ["dense", pytest.param("sparse", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("ffn", ["dense", "sparse"])
 def test_computing_blocks_again_gives_the_gradients_in_less_memory(ffn):
     sizes = {"vocab_size": 11, "context": 64, "d_model": 16, "n_layers": 4}
     found, held = {}, {}

@@ -62,6 +62,7 @@ def test_its_costs_are_those_counted_by_hand():
     assert active_width(CONFIG) == 2 * 8 + 4 / 2 + WIDTH
 
 
+@pytest.mark.slow
 def test_it_is_drawn_as_the_twin_is_and_served_as_it_is():
     model, tokens = TransformerLM(CONFIG), jnp.arange(6)[None]
     variables = model.init(jax.random.key(2), tokens)

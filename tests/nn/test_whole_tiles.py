@@ -151,7 +151,8 @@ ROUTING = {
 
 
 @pytest.mark.usefixtures("hopper_stands_in")
-@default_runs("threshold channel", TERNARY)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TERNARY)
 def test_every_ternary_mode_has_the_numbers_of_xla(name):
     ternary = TernaryConfig(**TERNARY[name])
     layer = SparseTriXFFN(D, tiles_per_token=2, ternary=ternary)

@@ -340,6 +340,7 @@ def test_spread_keeps_labels_apart_in_order_and_close():
     np.testing.assert_allclose(placed, [0.41, 0.1, 0.61, 0.51])
 
 
+@pytest.mark.slow
 def test_a_run_is_reported_beside_its_own_data(run_dir, tmp_path):
     here = tmp_path / "run"
     shutil.copytree(run_dir, here)

@@ -108,9 +108,8 @@ def test_tokens_of_every_kind_of_model_are_those_of_whole_calls(changes, length)
         assert list(generate(model, kind, prompt, 30, DRAWN)) == wanted
 
 
-@pytest.mark.parametrize(
-    "config", [pytest.param(GREEDY, marks=pytest.mark.slow), DRAWN]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [GREEDY, DRAWN])
 def test_sequences_together_are_those_alone_of_their_seeds(model, variables, config):
     room = CONTEXT - 11  # until the longest fills the context
     together = generate_batch(model, variables, PROMPTS, room + 1, config)

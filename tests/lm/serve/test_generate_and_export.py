@@ -210,6 +210,7 @@ def test_export_loads_back_and_evaluates_the_same(run_dir, exported, loaded):
     assert tokenizer.decode(tokenizer.encode("the tile")) == "the tile"
 
 
+@pytest.mark.slow
 def test_what_trained_on_kernels_by_name_is_served_without_them(exported, tmp_path):
     shutil.copytree(exported[0], tmp_path / "model")
     path = tmp_path / "model" / "config.json"
