@@ -116,7 +116,7 @@ KERNELS = {
     "hierarchical": {"tiles/up", "tiles/down"},
     "linear": {"kernel"},
     "lookup": {"splines"},
-    "lookup_own": {"splines", "read", "write"},
+    "lookup_own": {"splines", "tile_read", "tile_write"},
 }
 
 

@@ -35,7 +35,7 @@ def test_every_parameter_has_its_word():
     assert {path for path, word in found.items() if word == "kernel"} == kernels
     assert {found[path] for path in found.keys() - ternary - kernels} == {"other"}
     own = flatten_dict(optimizer_labels(parameters("lookup", reads="own")), sep="/")
-    ternary = {f"block_00/ffn/{end}/kernel" for end in ("read", "write")}
+    ternary = {f"block_00/ffn/{end}/kernel" for end in ("tile_read", "tile_write")}
     assert {path for path, word in own.items() if word == "ternary"} == ternary
     linear = jax.eval_shape(TriXLinear(8).init, jax.random.key(0), jnp.zeros((1, 8)))
     assert jax.tree.leaves(optimizer_labels(linear["params"])) == ["ternary"]

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 PROJECTIONS = ("up", "down", "kernel")  # the modules of latent ternary matrices
-OWN = ("read", "write")  # those of tiles that read by themselves
+OWN = ("tile_read", "tile_write")  # those of tiles that read by themselves
 
 
 def optimizer_labels(params: Any) -> Any:

@@ -41,6 +41,8 @@ def match_inside(
     A score equals that of `match` up to the order of its D additions. Those of masked
     tokens (False) mean nothing.
     """
+    if mask is not None:  # they have no row, and read that of another
+        h = jnp.where(mask[:, None], h, 0)
     plan = dispatch.make_plan(clusters, members.shape[0], mask=mask)
     near = signature[members[plan.block_tile]]
     blocks = dispatch.to_blocks(h.astype(jnp.float32), plan)

@@ -1,5 +1,5 @@
-"""Trains what an experiment of this folder asks for and is not done yet; start it again
-beside itself, or with more slots, for several runs at a time.
+"""Trains what an experiment of this folder asks for and is not done yet, a run a core or
+a GPU at a time.
 
     python -m experiments.scale.run NAME --data PATH --runs DIR
 
@@ -123,7 +123,9 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="folder, or token store")
     parser.add_argument("--runs", type=Path, default=Path("runs/scale"))
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder")
-    parser.add_argument("--slots", type=int, default=1, help="runs at a time")
+    parser.add_argument(
+        "--slots", type=int, help="runs at a time; one a core is the default"
+    )
     parser.add_argument("--retries", type=int, default=2, help="of a run that died")
     parser.add_argument(
         "--hours", type=float, default=math.inf, help="start no run after this long"
@@ -132,7 +134,10 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--flags", default="", help="for every run: a shrunken copy, to try this out"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.flags and args.results.resolve() == RESULTS:
+        parser.error("--flags makes other runs: give them --results of their own")
+    return args
 
 
 if __name__ == "__main__":

@@ -229,11 +229,11 @@ def test_products_of_numbered_rows_are_compared_with_those_of_their_blocks(
     plain, more = products.call_of(case, "xla"), [0]
 
     def call_by_number(case):
-        def call(tokens, other, tile, filled, rows):
+        def call(tokens, other, tile, filled, rows, *beside):
             blocks = jnp.where(rows[..., None] < 0, 0, tokens[rows])
             is_right = use == "gradient of down"
             pair = (other, blocks) if is_right else (blocks, other)
-            y = products.alongside(case, plain(*pair, tile, filled))
+            y = products.alongside(case, plain(*pair, tile, filled), *beside)
             return y.at[0, 0, 5].add(more[0])
 
         return call

@@ -209,7 +209,12 @@ def test_training_takes_the_kernels_where_the_layer_is_faster(layers):
 
 @pytest.mark.parametrize(
     "what",
-    [{"failed": "3 numbers differ"}, {"without": "losses"}, {"implementation": "xla"}],
+    [
+        {"failed": "3 numbers differ"},
+        {"without": "losses"},
+        {"implementation": "xla"},
+        {"implementation": None},
+    ],
 )
 def test_no_kernel_is_chosen_by_half_a_measurement(layers, what):
     assert layers(xla=2.4, **what) == []

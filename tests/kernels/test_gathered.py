@@ -10,8 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import PartitionSpec as P
 
+from trix_jax import SparseTriXFFN
 from trix_jax.dispatch import make_plan
+from trix_kernels import device
+from trix_kernels.gpu_specs import GPUS
 from trix_kernels.grouped_matmul import copying, gathered, hopper, reference
 from trix_kernels.grouped_matmul.numbered import knows
 
@@ -196,3 +200,35 @@ def test_the_hidden_layers_gradient_is_that_of_its_parts(width):
 )
 def test_kernels_know_activations_by_what_they_compute(act, is_known):
     assert knows(act) is is_known
+
+
+@pytest.mark.parametrize("activation", ["relu2", "relu"])
+def test_the_layers_gradient_is_traced_in_a_shard_map_that_checks_what_varies(
+    activation,
+):
+    mesh = jax.sharding.Mesh(jax.devices()[:2], ("d",))
+    layer = SparseTriXFFN(
+        128,
+        num_tiles=4,
+        expansion=4,
+        tiles_per_token=2,
+        dtype=jnp.bfloat16,
+        activation=activation,
+        implementation="mosaic_gpu",
+    )
+    x = jax.ShapeDtypeStruct((512, 128), jnp.bfloat16)
+    plain = layer.clone(implementation="xla")
+    variables = plain.init(jax.random.key(0), jnp.zeros((4, 128), jnp.bfloat16))
+
+    def loss(params, x):
+        y = layer.apply(variables | {"params": params}, x)[0]
+        return jax.lax.psum(y.astype(jnp.float32).sum(), "d")
+
+    spread = jax.shard_map(
+        jax.grad(loss), mesh=mesh, in_specs=(P(), P("d")), out_specs=P()
+    )
+    with device.assumed(GPUS["h100"]):
+        made = jax.make_jaxpr(spread)(variables["params"], x)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(variables["params"])]
+    assert [leaf.shape for leaf in made.out_avals] == shapes
+    assert "wgmma" in str(made)

@@ -1,6 +1,7 @@
 """Configs: YAML to flags and back, refusals, what is counted."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from trix_jax.lm import config as cfg
 from trix_jax.lm import presets
 from trix_jax.lm.accounting import active_width, costs, match_params
+from trix_jax.lm.train import provenance
 from trix_jax.lm.train.optimizer import decay_mask, learning_rate_schedule
 from trix_jax.nn.transformer import TransformerConfig, TransformerLM
 from trix_jax.routing import RoutingConfig
@@ -218,6 +220,12 @@ def test_lookup_of_a_config_that_knows_no_reads_has_the_one_cluster_it_had():
     del tree["model"]["reads"]
     one = dataclasses.replace(model, top_k_clusters=1)
     assert cfg.from_tree(tree).model == cfg.model_from_tree(tree["model"]) == one
+    # Its checkpoints are those of this model.
+    meta, opened = {"settings": provenance.flat(tree)}, cfg.from_tree(tree)
+    provenance.check(meta, opened, Path("none"), 1, "a step")
+    two = cfg.RunConfig(model=model)
+    with pytest.raises(ValueError, match="top_k_clusters was 1 and is 2"):
+        provenance.check(meta, two, Path("none"), 1, "a step")
 
 
 def test_learning_rate_of_a_config_that_names_no_schedule_is_cosine():

@@ -54,8 +54,8 @@ LEAVES = {
     "lookup_own": {
         "norm/scale",
         "norm/bias",
-        "read/kernel",
-        "write/kernel",
+        "tile_read/kernel",
+        "tile_write/kernel",
         "splines/kernel",
         "spline_scale",
         "output_scale",

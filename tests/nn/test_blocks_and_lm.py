@@ -128,6 +128,7 @@ def test_rows_are_in_blocks_on_cpus_alone_and_in_long_sequences():
     lengths = (1, 127, 128, 256, 511, 512, 2048)
     assert [row_blocks(n, "cpu") for n in lengths] == [1, 1, 2, 2, 2, 4, 4]
     assert {row_blocks(n, kind) for n in lengths for kind in ("gpu", "tpu")} == {1}
+    assert row_blocks(*jax.export.symbolic_shape("length"), "cpu") == 1
     layer, x = CausalSelfAttention(D, H), jnp.ones((1, 128, D))
     variables = jax.eval_shape(layer.init, jax.random.key(0), x)
 

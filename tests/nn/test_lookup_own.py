@@ -58,7 +58,7 @@ def dense_reference(layer, params, state, x, tiles):
     centred = x - x.mean(axis=-1, keepdims=True)
     h = centred / jnp.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-6)
     h = h * params["norm"]["scale"][None] + params["norm"]["bias"][None]
-    read, write = (ternarize(params[n]["kernel"]) for n in ("read", "write"))
+    read, write = (ternarize(params[n]["kernel"]) for n in ("tile_read", "tile_write"))
     scores = routing.match(h, routing.signatures(read.q))
     gates = routing.gates(scores, tiles, layer.routing.gate)
     chosen = jnp.zeros_like(scores).at[jnp.arange(len(x))[:, None], tiles].set(gates)
@@ -154,3 +154,35 @@ def test_bad_argument_is_named(wrong, message, no_type_hook):
     layer = SparseLookupFFN(D, **wrong)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(layer.init, jax.random.key(0), X)
+
+
+@pytest.mark.parametrize("over", ["all", "open"])
+def test_gradients_beside_masked_tokens_are_those_of_the_others_alone(over):
+    """Of the norm too, which lies between the mask and the router."""
+    layer = OWN.clone(routing=RoutingConfig(balance_over=over, gate="softmax"))
+    x, mask = X.reshape(-1, D), jnp.arange(24) % 5 > 0
+    variables = jax.jit(layer.init)(jax.random.key(0), x)
+
+    @jax.jit
+    def gradient(x, mask=None):
+        def loss(params):
+            given = variables | {"params": params}
+            how = {"mask": mask, "mutable": ["routing"], "progress": 1.0}
+            return jnp.sum(layer.apply(given, x, True, **how)[0][0] ** 2)
+
+        return jax.grad(loss)(variables["params"])
+
+    masked, alone = gradient(x, mask), gradient(x[mask])
+    for found, expected in zip(*map(jax.tree.leaves, (masked, alone)), strict=True):
+        limit = 64 * D * EPS * np.abs(expected).max()
+        np.testing.assert_allclose(found, expected, rtol=0, atol=limit)
+
+
+@pytest.mark.parametrize("reads", ["shared", "own"])
+def test_numpy_parameters_are_as_good(reads, no_type_hook):
+    layer = OWN.clone(reads=reads)
+    variables = layer.init(jax.random.key(0), X)
+    plain = jax.tree.map(np.asarray, variables)
+    np.testing.assert_array_equal(
+        layer.apply(plain, X)[0], layer.apply(variables, X)[0]
+    )

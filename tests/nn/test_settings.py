@@ -113,7 +113,7 @@ FFN_PATHS = {
 
 
 FFN_PATHS["lookup_own"] = (
-    {"norm/scale", "norm/bias", "read/kernel", "write/kernel", "output_scale"}
+    {"norm/scale", "norm/bias", "tile_read/kernel", "tile_write/kernel", "output_scale"}
     | {"splines/kernel", "spline_scale"},
     FFN_PATHS["lookup"][1],
 )

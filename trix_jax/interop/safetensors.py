@@ -35,7 +35,7 @@ from trix_jax.ternary import Ternary
 from trix_jax.typing import Variables
 from trix_kernels import packing
 
-LOOKED_UP = ("read", "write")  # kernels of which layers take single rows
+LOOKED_UP = ("tile_read", "tile_write")  # kernels of which layers take single rows
 
 
 def write(path: Path, model: TransformerLM, variables: Variables) -> dict[str, int]:

@@ -190,7 +190,7 @@ def _kernels(layer, c: TransformerConfig) -> list[tuple[dict, int]]:
     """The ternary kernels of a layer, and how many scales each has as served."""
     found = []
     if c.has_ternary_products and c.ternary.mode != "none":
-        names = ("read", "write") if c.ffn == "lookup" else ("up", "down")
+        names = ("tile_read", "tile_write") if c.ffn == "lookup" else ("up", "down")
         inside = layer if c.ffn == "lookup" else layer["tiles"]
         found = [(inside[name], _scales(inside[name]["kernel"], c)) for name in names]
     if c.ffn == "lookup" and c.ternary_splines:  # the tiles' own scales are real ones

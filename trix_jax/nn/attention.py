@@ -241,11 +241,11 @@ def attend_back(
     return jnp.concatenate(parts, axis=1)
 
 
-def row_blocks(length: int, platform: str) -> int:
+def row_blocks(length: Any, platform: str) -> int:
     """Blocks of rows in which a whole sequence attends: several where it is faster,
-    which was measured on CPUs (`experiments/speed`).
+    which was measured on CPUs (`experiments.speed.forms`); one of a symbolic length.
     """
-    if platform != "cpu" or length < 128:
+    if platform != "cpu" or not isinstance(length, int) or length < 128:
         return 1
     return 2 if length < 512 else 4
 

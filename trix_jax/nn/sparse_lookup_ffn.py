@@ -15,7 +15,7 @@ from trix_jax.nn.router import Route, Router
 from trix_jax.nn.settings import TileSettings
 from trix_jax.nn.tiles import Output, finish, router_tokens
 from trix_jax.routing import RoutingConfig
-from trix_jax.ternary import TernaryConfig
+from trix_jax.ternary import Ternary, TernaryConfig
 from trix_jax.typing import AnyArray, Array, AxisName, Dtype, Float, Scalar, Shaped
 
 Reads = Literal["shared", "own"]
@@ -170,7 +170,7 @@ class SparseLookupFFN(nn.Module):
             return TernaryKernel(shape, self.ternary, init, name=name, **how)(done)
 
         std = self.d_model**-0.5  # larger latent rows would hardly change their signs
-        read, write = kernel("read", std), kernel("write", std)
+        read, write = kernel("tile_read", std), kernel("tile_write", std)
         return _Directions(read, write, ops.unpack(read, self.d_model).q)
 
     def _place(
@@ -198,9 +198,10 @@ class SparseLookupFFN(nn.Module):
         dtype: Dtype,
     ) -> Float[Array, "T D"]:
         """Computes `sum_k distance_tk * d_n`."""
-        if isinstance(write, jax.Array):  # real directions
-            return (distance[..., None] * write[route.tiles]).sum(axis=1)
-        return ops.write_rows(distance, write, route.tiles, self.d_model, dtype)
+        if isinstance(write, ops.Packed | Ternary):
+            return ops.write_rows(distance, write, route.tiles, self.d_model, dtype)
+        real = jnp.asarray(write)
+        return (distance[..., None] * real[route.tiles]).sum(axis=1)
 
     def _magnitude(
         self, place: Float[Array, "T #K axes"], route: Route, progress: Scalar

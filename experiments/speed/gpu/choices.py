@@ -62,7 +62,7 @@ def whole() -> list[dict[str, Any]]:
     rows = last["layer"]["rows"]
     timed = [row for row in rows if row.get("what") == "forward and backward"]
     kernels = [row for row in timed if row["way"] == "trix"]
-    if any(row["implementation"] != "mosaic_gpu" for row in kernels):
+    if any(row.get("implementation") != "mosaic_gpu" for row in kernels):
         return []  # of a GPU without them
     xla = {row["tiles"]: row["us"] for row in timed if row["way"] == "trix, xla"}
     ratios = [xla[row["tiles"]] / row["us"] for row in kernels]

@@ -11,6 +11,7 @@ import numpy as np
 from experiments.speed.gpu.shapes import Shapes
 from experiments.speed.gpu.timing import Case, Row, kernel_us, timed
 from trix_jax import dispatch, ops
+from trix_jax.nn.activations import squared_relu
 from trix_kernels.grouped_matmul import (
     device_reason,
     grouped_matmul,
@@ -24,6 +25,7 @@ from trix_kernels.grouped_matmul.cases import Case as Product
 
 Load = Literal["balanced", "skewed", "empty"]
 LOADS: tuple[Load, ...] = ("balanced", "skewed", "empty")
+ACT = squared_relu  # layers' own, where nothing else is asked for
 
 
 class Groups(NamedTuple):
@@ -209,16 +211,14 @@ def call_by_number(case: Product) -> Callable:
     are tokens. Products that come with more return all of it, see `alongside`.
     """
 
-    def product(tokens, other, tile, filled, rows):
+    def product(tokens, other, tile, filled, rows, *more):
         groups = ops.Groups(tile, filled, jnp.arange(case.tiles, dtype=jnp.int32))
-        act = jax.nn.relu
         if case.product == "forward":
-            return ops.numbered_matmul_and_act(tokens, other, groups, rows, act)
+            return ops.numbered_matmul_and_act(tokens, other, groups, rows, ACT)
         if case.product == "transposed":
-            h = jnp.ones((*rows.shape, case.inputs), jnp.bfloat16)
-            more = h, jnp.full(rows.shape, 0.5), act
-            how = tokens, other, groups, rows, *more
-            return ops.numbered_hidden_gradient(*how)
+            h, gate = more
+            how = groups, rows, h, gate, ACT
+            return ops.numbered_hidden_gradient(tokens, other, *how)
         is_left = case.use == "gradient of up"
         pair = (tokens, other) if is_left else (other, tokens)
         return ops.numbered_outer(*pair, groups, rows)
@@ -226,29 +226,34 @@ def call_by_number(case: Product) -> Callable:
     return jax.jit(product)
 
 
-def alongside(case: Product, y: jax.Array) -> jax.Array:
-    """What `call_by_number` makes of a product, `joined`: with ReLU behind the
-    up-projection, and with hidden layers of 1 and gates of 0.5 before the
-    down-projection.
+def alongside(
+    case: Product, y: jax.Array, h: Any = None, gate: Any = None
+) -> jax.Array:
+    """What `call_by_number` makes of a product, `joined`: of the gradient of a hidden
+    layer h, `act'(h) * gate * y`, `gate * act(h)` and `<y, act(h)>`.
     """
-    y = y.astype(jnp.float32)
     if case.product == "forward":
-        return joined((y, jax.nn.relu(y)))
+        return joined((y, ACT(y)))
     if case.product == "transposed":
-        return joined((y / 2, jnp.full_like(y, 0.5), y.sum(axis=-1)))
-    return y
+        a, pull = jax.vjp(ACT, h)
+        (dh,) = pull((gate[..., None] * y).astype(h.dtype))
+        dots = (y.astype(jnp.float32) * a.astype(jnp.float32)).sum(axis=-1)
+        return joined((dh, gate[..., None] * a, dots))
+    return joined(y)
 
 
 def joined(parts: Any) -> jax.Array:
     """Arrays of rows, or of a number a row, as one in float32; one array as it is."""
     if isinstance(parts, jax.Array):
-        return parts
+        return parts.astype(jnp.float32)
     rows = (part if part.ndim == 3 else part[..., None] for part in parts)
     return jnp.concatenate([part.astype(jnp.float32) for part in rows], axis=-1)
 
 
 def numbered_args(case: Product, groups: Groups, is_whole: bool) -> tuple[Any, ...]:
-    """Arguments of `call_by_number`: the other array is that of `inputs`."""
+    """Arguments of `call_by_number`: the other array is that of `inputs`. What comes with
+    a product differs from row to row and from column to column, and stays exact.
+    """
     left, right = inputs(case, groups, is_whole)
     is_right = case.product == "outer" and case.use == "gradient of down"
     wide, other = (right, left) if is_right else (left, right)
@@ -256,7 +261,13 @@ def numbered_args(case: Product, groups: Groups, is_whole: bool) -> tuple[Any, .
     tokens = jax.random.normal(key, shape, jnp.bfloat16)
     if is_whole:
         tokens = jax.random.randint(key, shape, -4, 5).astype(jnp.bfloat16)
-    return tokens, other, groups.tile, groups.filled, numbers_of(case, groups)
+    rows, more = numbers_of(case, groups), ()
+    if case.product == "transposed":
+        keys = jax.random.split(jax.random.key(3))
+        h = jax.random.randint(keys[0], (*rows.shape, case.inputs), -2, 3)
+        gate = 2.0 ** jax.random.randint(keys[1], rows.shape, -2, 2)
+        more = h.astype(jnp.bfloat16), gate.astype(jnp.float32)
+    return tokens, other, groups.tile, groups.filled, rows, *more
 
 
 def check_numbered(case: Product, shapes: Shapes) -> Iterator[Row]:
@@ -267,7 +278,7 @@ def check_numbered(case: Product, shapes: Shapes) -> Iterator[Row]:
     for load in LOADS:
         groups = groups_of(load, case.rows, case.tiles, shapes.rows)
         args = numbered_args(case, groups, is_whole=True)
-        tokens, other, tile, filled, rows = args
+        tokens, other, tile, filled, rows, *more = args
         row = {
             "name": f"{case.name}, {load}, by number",
             "load": load,
@@ -280,7 +291,7 @@ def check_numbered(case: Product, shapes: Shapes) -> Iterator[Row]:
         blocks = jnp.where(_counted(groups), tokens[rows], 0)
         is_right = case.product == "outer" and case.use == "gradient of down"
         pair = (other, blocks) if is_right else (blocks, other)
-        expected, wrong = alongside(case, expect(*pair, tile, filled)), []
+        expected, wrong = alongside(case, expect(*pair, tile, filled), *more), []
         for _ in range(shapes.again):
             is_other = joined(call(*args)) != expected
             if case.product != "outer":

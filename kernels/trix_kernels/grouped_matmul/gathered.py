@@ -121,7 +121,10 @@ def hidden_gradient(
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for at, part in _pieces(columns, sums.shape[1]):
                 p = sums[:, part].astype(jnp.bfloat16).astype(jnp.float32)
-                a, pull = jax.vjp(act, load(h_ref.at[m].at[own, at], layout))
+                h_part = load(h_ref.at[m].at[own, at], layout)
+                # Inside a `shard_map` a loaded array varies, and what is made of it no
+                # longer does, which `pull` would refuse.
+                a, pull = jax.vjp(act, lax.max(h_part, h_part))
                 gate = lax.broadcast_in_dim(gates, p.shape, (0,))
                 (dh,) = pull((gate * p).astype(jnp.bfloat16))
                 a = a.astype(jnp.float32)

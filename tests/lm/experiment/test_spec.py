@@ -38,6 +38,10 @@ def test_read_experiment_makes_a_run_of_every_size_arm_and_seed(small):
         ({"arm_set": {"moe": {}}}, "arm_set in .* must name arms. Got 'moe'"),
         ({"colour": "red"}, "colour in .* must be one of"),
         ({"arm_seeds": {"moe": [1]}}, "arm_seeds in .* must name arms. Got 'moe'"),
+        ({"arm_seeds": {"dense": []}}, "arm_seeds.dense in .* of different entries"),
+        ({"arm_seeds": {"dense": 3}}, "arm_seeds.dense in .* must be a list"),
+        ({"seeds": [1, 1]}, r"seeds in .* of different entries. Got \[1, 1\]"),
+        ({"arms": ["lookup", "dense", "dense"]}, "arms in .* of different entries"),
         (
             {"arms": ["moe"], "arm_set": {}},
             "arm must be one of dense, lookup, base",
@@ -80,6 +84,7 @@ def test_committed_experiment_reads(path, monkeypatch):
 def test_file_that_is_like_another_takes_what_it_does_not_say(small, tmp_path):
     tree = yaml.safe_load(small.read_text())
     tree["arm_set"]["lookup"] = {"train.steps": 5}
+    tree["arm_seeds"] = {"lookup": [8]}
     small.write_text(yaml.safe_dump(tree))
     path = tmp_path / "other.yaml"
     own = {
@@ -92,7 +97,7 @@ def test_file_that_is_like_another_takes_what_it_does_not_say(small, tmp_path):
     }
     path.write_text(yaml.safe_dump(own))
     found = read_experiment(path, parse_run)
-    assert (found.name, found.label) == ("small", "A test.")
+    assert (found.name, found.label) == ("other", "A test.")
     assert [s.name for s in found.specs] == [
         "s/dense/seed-1",
         "s/dense-wide/seed-4",

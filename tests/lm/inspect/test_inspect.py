@@ -87,7 +87,7 @@ def test_packed_export_of_every_kind_is_looked_into(kind, run_dir, tmp_path):
     assert len(layer["usage"]) == len(layer["similarity"]) == 8
     assert sum(layer["usage"]) == pytest.approx(1)
     kernels = {"splines"} if ffn == "lookup" else {"up", "down"}
-    kernels |= {"read", "write"} if reads else set()
+    kernels |= {"tile_read", "tile_write"} if reads else set()
     assert layer["zero"].keys() == kernels
     assert all(0 < share < 1 for shares in layer["zero"].values() for share in shares)
     clusters = layer["clusters"]

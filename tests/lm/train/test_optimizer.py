@@ -146,7 +146,7 @@ def test_muon_gets_the_projections_of_a_model_and_nothing_else(ffn):
     names = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in states]
     momenta = [name for name in names if "muon" in name and name.endswith("/kernel")]
     where = "ffn" if ffn in ("dense", "lookup") else "tiles"
-    names = ("read", "write") if ffn == "lookup" else ("up", "down")
+    names = ("tile_read", "tile_write") if ffn == "lookup" else ("up", "down")
     wanted = {f"{where}/{name}/kernel" for name in names}
     assert {"/".join(name.split("/")[-3:]) for name in momenta} == wanted
 

@@ -114,28 +114,34 @@ def move(directory: Path, step: int, target: Path) -> None:
     replaced.
     """
     target.mkdir(parents=True, exist_ok=True)
+    tidy(target)
     source, final = step_path(directory, step), target / f"{step:08d}"
+    former = final.with_name(f".old-{final.name}")
     if final.exists():
-        discard(final)
+        final.rename(former)
     try:
         source.rename(final)
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        _move_to_another_disk(source, final)
+        _copy(source, final)
+        discard(source)
+    if former.exists():
+        discard(former)
     sync(target)
     sync(directory)
 
 
-def _move_to_another_disk(source: Path, final: Path) -> None:
+def _copy(source: Path, final: Path) -> None:
     new = final.with_name(f".tmp-{os.getpid()}-{final.name}")
-    if new.exists():  # of a copy that was interrupted
-        shutil.rmtree(new)
-    shutil.copytree(source, new)
-    for path in (*new.rglob("*"), new):
-        sync(path)
-    publish(new, final)
-    discard(source)
+    try:
+        shutil.copytree(source, new)
+        for path in (*new.rglob("*"), new):
+            sync(path)
+        new.rename(final)
+    except BaseException:
+        clear(new)
+        raise
 
 
 def discard(path: Path) -> None:

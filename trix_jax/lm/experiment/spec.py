@@ -22,6 +22,7 @@ NOTES, RESULTS = "experiment.json", "metrics.json"
 WORDS = ("title", "question", "label")
 KEYS = ("name", "like", *WORDS, "sizes", "arms", "seeds", "arm_seeds", "set", "arm_set")
 MERGED = ("set", "arm_set")  # with those of the file that one is like
+BY_ARM = ("arm_set", "arm_seeds")
 DATA_PATHS = ("--data.path", "--data.val-path")  # a machine's own
 
 
@@ -206,14 +207,13 @@ def _with_like(tree: dict[str, Any], path: Path) -> dict[str, Any]:
         raise ValueError(
             f"like in {path} must name a file without a like of its own. Got {like!r}."
         )
-    merged = {k: {**(base.get(k) or {}), **(tree.get(k) or {})} for k in MERGED}
+    base.pop("name", None)  # or two experiments would have one
     arms = tree.get("arms") or base.get("arms") or []
-    own = tree.get("arm_set") or {}
-    merged["arm_set"] = {
-        arm: given
-        for arm, given in merged["arm_set"].items()
-        if arm in arms or arm in own
-    }
+    merged = {k: {**(base.get(k) or {}), **(tree.get(k) or {})} for k in MERGED}
+    merged["arm_seeds"] = tree.get("arm_seeds") or base.get("arm_seeds") or {}
+    for key in BY_ARM:  # without what the other file says of arms that this one has not
+        own = tree.get(key) or {}
+        merged[key] = {a: v for a, v in merged[key].items() if a in arms or a in own}
     return {**base, **tree, **merged}
 
 
@@ -225,9 +225,16 @@ def _checked(tree: dict[str, Any], path: Path) -> dict[str, Any]:
     for key, kind in (("sizes", dict), ("arms", list), ("seeds", list)):
         if not isinstance(tree.get(key), kind) or not tree[key]:
             raise ValueError(f"{key} in {path} must be a {kind.__name__} with entries.")
-    for key in ("arm_set", "arm_seeds"):
+    for key in BY_ARM:
         if odd := sorted(set(tree.get(key) or {}) - set(tree["arms"])):
             raise ValueError(f"{key} in {path} must name arms. Got {odd[0]!r}.")
+    lists = {"arms": tree["arms"], "seeds": tree["seeds"]}
+    lists |= {f"arm_seeds.{a}": v for a, v in (tree.get("arm_seeds") or {}).items()}
+    for key, given in lists.items():
+        if not isinstance(given, list) or not given or len(set(given)) < len(given):
+            raise ValueError(
+                f"{key} in {path} must be a list of different entries. Got {given!r}."
+            )
     return tree
 
 

@@ -183,7 +183,9 @@ def _kernels(config, variables: Variables, name: str) -> dict[str, np.ndarray]:
     wanted = {}
     if config.has_ternary_products and config.ternary.mode != "none":
         d, width = config.d_model, config.tile_width
-        widths = {"read": d, "write": d} if is_lookup else {"up": width, "down": d}
+        widths = (
+            {"tile_read": d, "tile_write": d} if is_lookup else {"up": width, "down": d}
+        )
         wanted = {kernel: (config.ternary, width) for kernel, width in widths.items()}
     if is_lookup and config.ternary_splines:
         wanted["splines"] = splines, math.prod(_spline_shape(config)[1:])

@@ -12,7 +12,9 @@ import optax
 from trix_jax.lm.config import TrainConfig
 
 MUON_RMS = 0.2  # of an update before the learning rate, as AdamW's are (Liu et al.)
-PROJECTIONS = tuple((name, "kernel") for name in ("up", "down", "read", "write"))
+PROJECTIONS = tuple(
+    (name, "kernel") for name in ("up", "down", "tile_read", "tile_write")
+)
 
 
 def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:

@@ -42,6 +42,8 @@ def check(
     before, now = meta.get("settings", {}), flat(to_tree(config))
     if before:
         before = {"train.sampler": SAMPLER_BEFORE} | before
+        if before.get("model.ffn") == "lookup" and "model.reads" not in before:
+            before["model.top_k_clusters"] = 1  # whatever was written, see `from_tree`
         steps = before.get("train.steps", config.train.steps)
         if is_part_of(step, steps, config):
             before["train.steps"] = config.train.steps
