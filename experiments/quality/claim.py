@@ -126,18 +126,17 @@ def by_others(number: int) -> tuple[Arm, ...]:
     )
 
 
-def at_ffn_rates(*arms: Arm) -> tuple[Arm, ...]:
-    """The projections of FFNs at a share of the rate: a tile sees K of N tokens, and
-    Muon's step is as long.
+def at_ffn_rates(arm: Arm) -> tuple[Arm, ...]:
+    """The projections of FFNs at a multiple of the arm's best rate: a tile sees K of N
+    tokens, and Muon's step is as long.
     """
     return tuple(
         Arm(
-            f"{arm.name}-ffn-{share:g}",
-            f"{arm.flags} --train.ffn-rate-factor {share:g}",
-            8e-3,
+            f"{arm.name}-ffn-{times:g}",
+            f"{arm.flags} --train.ffn-rate-factor {times:g}",
+            4e-3,
         )
-        for share in (0.5, 0.25)
-        for arm in arms
+        for times in (2.0, 0.5)
     )
 
 
@@ -202,9 +201,7 @@ def claim(d_model: int) -> Setting:
             "hash": (held(64), tiles(64, "hash", HASH)),
             "ladder": tuple(held(number) for number in (64, 16, 32, 48, 128)),
             "routes": (held(64), *by_others(64)),
-            "ffn-rates": at_ffn_rates(
-                held(64), tiles(64, "hash", HASH), dense(4 * d_model)
-            ),
+            "ffn-rates": at_ffn_rates(tiles(64, "hash", HASH)),
             "holding": when_and_what(64),
             "holding-16": (held(16), tiles(16, "hash", HASH), tiles(16, "moving")),
             "worth": more_worth(64, d_model),
@@ -212,7 +209,6 @@ def claim(d_model: int) -> Setting:
         order=(
             Step("hash", 1),
             Step("dense-middle", 1),
-            Step("ffn-rates", 0),
             Step("holding", 1),
             Step("hash", 4),
             Step("dense-curve", 1),
@@ -220,6 +216,7 @@ def claim(d_model: int) -> Setting:
             Step("dense-curve", 4),
             Step("ladder", 4),
             Step("worth", 1),
+            Step("ffn-rates", 0),
             Step("routes", 1),
             Step("holding-16", 1),
             Step("hash", 6),

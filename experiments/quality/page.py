@@ -62,6 +62,13 @@ QUESTIONS = (
         "tiles, `fine` takes sixteen tiles a quarter as wide.",
     ),
     Question(
+        "Do tiles want a rate of their own?",
+        "ffn-rates",
+        "tiles-64-hash",
+        "The projections of FFNs learn at a multiple of the rate of all else, which is "
+        "the arm's best.",
+    ),
+    Question(
         "Which body?",
         "bodies",
         "body-gpt2",

@@ -11,8 +11,6 @@ the rounds' ratios. Writes `experiments/speed/measured/hierarchy.json`.
 
 import json
 import os
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.speed.turns import in_turn, ratio
 from trix_jax import (
     HierarchicalTriXFFN,
     RoutingConfig,
@@ -96,24 +95,14 @@ def compare(num_tiles: int, shape: Shape, rounds: int) -> list[dict[str, Any]]:
     }
     rows = []
     for use in USES:
-        times: dict[str, list[float]] = {name: [] for name in made}
-        for _ in range(rounds):
-            for name, each in made.items():
-                times[name].append(_seconds(each[use], 20 if use == "decoding" else 1))
+        each = {name: kind[use] for name, kind in made.items()}
+        times = in_turn(each, rounds, 20 if use == "decoding" else 1)
         flat = times.pop("flat")
         for name, own in times.items():
-            ratios = sorted(a / b for a, b in zip(own, flat, strict=True))
-            median = statistics.median(own) / statistics.median(flat)
-            row = {"num_tiles": num_tiles, "use": use, "kind": name, "of_flat": median}
-            rows.append(row | {"low": ratios[0], "high": ratios[-1]})
+            found = ratio(own, flat)
+            found["of_flat"] = found.pop("ratio")
+            rows.append({"num_tiles": num_tiles, "use": use, "kind": name, **found})
     return rows
-
-
-def _seconds(call: Callable, times: int) -> float:
-    began = time.process_time()
-    for _ in range(times):
-        jax.block_until_ready(call())
-    return time.process_time() - began
 
 
 def main() -> None:
