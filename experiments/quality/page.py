@@ -21,6 +21,7 @@ from experiments.quality.widths import (
     on_curve,
     twins,
 )
+from experiments.quality.worth import dense_curve
 from trix_jax.lm.experiment import results
 from trix_jax.lm.experiment.results import Result
 from trix_jax.lm.experiment.stats import Interval, paired, spread, verdict
@@ -123,9 +124,12 @@ def _found(settings: dict[str, Setting], folder: Path) -> Iterator[Found]:
 
 
 def _verdict(claims: Sequence[Found]) -> str:
-    """What the claim's settings say of signatures and the hash, in a sentence each."""
+    """What the claim's settings say of tiles and dense FFNs, and of signatures and the
+    hash, in a sentence each.
+    """
     said = []
     for one in claims:
+        said += _worth(one)
         ours, theirs = one.arm("tiles-64-held"), one.arm("tiles-64-hash")
         if ours is None or theirs is None:
             continue
@@ -139,6 +143,30 @@ def _verdict(claims: Sequence[Found]) -> str:
             f"{abs(found.mean):.4f} nats {side} a hash of the token; {_seeds(found)}, {word}.**"
         )
     return " ".join(said) or "The claim has no runs yet."
+
+
+def _worth(one: Found) -> list[str]:
+    """The arm of the greatest multiplier, in words; nothing before there is a curve."""
+    d = int(one.setting.name.rpartition("-")[2])
+    places = claim_page.places(d, one.runs)
+    if not places:
+        return []
+    _, _, place = max(places, key=lambda row: row[2].multiplier.value)
+    widths = sorted(dense_curve(one.setting, one.runs))
+    narrow, wide = widths[0], widths[-1]
+    seeds = "one seed" if place.seeds == 1 else f"{place.seeds} seeds"
+    at = f"{one.setting.name}: `{place.arm}`, of W {place.width.greater:.0f}, is worth"
+    if place.equivalent.value == curve.BELOW:
+        taken = sorted(row[2].width.greater for row in places)
+        at = f"{one.setting.name}: no tiles, of W {taken[0]:.0f} to {taken[-1]:.0f}, are worth"
+        text = f"the dense FFN {narrow} wide, the narrowest that has run"
+    elif place.equivalent.value == curve.ABOVE:
+        text = f"more than the dense FFN {wide} wide, the widest that has run"
+    else:
+        times = claim_page.estimate_text(place.multiplier, 2)
+        width = claim_page.estimate_text(place.equivalent, 0)
+        text = f"a dense FFN {width} wide, {times} times its W"
+    return [f"**{at} {text}; {seeds}.**"]
 
 
 def _seeds(found: Interval) -> str:

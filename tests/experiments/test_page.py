@@ -46,6 +46,24 @@ def test_the_first_sentence_has_the_sign_the_seeds_and_whether_it_is_decided(tmp
     )
 
 
+def test_the_page_says_first_what_tiles_are_worth(tmp_path):
+    """W of 64 tiles at D = 64, held: 162."""
+    names = ("dense-128", "dense-256", "dense-512", "tiles-64-held")
+    losses = (0.2, 0.1, 0.0)
+    for loss, said in (
+        (0.1, "of W 162, is worth a dense FFN 256 wide, 1.59 times its W; one seed"),
+        (
+            0.3,
+            "no tiles, of W 162 to 162, are worth the dense FFN 128 wide, the narrow",
+        ),
+        (-0.1, "is worth more than the dense FFN 512 wide, the widest that has run;"),
+    ):
+        gaps = dict(zip(names, [(x,) for x in (*losses, loss)], strict=True))
+        first = page_of(tmp_path, gaps).splitlines()[2]
+        assert first.startswith("**wikipedia-64: ")
+        assert said in first
+
+
 def test_what_lost_is_what_lies_above_or_lost_by_much_with_one_seed(tmp_path):
     made = page_of(
         tmp_path,
