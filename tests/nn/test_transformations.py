@@ -47,13 +47,15 @@ def test_permuting_tokens_permutes_outputs(ffn):
 def test_scaling_a_tiles_signature_changes_no_route(ffn):
     """A tile is not found more often for being larger: addresses have unit RMS."""
     chance, variables = np.random.default_rng(0), ffn.variables()
-    leaf = ("tiles", "up", "kernel") if "lookup" not in ffn.name else ("directions",)
+    leaves = {"lookup": ("directions",), "lookup_own": ("tile_read", "kernel")}
+    leaf = leaves.get(ffn.name, ("tiles", "up", "kernel"))
+
+    def scales(w):  # where tiles have one scale, all are larger together
+        tiles = 1 if ffn.name == "lookup_own" else len(w)
+        return 2.0 ** chance.choice([-3, -2, -1, 1, 2, 3], (tiles, *[1] * (w.ndim - 1)))
+
     scaled = jax.tree_util.tree_map_with_path(
-        lambda path, w: (
-            w * 2.0 ** chance.integers(-3, 4, (len(w), *[1] * (w.ndim - 1)))
-            if tuple(key.key for key in path) == leaf
-            else w
-        ),
+        lambda path, w: w * scales(w) if tuple(key.key for key in path) == leaf else w,
         variables["params"],
     )
     moved = jax.tree.map(lambda a, b: np.any(a != b), scaled, variables["params"])
