@@ -105,7 +105,7 @@ def lookup_oracle(layer, variables, x):
     state, k = variables["routing"]["router"], layer.tiles_per_token
     is_own, grid = layer.reads == "own", layer.grid_size
     write, place = own_rows(p, h) if is_own else (p["directions"], shared_place(p, h))
-    address = ternary(p["read"]["kernel"])[0] if is_own else write
+    address = ternary(p["tile_read"]["kernel"])[0] if is_own else write
     tiles, matches = routes(h, unit(address), k, state, layer.top_k_clusters)
     splines = p["splines"]["kernel"]
     splines = np.sign(splines) * (np.abs(splines) > 0.3)
@@ -136,7 +136,9 @@ def shared_place(p, h):
 
 def own_rows(p, h):
     """The directions as served, and a number a token and tile."""
-    (read, scale), (write, size) = (ternary(p[n]["kernel"]) for n in ("read", "write"))
+    (read, scale), (write, size) = (
+        ternary(p[n]["kernel"]) for n in ("tile_read", "tile_write")
+    )
     return size * write, np.tanh(scale * (h @ read.T))[..., None]
 
 
