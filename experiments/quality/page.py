@@ -154,7 +154,7 @@ def _worth(one: Found) -> list[str]:
     _, _, place = max(places, key=lambda row: row[2].multiplier.value)
     widths = sorted(dense_curve(one.setting, one.runs))
     narrow, wide = widths[0], widths[-1]
-    seeds = "one seed" if place.seeds == 1 else f"{place.seeds} seeds"
+    seeds = "one seed, undecided" if place.seeds == 1 else f"{place.seeds} seeds"
     at = f"{one.setting.name}: `{place.arm}`, of W {place.width.greater:.0f}, is worth"
     if place.equivalent.value == curve.BELOW:
         taken = sorted(row[2].width.greater for row in places)

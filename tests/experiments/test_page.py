@@ -51,7 +51,10 @@ def test_the_page_says_first_what_tiles_are_worth(tmp_path):
     names = ("dense-128", "dense-256", "dense-512", "tiles-64-held")
     losses = (0.2, 0.1, 0.0)
     for loss, said in (
-        (0.1, "of W 162, is worth a dense FFN 256 wide, 1.59 times its W; one seed"),
+        (
+            0.1,
+            "of W 162, is worth a dense FFN 256 wide, 1.59 times its W; one seed, undecided.",
+        ),
         (
             0.3,
             "no tiles, of W 162 to 162, are worth the dense FFN 128 wide, the narrow",
