@@ -40,6 +40,7 @@ FLOORS = {
         "trix_jax.routing",
         "trix_jax.frozen",
     ),
+    "core: trained to ternary, once a step": ("trix_jax.made_once",),
     "layers": ("trix_jax.nn",),
     "other formats and frameworks": ("trix_jax.interop",),
     "lm: what a process and a model are": (

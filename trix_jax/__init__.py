@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from trix_jax.frozen import freeze as freeze
     from trix_jax.frozen import widen as widen
     from trix_jax.labels import optimizer_labels as optimizer_labels
+    from trix_jax.made_once import ternary_once as ternary_once
     from trix_jax.nn import HierarchicalTriXBlock as HierarchicalTriXBlock
     from trix_jax.nn import HierarchicalTriXFFN as HierarchicalTriXFFN
     from trix_jax.nn import SparseLookupBlock as SparseLookupBlock
@@ -37,10 +38,11 @@ _HOMES = dict.fromkeys(_NN.split(), "trix_jax.nn") | {
     "freeze": "trix_jax.frozen",
     "widen": "trix_jax.frozen",
     "optimizer_labels": "trix_jax.labels",
+    "ternary_once": "trix_jax.made_once",
     "RoutingConfig": "trix_jax.routing",
     "TernaryConfig": "trix_jax.ternary",
 }
-_MODULES = "balance clusters dispatch expert_parallel frozen hashing labels matching nn ops routing routing_state ternary typing".split()
+_MODULES = "balance clusters dispatch expert_parallel frozen hashing labels made_once matching nn ops routing routing_state ternary typing".split()
 __all__ = sorted([*_HOMES, "load_run", "routing"])
 
 

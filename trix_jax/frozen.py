@@ -15,6 +15,7 @@ from flax.core import FrozenDict, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from trix_jax.ops import PACKED, in_bytes
+from trix_jax.ternary import TERNARY
 from trix_jax.typing import Variables
 
 Path = tuple[str, ...]
@@ -56,7 +57,11 @@ def freeze(
         )
     params = flatten_dict(unfreeze(variables["params"]))
     packed: dict[Path, Any] = {}
-    modules = _packing_modules(model, variables, args, kwargs)
+    modules = modules_with("pack", model, variables, args, kwargs)
+    if not modules:
+        raise ValueError(
+            f"{type(model).__name__} holds no ternary weights: there is nothing to freeze."
+        )
     for path, module in sorted(modules.items(), key=lambda item: -len(item[0])):
         own = {key[-1]: params.pop(key) for key in list(params) if key[:-1] == path}
         inside = {
@@ -67,6 +72,7 @@ def freeze(
         packed |= {(*path, name): _boxed(value, box) for name, value in new.items()}
     frozen = {"params": unflatten_dict(params), PACKED: unflatten_dict(packed)}
     new = {**variables, **frozen}
+    new.pop(TERNARY, None)
     return FrozenDict(new) if isinstance(variables, FrozenDict) else new
 
 
@@ -113,12 +119,12 @@ def _boxed(packed, kernel):
     return kernel.replace(value=packed, names=(*names, None, None))
 
 
-def _packing_modules(model, variables, args, kwargs) -> dict[Path, Any]:
-    """Every module that packs something, by its path; found by tracing one call."""
+def modules_with(method: str, model, variables, args, kwargs) -> dict[Path, Any]:
+    """Every module that has this method, by its path; found by tracing one call."""
     found = {}
 
     def note(call, call_args, call_kwargs, context):
-        if context.method_name == "__call__" and hasattr(context.module, "pack"):
+        if context.method_name == "__call__" and hasattr(context.module, method):
             found[context.module.path] = context.module
         return call(*call_args, **call_kwargs)
 
@@ -137,8 +143,4 @@ def _packing_modules(model, variables, args, kwargs) -> dict[Path, Any]:
             return model.apply(variables, *args, **kwargs)
 
     jax.eval_shape(run, variables, shapes)
-    if not found:
-        raise ValueError(
-            f"{type(model).__name__} holds no ternary weights: there is nothing to freeze."
-        )
     return found

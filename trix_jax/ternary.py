@@ -26,6 +26,7 @@ Rule = Literal["absmean", "threshold", "fixed"]
 Granularity = Literal["tile", "channel", "group"]
 Activations = Literal["float", "int8"]
 
+TERNARY = "ternary"  # the Flax collection of weights made once (`trix_jax.made_once`)
 FIXED_CLIP = 1.5  # the original stops the gradient of its fixed rule beyond this weight
 
 
@@ -153,6 +154,18 @@ def ternarize(
     if config.mode != "soft" and config.full_precision_fraction > 0:
         q = jnp.where(progress >= config.full_precision_fraction, q, u)
     return Ternary(q, scale)
+
+
+def with_gradient(
+    made: Ternary, w: Float[Array, "*N I O"], config: TernaryConfig
+) -> Ternary:
+    """Computes `ternarize(w, config)` of mode "ste" from its value `made`: from `w` comes
+    the gradient alone.
+    """
+    if config.rule == "fixed":
+        w = jnp.clip(w, -FIXED_CLIP, FIXED_CLIP)
+    u = w / expand_scale(made.scale, w.shape[-2])
+    return Ternary(straight_through(made.q.astype(w.dtype), u), made.scale)
 
 
 def hard_ternary(

@@ -13,12 +13,14 @@ from flax import linen as nn
 from trix_jax import ops
 from trix_jax.ops import PACKED
 from trix_jax.ternary import (
+    TERNARY,
     Ternary,
     TernaryConfig,
     hard_ternary,
     is_straight_through,
     round_scale,
     ternarize,
+    with_gradient,
 )
 from trix_jax.typing import Array, Dtype, Float, Scalar
 
@@ -71,7 +73,8 @@ def per_tile(init: Callable) -> Callable:
 
 class TernaryKernel(nn.Module):
     """Weights `q * scale`, from a latent parameter `kernel` or, in a frozen model, from
-    the `"packed"` collection.
+    the `"packed"` collection. Where the collection `"ternary"` has what they are, only
+    their gradient comes from the latent ones.
 
     Attributes:
         shape: of the kernel, `[..., N, I, O]`.
@@ -102,12 +105,28 @@ class TernaryKernel(nn.Module):
         if len(self.shape) > 2 and not isinstance(init, Whole):
             init = per_tile(init)
         kernel = self.param("kernel", init, self.shape, self.param_dtype)
-        weights = ternarize(kernel.astype(jnp.float32), self.config, progress)
+        weights = self._ternary(kernel.astype(jnp.float32), progress)
         return (
             weights._replace(scale=self._scale())
             if fixed and self.learn_scale
             else weights
         )
+
+    def _ternary(self, latent: Float[Array, "..."], progress: Scalar) -> Ternary:
+        if not self.has_variable(TERNARY, "q"):
+            return ternarize(latent, self.config, progress)
+        made = Ternary(*(self.get_variable(TERNARY, n) for n in Ternary._fields))
+        return with_gradient(made, latent, self.config)
+
+    def ternary_once(self, params: dict, progress: Scalar) -> dict:
+        """What several calls with these parameters may share: see `trix_jax.made_once`."""
+        config = self.config
+        if config.mode != "ste":
+            return {}
+        kernel = jnp.asarray(params["kernel"], jnp.float32)
+        q, scale = jax.lax.stop_gradient(ternarize(kernel, config, progress))
+        is_ternary = config.full_precision_fraction == 0
+        return {"q": q.astype(jnp.int8) if is_ternary else q, "scale": scale}
 
     def latent(self) -> Float[Array, "..."] | None:
         """The float32 parameter, where gradients of `q * scale` go to it as they are;

@@ -38,6 +38,11 @@ class Layout(NamedTuple):
         """The axis that tiles are spread over."""
         return TILE_AXIS if TILE_AXIS in self.axes else None
 
+    @property
+    def is_sliced(self) -> bool:
+        """Whether parameters other than those of tiles are in parts."""
+        return any(set(axes_of(spec)) - {TILE_AXIS} for spec in self.specs)
+
     def gathered(self, params: Any) -> Any:
         """Whole parameters but for those of tiles elsewhere."""
         leaves, treedef = jax.tree.flatten(params)

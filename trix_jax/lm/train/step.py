@@ -15,6 +15,7 @@ from trix_jax.lm.config import TrainConfig
 from trix_jax.lm.train.loss import cross_entropy, head_weights
 from trix_jax.lm.train.optimizer import clip, learning_rate_schedule, updates_done
 from trix_jax.lm.train.sharding import Layout
+from trix_jax.made_once import ternary_once
 from trix_jax.nn.transformer import TransformerConfig, TransformerLM
 from trix_jax.typing import Array, AxisName, Float, Int, Integer
 
@@ -111,7 +112,9 @@ def make_train_step(
 
     def step(state: TrainState, batch) -> tuple[TrainState, Metrics]:
         keys = _dropout_keys(state, batch.shape[0], axis_name)
-        losses = partial(_losses, model, layout, state.step / config.steps)
+        progress = state.step / config.steps
+        made = _made_once(model, layout, progress, state, batch)
+        losses = partial(_losses, model, layout, progress, made)
         routing_state, own = _over_micro_batches(losses, state, batch, keys)
         found = _over_devices(own, axis_name, layout)
         grad_norm = norm(found.grads)
@@ -162,11 +165,21 @@ def _metrics(found: Found, grad_norm: Array, rate: Any, finite: Any) -> Metrics:
     )
 
 
-def _losses(model, layout, progress, params, routing_state, tokens, key):
+def _made_once(model, layout, progress, state: TrainState, batch) -> dict:
+    """The ternary weights of all micro-batches, where there are several and this device
+    has whole matrices; sliced ones are gathered and made for each.
+    """
+    if batch.shape[0] == 1 or (layout is not None and layout.is_sliced):
+        return {}
+    variables = {"params": state.params, "routing": state.routing}
+    return ternary_once(model, variables, batch[0, :, :-1], progress=progress)
+
+
+def _losses(model, layout, progress, made, params, routing_state, tokens, key):
     """The loss of a micro-batch that is differentiated, and what else comes of it."""
     params = layout.gathered(params) if layout else params
     (hidden, infos, aux), mutated = model.apply(
-        {"params": params, "routing": routing_state},
+        {"params": params, "routing": routing_state, **made},
         tokens[:, :-1],
         True,
         progress=progress,
