@@ -134,9 +134,9 @@ def at_ffn_rates(arm: Arm) -> tuple[Arm, ...]:
         Arm(
             f"{arm.name}-ffn-{times:g}",
             f"{arm.flags} --train.ffn-rate-factor {times:g}",
-            4e-3,
+            start,
         )
-        for times in (2.0, 0.5)
+        for times, start in ((2.0, 4e-3), (0.5, 8e-3), (0.25, 8e-3))
     )
 
 
@@ -170,13 +170,42 @@ def when_and_what(number: int) -> tuple[Arm, ...]:
     )
 
 
+LATE = "--model.ternary.full-precision-fraction"
+
+
+def not_quite_ternary(number: int) -> tuple[Arm, ...]:
+    """Real weights for all of the training, or for a share of it; other ways to be
+    ternary: a scale an output, a staircase that sharpens, another rule.
+    """
+    ternary = "--model.ternary"
+    return (
+        tiles(number, "hash-float", HASH, f"{ternary}.mode none"),
+        tiles(number, "hash-late", HASH, f"{LATE} 0.3"),
+        tiles(number, "hash-channel", HASH, f"{ternary}.granularity channel"),
+        tiles(number, "hash-progressive", HASH, f"{ternary}.mode progressive"),
+        tiles(number, "hash-threshold", HASH, f"{ternary}.rule threshold"),
+        tiles(number, "hash-later", HASH, f"{LATE} 0.7"),
+    )
+
+
+def balanced(number: int) -> tuple[Arm, ...]:
+    """As much compute as memory: an eighth of the tiles a token, of two bits in place of
+    sixteen.
+    """
+    eight = f"--model.tiles-per-token {number // 8}"
+    return (
+        tiles(number, "hash-eighth", HASH, eight),
+        tiles(number // 2, "hash", HASH),
+        tiles(number, "held-eighth", f"{HOLD} 0.1", eight),
+    )
+
+
 def more_worth(number: int, d_model: int) -> tuple[Arm, ...]:
     """What else may make held tiles worth more."""
     shared = f"--model.tiles-per-token 3 --model.shared-width {d_model // 4}"
-    late = "--model.ternary.full-precision-fraction 0.3"
     fine = f"--model.num-tiles {4 * number} --model.tiles-per-token 16"
     return (
-        tiles(number, "held-late", f"{HOLD} 0.1 {late}"),
+        tiles(number, "held-late", f"{HOLD} 0.1 {LATE} 0.3"),
         tiles(number, "held-shared", f"{HOLD} 0.1 {shared}"),
         tiles(number, "held-sign", f"{HOLD} 0.1 --model.routing.signature sign"),
         tiles(number, "held-fine", f"{HOLD} 0.1 {fine}"),
@@ -205,18 +234,31 @@ def claim(d_model: int) -> Setting:
             "holding": when_and_what(64),
             "holding-16": (held(16), tiles(16, "hash", HASH), tiles(16, "moving")),
             "worth": more_worth(64, d_model),
+            "ternary": not_quite_ternary(64),
+            "float": not_quite_ternary(64)[:1],
+            "balanced-hash": balanced(64)[:2],
+            "balanced": balanced(64),
         },
         order=(
             Step("hash", 1),
+            Step("balanced-hash", 0),
+            Step("ternary", 0),
+            Step("ffn-rates", 0),
+            Step("balanced-hash", 1),
             Step("dense-middle", 1),
+            Step("dense-curve", 1),
+            Step("float", 1),
+            Step("worth", 0),
             Step("holding", 1),
             Step("hash", 4),
-            Step("dense-curve", 1),
+            Step("balanced", 1),
+            Step("balanced", 4),
             Step("ladder", 1),
             Step("dense-curve", 4),
             Step("ladder", 4),
             Step("worth", 1),
-            Step("ffn-rates", 0),
+            Step("ternary", 1),
+            Step("ffn-rates", 1),
             Step("routes", 1),
             Step("holding-16", 1),
             Step("hash", 6),

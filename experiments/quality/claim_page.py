@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from experiments.quality import curve
 from experiments.quality.arms import Arm
-from experiments.quality.claim import LADDER, WIDTHS, claim, held, tiles
+from experiments.quality.claim import HASH, LADDER, WIDTHS, balanced, claim, held, tiles
 from experiments.quality.design import SEEDS
 from experiments.quality.worth import (
     Worth,
@@ -31,7 +31,7 @@ VOCABULARY = 4096
 FIGURE = "claim.png"
 MOST_ROWS = 8  # of the table that opens the page
 HEAD = "arm,D,rate,seeds,validation loss,compute width,memory width,equivalent width,multiplier,seconds a step"
-OTHERS = (tiles(64, "hash", "--model.routing.source hash"), tiles(64, "moving"))
+OTHERS = (tiles(64, "hash", HASH), *balanced(64), tiles(64, "moving"))
 NOTE = (
     "W: the greater of the compute width (multiply-accumulates a token as served over 2 D, routing included) "
     "and the memory width (served FFN bits, and what routing stores, over 16 bits a weight). Equivalent width: "
@@ -147,7 +147,8 @@ def draw(runs: Runs, path: Path) -> None:
         line = sorted((w, fmean(losses)) for w, losses in dense.items())
         axes.plot(*zip(*line, strict=True), "o-", color="black", label="dense")
         on_it = places(d, found)
-        ladder = [(p.width.greater, one) for arm, one, p in on_it if "held" in arm.name]
+        steps = {held(number).name for number in LADDER}
+        ladder = [(p.width.greater, one) for arm, one, p in on_it if arm.name in steps]
         colour = STYLES[0][0]
         points = [(w, fmean(concluding(one).values())) for w, one in ladder]
         if points:
@@ -155,7 +156,7 @@ def draw(runs: Runs, path: Path) -> None:
                 *zip(*points, strict=True), "D-", color=colour, label="tiles, held"
             )
         for (arm, one, place), (colour, _) in zip(
-            [row for row in on_it if "held" not in row[0].name],
+            [row for row in on_it if row[0].name not in steps],
             STYLES[1:],
             strict=False,
         ):

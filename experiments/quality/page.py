@@ -63,6 +63,22 @@ QUESTIONS = (
         "tiles, `fine` takes sixteen tiles a quarter as wide.",
     ),
     Question(
+        "What does being ternary cost?",
+        "ternary",
+        "tiles-64-hash",
+        "`float` keeps real weights, `late` until 30% of the training, `later` until "
+        "70%; `channel` has a scale an output, `progressive` a staircase that sharpens, "
+        "`threshold` the rule of ternary weight networks.",
+    ),
+    Question(
+        "As much compute as memory?",
+        "balanced",
+        "tiles-64-hash",
+        "Two bits a weight take an eighth of the memory of sixteen: four of 64 tiles "
+        "take half as much compute as memory, counted as the width of a dense FFN. An "
+        "`eighth` of the tiles a token, or half of the tiles, is level.",
+    ),
+    Question(
         "Do tiles want a rate of their own?",
         "ffn-rates",
         "tiles-64-hash",

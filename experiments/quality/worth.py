@@ -187,7 +187,7 @@ def signatures_less_hash(runs: Sequence[Result]) -> dict[str, Any] | None:
     """
     arms = {arm.name: arm for group in claim(64).groups.values() for arm in group}
     names = [name for name in arms if name.startswith("tiles-64-")]
-    hashes = [name for name in names if "-hash" in name]
+    hashes = [name for name in names if "-hash" in name and "-float" not in name]
     read = [name for name in names if not any(word in name for word in OTHERS)]
     ours, theirs = (
         _best([tuned(runs, name, arms[name].rate_of) for name in group])
