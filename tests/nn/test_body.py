@@ -127,7 +127,7 @@ def test_rotation_is_a_complex_phase_and_products_see_distances_alone(length):
 def test_queries_and_keys_have_unit_rms_with_qk_norm():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, D)), jnp.float32)
     layer = CausalSelfAttention(D, 2, qk_norm=True)
-    variables = layer.init(jax.random.key(0), x)
+    variables = jax.jit(layer.init)(jax.random.key(0), x)
     params = jax.tree.map(np.asarray, variables["params"])
     q, k, v = np.moveaxis(np.tensordot(x, params["qkv"]["kernel"], 1), -3, 0)
     q, k = (t / np.sqrt(np.mean(t**2, axis=-1, keepdims=True) + 1e-6) for t in (q, k))

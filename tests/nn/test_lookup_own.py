@@ -181,7 +181,7 @@ def test_gradients_beside_masked_tokens_are_those_of_the_others_alone(over):
 @pytest.mark.parametrize("reads", ["shared", "own"])
 def test_numpy_parameters_are_as_good(reads, no_type_hook):
     layer = OWN.clone(reads=reads)
-    variables = layer.init(jax.random.key(0), X)
+    variables = jax.jit(layer.init)(jax.random.key(0), X)
     plain = jax.tree.map(np.asarray, variables)
     np.testing.assert_array_equal(
         layer.apply(plain, X)[0], layer.apply(variables, X)[0]

@@ -32,7 +32,7 @@ SMALL = TransformerConfig(
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", LAYERS, ids=["flat", "hierarchical", "lookup"])
 def test_tiles_depend_on_the_router_input_alone_and_outputs_on_both(layer):
-    variables = layer.init(jax.random.key(2), X)
+    variables = jax.jit(layer.init)(jax.random.key(2), X)
     call = jax.jit(lambda x, by: layer.apply(variables, x, router_input=by))
     y, info, _ = call(X, OTHER)
     same_route, same_info, _ = call(-2 * X + 1, OTHER)
@@ -44,7 +44,7 @@ def test_tiles_depend_on_the_router_input_alone_and_outputs_on_both(layer):
 
 def test_router_input_left_out_is_the_input():
     layer = FLAT
-    variables = layer.init(jax.random.key(2), X)
+    variables = jax.jit(layer.init)(jax.random.key(2), X)
     assert jax.tree.all(
         jax.tree.map(
             np.array_equal,
@@ -56,7 +56,7 @@ def test_router_input_left_out_is_the_input():
 
 @pytest.mark.parametrize("layer", LAYERS, ids=["flat", "hierarchical", "lookup"])
 def test_router_input_of_another_shape_is_refused(layer, no_type_hook):
-    variables = layer.init(jax.random.key(2), X)
+    variables = jax.jit(layer.init)(jax.random.key(2), X)
     for wrong in (OTHER[:, :-1], OTHER[..., :8], OTHER.reshape(2, 24, 8)):
         with pytest.raises(ValueError, match="router_input must be"):
             layer.apply(variables, X, router_input=wrong)
@@ -66,7 +66,7 @@ def test_router_input_of_another_shape_is_refused(layer, no_type_hook):
 def lm():
     model = TransformerLM(SMALL)
     tokens = jax.random.randint(jax.random.key(3), (3, 16), 0, 11)
-    return model, model.init(jax.random.key(4), tokens), tokens
+    return model, jax.jit(model.init)(jax.random.key(4), tokens), tokens
 
 
 def tiles_of(model, variables, tokens):

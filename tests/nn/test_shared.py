@@ -1,6 +1,7 @@
 """The dense part beside tiles: what it adds, what it costs, and that it is served."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -33,19 +34,18 @@ CONFIG = TransformerConfig(
 def test_it_adds_a_dense_ffn_of_the_same_input():
     x = jax.random.normal(jax.random.key(0), (2, 5, D))
     block = SparseTriXBlock(D, 2, shared_width=WIDTH)
-    variables = block.init(jax.random.key(1), x)
+    variables = jax.jit(block.init)(jax.random.key(1), x)
     shared = variables["params"]["shared"]
     rest = {k: v for k, v in variables["params"].items() if k != "shared"}
     bare = SparseTriXBlock(D, 2)
-    y, state = bare.apply(
-        {**variables, "params": rest},
-        x,
-        capture_intermediates=True,
-        mutable="intermediates",
+    call = functools.partial(
+        bare.apply, capture_intermediates=True, mutable="intermediates"
     )
+    y, state = jax.jit(call)({**variables, "params": rest}, x)
     h = state["intermediates"]["ffn_norm"]["__call__"][0]
     added = DenseFFN(D, WIDTH).apply({"params": shared}, h)[0]
-    np.testing.assert_allclose(block.apply(variables, x)[0], y[0] + added, atol=1e-6)
+    whole = jax.jit(block.apply)(variables, x)[0]
+    np.testing.assert_allclose(whole, y[0] + added, atol=1e-6)
     assert jnp.abs(added).max() > 0.01
 
 
@@ -65,7 +65,7 @@ def test_its_costs_are_those_counted_by_hand():
 @pytest.mark.slow
 def test_it_is_drawn_as_the_twin_is_and_served_as_it_is():
     model, tokens = TransformerLM(CONFIG), jnp.arange(6)[None]
-    variables = model.init(jax.random.key(2), tokens)
+    variables = jax.jit(model.init)(jax.random.key(2), tokens)
     shared = variables["params"]["block_01"]["shared"]
     assert jnp.std(shared["up"]["kernel"]) == pytest.approx(0.02, rel=0.5)
     assert jnp.std(shared["down"]["kernel"]) == pytest.approx(0.01, rel=0.5)
@@ -91,13 +91,12 @@ def test_a_width_below_zero_is_refused():
 
 def test_an_export_counts_it_on_both_sides(tmp_path):
     model, tokens = TransformerLM(CONFIG), jnp.arange(6)[None]
-    variables = model.init(jax.random.key(2), tokens)
+    variables = jax.jit(model.init)(jax.random.key(2), tokens)
     text = "abcdefghijk"
     sizes = export(model, variables, CharTokenizer(text), tmp_path)
     bare = TransformerLM(dataclasses.replace(CONFIG, shared_width=0))
-    less = export(
-        bare, bare.init(jax.random.key(2), tokens), CharTokenizer(text), tmp_path
-    )
+    less_of = jax.jit(bare.init)(jax.random.key(2), tokens)
+    less = export(bare, less_of, CharTokenizer(text), tmp_path)
     held = 4 * CONFIG.n_layers * 2 * D * WIDTH  # bytes, as float32
     assert sizes["ffn_float32"] - less["ffn_float32"] == held
     assert sizes["ffn_packed"] - less["ffn_packed"] == held

@@ -80,7 +80,7 @@ def test_wrong_orders_are_refused(steered, no_type_hook):
 def test_layer_that_looks_at_token_ids_alone_refuses_orders():
     layer = SparseTriXFFN(16, num_tiles=4, routing=RoutingConfig(source="hash"))
     ids = jnp.zeros(X.shape[:2], jnp.int32)
-    variables = layer.init(jax.random.key(1), X, token_ids=ids)
+    variables = jax.jit(layer.init)(jax.random.key(1), X, token_ids=ids)
     given = pin(variables, LAYER, 0, jnp.asarray(SOME))
     with pytest.raises(ValueError, match="must not be given"):
         layer.apply(given, X, token_ids=ids)

@@ -96,7 +96,7 @@ def test_hidden_states_and_head_are_the_models_logits(tied):
     config = TransformerConfig(vocab_size=V, context=L, tied=tied, **SIZES)
     model = TransformerLM(config)
     tokens = np.arange(B * L).reshape(B, L) % V
-    variables = model.init(jax.random.key(0), tokens)
+    variables = jax.jit(model.init)(jax.random.key(0), tokens)
     apply = functools.partial(model.apply, variables, tokens)
     hidden, logits = apply(hidden=True)[0], apply()[0]
     head = loss.head_weights(variables["params"], model.config)
@@ -110,8 +110,8 @@ def test_an_evaluation_in_parts_sums_the_losses_of_all_logits(tied, monkeypatch)
     tokens = jnp.arange(B * (L + 1)).reshape(B, L + 1) % V
     mask = np.ones((B, L), np.float32)
     mask[-1, 1:] = 0
-    variables = model.init(jax.random.key(0), tokens[:, 1:])
-    logits = model.apply(variables, tokens[:, :-1])[0]
+    variables = jax.jit(model.init)(jax.random.key(0), tokens[:, 1:])
+    logits = jax.jit(model.apply)(variables, tokens[:, :-1])[0]
     with jax.enable_x64(True):
         exact = plain(jnp.asarray(logits, "float64"), jnp.eye(V), tokens[:, 1:])
         exact = float((exact * mask).sum())
