@@ -34,6 +34,9 @@ LAYERS = {
     ),
     "int8": partial(TriXLinear, 8, ternary=TernaryConfig(activations="int8")),
     "sparse": partial(SparseTriXFFN, D, 4, 2),
+    "sparse-late": partial(
+        SparseTriXFFN, D, 4, 2, ternary=TernaryConfig(full_precision_fraction=0.5)
+    ),
     "hierarchical": partial(
         HierarchicalTriXFFN, D, num_tiles=4, tiles_per_cluster=2, tiles_per_token=2
     ),
