@@ -56,7 +56,7 @@ _USER_FLAGS = [
 ]
 # Every compilation frees MLIR's contexts: glibc then joins all small free pieces over and
 # over, unless it keeps none of them apart (M_MXFAST): 3 to 8 % of a compilation.
-if hasattr(ctypes.CDLL(None), "mallopt"):
+if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
     ctypes.CDLL(None).mallopt(1, 0)
 _USER_ENV = {k: v for k, v in os.environ.items() if k not in _STRICT_ENV} | _QUICK_ENV
 _USER_ENV["XLA_FLAGS"] = " ".join([_UNOPTIMIZED, *_USER_FLAGS])

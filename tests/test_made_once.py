@@ -130,6 +130,8 @@ def test_frozen_weights_are_made_already():
     assert sorted(frozen) == ["packed", "params"]
     with pytest.raises(ValueError, match="made already"):
         ternary_once(layer, frozen, x)
+    with pytest.raises(ValueError, match="must hold 'params'"):
+        ternary_once(layer, variables["params"], x)
 
 
 class Scanned(nn.Module):

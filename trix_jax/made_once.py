@@ -43,8 +43,12 @@ def ternary_once(
         **kwargs: as `args`.
 
     Raises:
-        ValueError: the weights are frozen.
+        ValueError: there are no `"params"`, or the weights are frozen.
     """
+    if "params" not in variables:
+        raise ValueError(
+            f"variables must hold 'params', as `init` returns them. Got {sorted(variables)}."
+        )
     if PACKED in variables:
         raise ValueError(
             "variables hold a 'packed' collection: their weights are made already."

@@ -192,11 +192,11 @@ def balanced(number: int) -> tuple[Arm, ...]:
     """As much compute as memory: an eighth of the tiles a token, of two bits in place of
     sixteen.
     """
-    eight = f"--model.tiles-per-token {number // 8}"
+    eighth = f"--model.tiles-per-token {number // 8}"
     return (
-        tiles(number, "hash-eighth", HASH, eight),
+        tiles(number, "hash-eighth", HASH, eighth),
         tiles(number // 2, "hash", HASH),
-        tiles(number, "held-eighth", f"{HOLD} 0.1", eight),
+        tiles(number, "held-eighth", f"{HOLD} 0.1", eighth),
     )
 
 

@@ -137,13 +137,21 @@ def test_every_arm_of_the_claim_is_a_model_that_can_be(name):
         assert config.model.d_model == int(name.split("-")[1])
         if arm.name.startswith("tiles-"):
             model, quarter = config.model, config.model.d_model // 4
+            active = 8 if "eighth" in arm.name else 4
             assert (
                 model.tile_width * model.tiles_per_token + model.shared_width
-                == 4 * quarter
+                == active * quarter
             )
             assert model.tile_width == quarter or "fine" in arm.name
         assert worth.width_of(dataclasses.replace(config.model, vocab_size=9)).greater
     assert {f"tiles-{n}-held" for n in LADDER} <= set(arms) or "body" in name
+
+
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_an_eighth_of_the_tiles_computes_what_it_stores(d):
+    for arm in claim(d).groups["balanced-hash"]:
+        width = worth.width_of(worth.model_of(claim(d), arm, VOCABULARY))
+        assert width.memory == pytest.approx(width.compute, rel=0.01)
 
 
 def test_the_page_opens_with_a_figure_and_a_table_of_what_is_there(tmp_path):
