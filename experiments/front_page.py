@@ -109,7 +109,7 @@ def less(arms: Mapping[str, Tuned], name: str, sign: str = "+") -> str:
 def row(what: str, arms: Mapping[str, Tuned], name: str) -> list[str]:
     """What an FFN costs and reaches."""
     run, dense = arms[name].one, arms[f"dense-{SETTINGS[FRONT].params}"].one
-    seconds = json.loads(STEPS.read_text("utf-8"))["arms"]
+    seconds = json.loads(STEPS.read_text("utf-8"))["settings"]["english-256"]["arms"]
     others = dense.params_total - dense.ffn_bits // 16
     return [
         what,

@@ -97,13 +97,13 @@ def curve_of(d_model: int) -> tuple[Arm, ...]:
     """Dense FFNs. The rate of the middle is that of its neighbours; the ends have their
     own.
     """
-    middle = dense(4 * d_model)
+    middle = dense(4 * d_model, 8e-3)
     beside = (dense(width * d_model) for width in (2, 8))
     return (
         middle,
         *(dataclasses.replace(arm, rate_of=middle.name) for arm in beside),
-        dense(16 * d_model),
-        dense(d_model),
+        dense(16 * d_model, 8e-3),
+        dense(d_model, 8e-3),
     )
 
 
@@ -216,6 +216,22 @@ def more_worth(number: int, d_model: int) -> tuple[Arm, ...]:
     )
 
 
+def together(number: int, d_model: int) -> tuple[Arm, ...]:
+    """As much compute as memory, and one of the tiles a token is a small real FFN that is
+    always on; with signs as held signatures, and with the hash.
+    """
+    parts = (
+        f"--model.tiles-per-token {number // 8 - 1}",
+        f"--model.shared-width {d_model // 4}",
+    )
+    sign = "--model.routing.signature sign"
+    arms = (
+        tiles(number, "hash-eighth-shared", HASH, *parts),
+        tiles(number, "held-eighth-shared", f"{HOLD} 0.1", sign, *parts),
+    )
+    return tuple(dataclasses.replace(arm, start=8e-3) for arm in arms)
+
+
 def claim(d_model: int) -> Setting:
     """The claim at one width of the model."""
     curve = curve_of(d_model)
@@ -238,8 +254,12 @@ def claim(d_model: int) -> Setting:
             "float": not_quite_ternary(64)[:1],
             "balanced-hash": balanced(64)[:2],
             "balanced": balanced(64),
+            "together": together(64, d_model),
         },
         order=(
+            Step("together", 0),
+            Step("dense-middle", 0),
+            Step("dense-curve", 0),
             Step("hash", 1),
             Step("balanced-hash", 0),
             Step("ternary", 0),

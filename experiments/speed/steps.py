@@ -1,10 +1,11 @@
-"""How long a training step takes in the setting of the front page, on this machine.
+"""How long a training step takes on this machine: in the setting of the front page, and of
+a laptop's preset at width 128.
 
     python -m experiments.speed.steps
 
-times the whole step of `experiments/quality/english_256.yaml` (forward, backward, Muon,
-routing update) for each FFN of the front page, in float32 on CPUs, in turn, and writes
-`experiments/speed/measured/steps.json`. Run it on an otherwise idle machine.
+times the whole step (forward, backward, optimizer, routing update) of each FFN, in float32
+on CPUs, in turn, and writes `experiments/speed/measured/steps.json`. Run it on an
+otherwise idle machine.
 """
 
 import json
@@ -15,10 +16,12 @@ import statistics
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from experiments.speed.turns import ratio
 from trix_jax.cli.train import Args
 from trix_jax.lm import allocator
 from trix_jax.lm.config import RunConfig, resolve
@@ -31,20 +34,50 @@ from trix_jax.nn.transformer import TransformerLM
 
 ROOT = Path(__file__).parents[2]
 PATH = ROOT / "experiments" / "speed" / "measured" / "steps.json"
-PRESET = "experiments/quality/english_256.yaml"
-FLAGS = "--train.optimizer muon --model.dtype float32"
-ARMS = {
-    "sparse-16-top4-embedding": "--arm sparse --model.tiles-per-token 4 --model.router-input embedding",
-    **{f"dense-{w}": f"--arm dense --model.ffn-width {w}" for w in (128, 256, 1024)},
-}
 ROUNDS = 7
-VOCABULARY = 2048
 
 
-def config_of(flags: str) -> RunConfig:
-    argv = [str(ROOT / PRESET), *shlex.split(f"{flags} {FLAGS}")]
+class Setting(NamedTuple):
+    """A preset of which some arms are timed.
+
+    Attributes:
+        flags: of all arms.
+        arms: flags by name; ratios are to the first.
+    """
+
+    preset: str
+    flags: str
+    vocabulary: int
+    arms: dict[str, str]
+
+
+SETTINGS = {
+    "english-256": Setting(
+        "experiments/quality/english_256.yaml",
+        "--train.optimizer muon --model.dtype float32",
+        2048,
+        {
+            "sparse-16-top4-embedding": "--arm sparse --model.tiles-per-token 4 --model.router-input embedding",
+            **{
+                f"dense-{w}": f"--arm dense --model.ffn-width {w}"
+                for w in (128, 256, 1024)
+            },
+        },
+    ),
+    "shakespeare-128": Setting(
+        "configs/shakespeare_char.yaml",
+        "",
+        65,
+        {"recommended": "", "dense-512": "--arm dense --model.ffn-width 512"},
+    ),
+}
+
+
+def config_of(setting: Setting, flags: str) -> RunConfig:
+    """The config of an arm; later flags win."""
+    argv = [str(ROOT / setting.preset), *shlex.split(f"{flags} {setting.flags}")]
     config = parse_preset(Args, argv, "train").config
-    return resolve(config, VOCABULARY, end_token=0)
+    return resolve(config, setting.vocabulary, end_token=0)
 
 
 class Stepper:
@@ -57,7 +90,9 @@ class Stepper:
         self._step = parallel.compile_step(make, devices, "jit")
         self._state = parallel.place(init_state(model, optimizer, 0), devices, "jit")
         shape = 1, config.train.batch_size, config.model.context + 1
-        self._batch = np.random.default_rng(0).integers(0, VOCABULARY, shape, np.int32)
+        vocabulary = config.model.vocab_size
+        self._batch = np.random.default_rng(0).integers(0, vocabulary, shape, np.int32)
+        self.tokens = config.train.batch_size * config.model.context
 
     def __call__(self) -> float:
         """Seconds of a step."""
@@ -67,39 +102,51 @@ class Stepper:
         return time.perf_counter() - began
 
 
-def measure(arms: dict[str, str], rounds: int) -> dict[str, list[float]]:
-    """Seconds a step of each arm in each round, in turn, compiled before."""
-    steppers = {name: Stepper(config_of(flags)) for name, flags in arms.items()}
+def measure(setting: Setting, rounds: int) -> dict[str, dict[str, Any]]:
+    """A step of each arm, compiled before: the median of its seconds over the rounds, taken
+    in turn, and how many times as fast as its step the first arm's is.
+    """
+    steppers = {
+        name: Stepper(config_of(setting, flags)) for name, flags in setting.arms.items()
+    }
     for step in steppers.values():
         step()
-    taken: dict[str, list[float]] = {name: [] for name in arms}
+    taken: dict[str, list[float]] = {name: [] for name in setting.arms}
     for _ in range(rounds):
         for name, step in steppers.items():
             taken[name].append(step())
-    return taken
+    first = next(iter(taken.values()))
+    found = {}
+    for name, seconds in taken.items():
+        middle = statistics.median(seconds)
+        found[name] = {
+            "flags": setting.arms[name],
+            "seconds": round(middle, 4),
+            "range": [round(min(seconds), 4), round(max(seconds), 4)],
+            "tokens_per_second": round(steppers[name].tokens / middle),
+            "first_is": {k: round(v, 3) for k, v in ratio(seconds, first).items()},
+        }
+    return found
 
 
 def main() -> None:
     allocator.keep_freed_memory()
-    taken = measure(ARMS, ROUNDS)
     result = {
         "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
         "command": "python -m experiments.speed.steps",
         "git_commit": git_commit(),
-        "preset": f"{PRESET} {FLAGS}",
         "rounds": ROUNDS,
-        "arms": {
+        "settings": {
             name: {
-                "flags": ARMS[name],
-                "seconds": round(statistics.median(seconds), 4),
-                "range": [round(min(seconds), 4), round(max(seconds), 4)],
+                "preset": f"{setting.preset} {setting.flags}".strip(),
+                "arms": measure(setting, ROUNDS),
             }
-            for name, seconds in taken.items()
+            for name, setting in SETTINGS.items()
         },
     }
     PATH.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    print(json.dumps(result["arms"], indent=1))
+    print(json.dumps(result["settings"], indent=1))
 
 
 if __name__ == "__main__":
