@@ -47,19 +47,22 @@ _STRICT_ENV = {
     "MPLBACKEND": "agg",
 }
 _EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
-_UNOPTIMIZED = "--xla_backend_optimization_level=0"
+_QUICKLY = (  # in one piece, since two workers fill the cores
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
 # A worker inherits what the first process has set, hence taken out by name.
 _USER_FLAGS = [
     flag
     for flag in os.environ.get("XLA_FLAGS", "").split()
-    if flag not in (_EIGHT_DEVICES, _UNOPTIMIZED)
+    if flag not in (_EIGHT_DEVICES, *_QUICKLY)
 ]
 # Every compilation frees MLIR's contexts: glibc then joins all small free pieces over and
 # over, unless it keeps none of them apart (M_MXFAST): 3 to 8 % of a compilation.
 if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
     ctypes.CDLL(None).mallopt(1, 0)
 _USER_ENV = {k: v for k, v in os.environ.items() if k not in _STRICT_ENV} | _QUICK_ENV
-_USER_ENV["XLA_FLAGS"] = " ".join([_UNOPTIMIZED, *_USER_FLAGS])
+_USER_ENV["XLA_FLAGS"] = " ".join([*_QUICKLY, *_USER_FLAGS])
 os.environ.update(
     _STRICT_ENV | _QUICK_ENV, XLA_FLAGS=f"{_EIGHT_DEVICES} {_USER_ENV['XLA_FLAGS']}"
 )

@@ -123,8 +123,6 @@ KERNELS = {
 @pytest.mark.parametrize(
     ("kind", "config"),
     [
-        ("hierarchical", "absmean-group"),
-        ("sparse", "fixed"),
         ("lookup_own", "absmean-tile"),
         *[("linear", name) for name in CONFIGS],
         *slowly([("lookup", "fixed"), ("lookup_own", "threshold-tile")]),
@@ -266,7 +264,7 @@ def test_frozen_scanned_layers_equal_the_jitted_ones(kind, make):
 
 
 @pytest.mark.parametrize(
-    "kind", ["hierarchical", *slowly([("sparse",), ("linear",), ("lookup",)])]
+    "kind", ["linear", *slowly([("sparse",), ("hierarchical",), ("lookup",)])]
 )
 def test_a_byte_a_weight_gives_the_bits_of_two_bits(kind):
     """One token and many; 10 outputs, of which the words of 4 have a rest."""

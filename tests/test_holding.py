@@ -163,7 +163,9 @@ def test_evaluation_and_frozen_layers_know_it_from_the_state(make):
     np.testing.assert_allclose(served.gates, held.gates, rtol=1e-6)
 
 
-@pytest.mark.parametrize("source", ["random", "learned"])
+@pytest.mark.parametrize(
+    "source", [pytest.param("random", marks=pytest.mark.slow), "learned"]
+)
 def test_controls_are_held_alike(source):
     run = trained(flat, RoutingConfig(source=source, hold_after=0.5))
     routers = [router_of(state) for state in run.states]

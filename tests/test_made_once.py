@@ -81,7 +81,16 @@ def compiled(name):
 
 
 @pytest.mark.parametrize("progress", [0.25, 0.75])
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow)
+        if name
+        in ("hierarchical", "lookup", "sparse-late")  # as "sparse", "own", "late"
+        else name
+        for name in LAYERS
+    ],
+)
 def test_outputs_and_gradients_are_those_of_weights_made_in_the_call(name, progress):
     variables, once, both = compiled(name)
     made = once(variables, progress)
@@ -152,6 +161,7 @@ class _Layer(nn.Module):
         return SparseTriXFFN(D, 4, 2, residual=True, name="ffn")(x)[0], None
 
 
+@pytest.mark.slow
 def test_layers_under_scan_and_remat_take_theirs():
     model, x = Scanned(), X[0]
     variables = initialized(model, x)

@@ -97,6 +97,7 @@ def test_committed_results_are_of_arms_that_are_known():
             assert result.setting == name
 
 
+@pytest.mark.slow
 def test_committed_report_is_what_the_committed_results_give(tmp_path):
     folder = tmp_path / "results"
     folder.mkdir()

@@ -79,7 +79,13 @@ def test_blocks_in_turn_equal_all_at_once(pattern, used, groups, lane, monkeypat
 
 
 @pytest.mark.parametrize("groups", GROUPS)
-@pytest.mark.parametrize("pattern", TILES)
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "first and last",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("each", "one")),
+    ],
+)
 def test_gradients_equal_those_of_all_at_once(pattern, groups):
     x, pairs = problem(groups)
     dy = integers(np.random.default_rng(1), *x.shape)

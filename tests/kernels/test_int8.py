@@ -147,14 +147,12 @@ def output(result):
 @pytest.mark.parametrize(
     ("which", "granularity", "dtype"),
     [
-        (0, "tile", "float32"),
         (1, "channel", "bfloat16"),
         *[
             pytest.param(which, granularity, dtype, marks=pytest.mark.slow)
             for which in (0, 1)
             for granularity in ("tile", "group")
             for dtype in ("float32", "bfloat16")
-            if (which, granularity, dtype) != (0, "tile", "float32")
         ],
     ],
 )

@@ -71,7 +71,9 @@ def dense_reference(layer, params, state, x, tiles):
     return far @ (write.q * write.scale)
 
 
-@pytest.mark.parametrize("gate", ["sigmoid", "renormalized"])
+@pytest.mark.parametrize(
+    "gate", ["sigmoid", pytest.param("renormalized", marks=pytest.mark.slow)]
+)
 def test_gradient_of_every_leaf_is_that_of_all_tiles_computed(gate):
     layer = OWN.clone(routing=RoutingConfig(gate=gate))
     variables = jax.jit(layer.init)(jax.random.key(0), X)
@@ -156,7 +158,7 @@ def test_bad_argument_is_named(wrong, message, no_type_hook):
         jax.eval_shape(layer.init, jax.random.key(0), X)
 
 
-@pytest.mark.parametrize("over", ["all", "open"])
+@pytest.mark.parametrize("over", [pytest.param("all", marks=pytest.mark.slow), "open"])
 def test_gradients_beside_masked_tokens_are_those_of_the_others_alone(over):
     """Of the norm too, which lies between the mask and the router."""
     layer = OWN.clone(routing=RoutingConfig(balance_over=over, gate="softmax"))
@@ -178,7 +180,9 @@ def test_gradients_beside_masked_tokens_are_those_of_the_others_alone(over):
         np.testing.assert_allclose(found, expected, rtol=0, atol=limit)
 
 
-@pytest.mark.parametrize("reads", ["shared", "own"])
+@pytest.mark.parametrize(
+    "reads", [pytest.param("shared", marks=pytest.mark.slow), "own"]
+)
 def test_numpy_parameters_are_as_good(reads, no_type_hook):
     layer = OWN.clone(reads=reads)
     variables = jax.jit(layer.init)(jax.random.key(0), X)

@@ -118,6 +118,7 @@ def test_sequences_together_are_those_alone_of_their_seeds(model, variables, con
         assert found == list(generate(model, variables, prompt, room + 1, own))
 
 
+@pytest.mark.slow
 def test_sequences_of_one_length_are_those_alone_past_the_context_too(model, variables):
     prompts, count = [np.roll(PROMPTS[1], by) for by in range(4)], 2 * CONTEXT
     together = generate_batch(model, variables, prompts, count, DRAWN)

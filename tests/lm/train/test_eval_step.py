@@ -79,7 +79,9 @@ def test_variables_on_a_mesh_of_explicit_axes_evaluate(model, state, store, alon
     assert result.routes.devices() == set(EIGHT[:2])
 
 
-@pytest.mark.parametrize("mapping", ["jit", SPREAD])
+@pytest.mark.parametrize(
+    "mapping", ["jit", pytest.param(SPREAD, marks=pytest.mark.slow)]
+)
 def test_a_batch_moves_nothing_but_itself(
     model, state, store, alone, mapping, monkeypatch
 ):

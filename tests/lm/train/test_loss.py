@@ -103,7 +103,7 @@ def test_hidden_states_and_head_are_the_models_logits(tied):
     np.testing.assert_array_equal(hidden @ head.T, logits)
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_evaluation_in_parts_sums_the_losses_of_all_logits(tied, monkeypatch):
     config = TransformerConfig(vocab_size=V, context=L, tied=tied, **SIZES)
     model = TransformerLM(config)
