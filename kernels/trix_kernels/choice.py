@@ -2,9 +2,8 @@
 
 `choices.json` has a row for each architecture, kind of activations and class of shapes of
 packed weights, and one for each architecture's grouped products of whole weights.
-`experiments.speed.gpu.choices` writes it from what was measured on a GPU. Of packed
-weights a class that nothing was measured of takes the kernel. Training takes no kernel
-that no GPU has timed: of whole weights it is XLA.
+`experiments.speed.gpu.choices` writes it from what was measured on a GPU. What no GPU has
+timed is XLA.
 """
 
 import json
@@ -39,7 +38,7 @@ def choose(arch: Arch, rows: int, activations: Activations = "float") -> Choice:
     for row in _table():
         if kind.items() <= row.items():
             return Choice(row["implementation"], row["reason"])
-    return Choice("mosaic_gpu", "not measured")
+    return Choice("xla", UNMEASURED)
 
 
 def choose_whole(arch: Arch) -> Choice:

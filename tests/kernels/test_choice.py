@@ -24,8 +24,13 @@ def test_a_hopper_takes_its_kernels_where_they_were_measured_faster():
         assert chosen.implementation == "mosaic_gpu"
         assert "times as fast as XLA's path (NVIDIA H100" in chosen.reason
     assert choice.choose("sm_90a", 8, "int8").reason.startswith("2.4 times")
-    assert choice.choose("sm_90a", 64, "int8").reason == "not measured"
-    assert choice.choose("sm_100a", 8) == ("mosaic_gpu", "not measured")
+
+
+@pytest.mark.parametrize(
+    "kind", [("sm_90a", 64, "int8"), ("sm_100a", 8), ("sm_100a", 8, "int8")]
+)
+def test_what_no_gpu_has_timed_is_xla(kind):
+    assert choice.choose(*kind) == ("xla", "not measured on a GPU yet")
 
 
 @pytest.fixture
