@@ -258,7 +258,8 @@ def claim(d_model: int) -> Setting:
         },
         order=(
             Step("together", 0),
-            Step("dense-middle", 0),
+            Step("dense-middle", 1),
+            Step("together", 1),
             Step("dense-curve", 0),
             Step("hash", 1),
             Step("balanced-hash", 0),

@@ -21,6 +21,7 @@ CALLED = re.compile(
 NAME = re.compile(r'op_name="([^"]*)"')
 TARGET = re.compile(r'custom_call_target="([^"]*)"')
 ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 
 
@@ -48,6 +49,8 @@ class Launch(NamedTuple):
         operands, results: the arrays that it reads and writes.
         macs: multiply-accumulates of its matrix products at the rate of bfloat16: float32
             (as TF32) counts twice. What a custom call computes is not known.
+        turns: of the loops that it is in, 1 of one whose turns the compiler does not
+            know.
     """
 
     op: str
@@ -56,6 +59,7 @@ class Launch(NamedTuple):
     operands: tuple[Shape, ...] = ()
     results: tuple[Shape, ...] = ()
     macs: int = 0
+    turns: int = 1
 
     @property
     def bytes(self) -> int:
@@ -85,7 +89,10 @@ def launches(text: str) -> list[Launch]:
         types, found = {i.name: i.results for i in bodies[computation]}, []
         for one in bodies[computation]:
             if one.op in ("call", "while", "conditional"):
-                found += [launch for name in one.called for launch in of(name)]
+                known = TURNS.search(one.line)
+                turns = int(known.group(1)) if known else 1
+                called = (launch for name in one.called for launch in of(name))
+                found += [x._replace(turns=turns * x.turns) for x in called]
             if one.op not in FREE:
                 found.append(_launch(one, types, bodies))
         return found

@@ -73,9 +73,12 @@ def grouped_us(
     return LAUNCH + FILL + REFILL * (refills * each - 1) + work
 
 
-def module_us(text: str, gpu: Gpu) -> float:
-    """All launches of a compiled module, one after the other; of a loop one turn."""
-    return sum(_launch_us(launch, gpu) for launch in hlo.launches(text))
+def module_us(text: str, gpu: Gpu, scope: str = "") -> float:
+    """All launches of a compiled module, or those whose name has `scope` in it, one after
+    the other; of a loop one turn, unless the compiler knows how many there are.
+    """
+    found = (each for each in hlo.launches(text) if scope in each.name)
+    return sum((each.turns * _launch_us(each, gpu) for each in found), 0.0)
 
 
 def _launch_us(launch: hlo.Launch, gpu: Gpu) -> float:

@@ -48,6 +48,13 @@ def test_launches_of_a_module_are_those_of_its_entry_and_its_loops():
     assert while_loops(TEXT) == 1
 
 
+def test_a_launch_is_started_as_often_as_its_loops_turn():
+    assert [launch.turns for launch in launches(TEXT)] == [1] * 4
+    told = ', backend_config={"known_trip_count":{"n":"5"}}'
+    known = TEXT.replace("body=%region_1\n", f"body=%region_1{told}\n")
+    assert [launch.turns for launch in launches(known)] == [1, 5, 5, 1]
+
+
 def test_loops_of_what_jax_compiles_are_found_and_nested_ones_too():
     def inner(_, x):
         return jax.lax.fori_loop(0, x[0].astype(int), lambda _, x: jnp.sin(x), x)

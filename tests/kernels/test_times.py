@@ -94,6 +94,7 @@ def test_a_modules_time_is_that_of_its_launches():
     copy = times.product_us(H100, 4 * w, 0)
     found = times.module_us(MODULE, H100)
     np.testing.assert_allclose(found, forward + outer + copy)
+    assert times.module_us(MODULE, H100, "no such scope") == 0
 
 
 def test_a_core_with_more_outputs_refills_its_pipeline_for_each():

@@ -203,7 +203,8 @@ def compile_train_step(
     with device.assumed(GPUS[target]):
         compiled = step.lower(state, batch).compile()
     memory: Any = compiled.memory_analysis()
-    found = Counter(COLLECTIVES.findall(compiled.as_text() or ""))
+    text = compiled.as_text() or ""
+    found = Counter(COLLECTIVES.findall(text))
     return {
         "devices": devices,
         "attention": model.attention,
@@ -211,6 +212,8 @@ def compile_train_step(
         "temporary_bytes": memory.temp_size_in_bytes,
         "peak_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
         "collectives": dict(found),
+        "modelled_us": round(times.module_us(text, GPUS[target]), 1),
+        "attention_us": round(times.module_us(text, GPUS[target], "/attention/"), 1),
     }
 
 
