@@ -93,7 +93,7 @@ def on_a_curve(folder: Path) -> dict[int, list[Result]]:
 def places(d: int, runs: Sequence[Result]) -> list[tuple[Arm, Tuned, Worth]]:
     """The ladder's arms and the others of 64 tiles that have a place on the curve."""
     setting, found = claim(d), []
-    for arm in (*map(held, LADDER), *OTHERS):
+    for arm in (*map(held, LADDER), *OTHERS, *setting.groups["together"]):
         one = tuned(runs, arm.name, arm.rate_of)
         place = worth(setting, runs, arm, VOCABULARY)
         if one is not None and place is not None:

@@ -79,6 +79,13 @@ QUESTIONS = (
         "`eighth` of the tiles a token, or half of the tiles, is level.",
     ),
     Question(
+        "And with a small real FFN among them?",
+        "together",
+        "tiles-64-hash-eighth",
+        "`shared`: seven tiles and a real FFN of a tile's width that is always on, by the "
+        "hash or by held signatures of signs.",
+    ),
+    Question(
         "Do tiles want a rate of their own?",
         "ffn-rates",
         "tiles-64-hash",
