@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from experiments import front_page
-from experiments.speed import original, steps
+from experiments.speed import modelled, original, steps
+from experiments.speed.gpu.language_model import WAYS
 
 SMALL = "--model.d-model 16 --model.n-layers 1 --model.context 8 --train.batch-size 2 --model.num-tiles 4"
 ANSWERS = """
@@ -110,3 +111,20 @@ def test_steps_are_timed_in_turn():
         assert all(0 < min(row["range"]) <= row["seconds"] for row in taken.values())
         first, *_ = taken.values()
         assert first["first_is"]["ratio"] == 1
+
+
+def test_the_kernels_page_has_the_modelled_steps():
+    page = (steps.ROOT / "kernels" / "README.md").read_text("utf-8")
+    rows = json.loads(modelled.PATH.read_text("utf-8"))["rows"]
+    assert [row["tiles"] for row in rows] == [16] * 3 + [64] * 3
+    assert [row["what"] for row in rows] == list(WAYS) * 2
+    for trix, equal, active in (rows[:3], rows[3:]):
+        rest = [row["modelled_us"] - row["attention_us"] for row in (trix, equal)]
+        cells = [
+            f"{trix['tiles']}",
+            *(f"{row['modelled_us'] / 1e3:.1f}" for row in (trix, equal, active)),
+            f"{trix['attention_us'] / 1e3:.1f}",
+            f"**{equal['modelled_us'] / trix['modelled_us']:.2f}**",
+            f"{rest[1] / rest[0]:.2f}",
+        ]
+        assert f"| {' | '.join(cells)} |" in page
