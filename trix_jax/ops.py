@@ -16,6 +16,7 @@ import trix_kernels
 from trix_jax.ternary import Activations, Ternary, straight_through
 from trix_jax.typing import Array, Float, Integer, Variables
 from trix_kernels import Packed as Packed
+from trix_kernels import choice
 from trix_kernels.derivatives import linear_map as linear_map
 from trix_kernels.derivatives import with_backward as with_backward
 from trix_kernels.derivatives import with_kept as with_kept
@@ -100,9 +101,21 @@ def implementation(
     reason = trix_kernels.device.unsupported_reason()
     if reason is None and activations == "int8":
         reason = int8_reason()
+    reason = reason or (None if asked == "mosaic_gpu" else _default_reason(activations))
     if reason:
         return f"xla, {packed}. {reason}"
     return f"mosaic_gpu where shapes allow, {packed}"
+
+
+def _default_reason(activations: Activations) -> str | None:
+    """Why packed weights meet XLA by default in blocks of any size."""
+    arch = trix_kernels.device.arch()
+    if arch is None:
+        return None
+    found = [choice.choose(arch, rows, activations) for rows in choice.SIZES]
+    if any(each.implementation == "mosaic_gpu" for each in found):
+        return None
+    return f"The GPU kernels of packed weights: {found[0].reason}."
 
 
 def whole_reason() -> str | None:

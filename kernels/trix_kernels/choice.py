@@ -16,6 +16,7 @@ from trix_kernels.quantize import Activations
 
 PATH = Path(__file__).with_name("choices.json")
 FEW_ROWS = 16  # of a block: at most so many are few, where weights are the traffic
+SIZES = (FEW_ROWS, FEW_ROWS + 1)  # rows of either class
 Size = Literal["few", "many"]
 UNMEASURED = "not measured on a GPU yet"
 
@@ -56,7 +57,7 @@ def told(arch: Arch) -> list[str]:
     """The choices of an architecture for packed weights, a sentence each."""
     lines = []
     for activations in ("float", "int8"):
-        for rows, what in ((FEW_ROWS, f"up to {FEW_ROWS}"), (FEW_ROWS + 1, "more")):
+        for rows, what in zip(SIZES, (f"up to {FEW_ROWS}", "more"), strict=True):
             chosen = choose(arch, rows, activations)
             about = f"packed weights, {activations} activations, blocks of {what} rows"
             lines.append(f"{about}: {chosen.implementation}, {chosen.reason}")

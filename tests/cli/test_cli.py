@@ -219,10 +219,11 @@ def test_doctor_says_why_blackwell_keeps_xla_for_grouped_products(monkeypatch, c
     assert main(["doctor", "--json"]) == 0
     out = json.loads(capsys.readouterr().out.splitlines()[-1])
     (told,) = out["devices"].values()
-    assert told.startswith("Mosaic GPU kernels (sm_100a), XLA for grouped products")
+    by_name = "Mosaic GPU kernels (sm_100a) where they are asked for"
+    assert told.startswith(f"{by_name}, XLA for grouped products")
     assert "multiply by wgmma" in told
     assert len(out["choices"]) == 4
-    assert all(line.endswith("mosaic_gpu, not measured") for line in out["choices"])
+    assert all(": xla, not measured on a GPU" in line for line in out["choices"])
     monkeypatch.setattr("trix_kernels.device.arch", lambda: "sm_90a")
     assert main(["doctor", "--json"]) == 0
     out = json.loads(capsys.readouterr().out.splitlines()[-1])

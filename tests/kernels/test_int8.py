@@ -220,7 +220,13 @@ def test_mosaic_says_where_it_takes_no_int8(monkeypatch):
     monkeypatch.setattr(device, "arch", lambda: "sm_100a")
     told = ops.implementation({"packed": {}}, "int8")
     assert told.startswith("xla, packed, int8 activations. The int8 kernel is for")
-    assert ops.implementation({"packed": {}}).startswith("mosaic_gpu")
+    told = ops.implementation({"packed": {}})
+    assert (
+        told
+        == "xla, packed. The GPU kernels of packed weights: not measured on a GPU yet."
+    )
+    by_name = ops.implementation({"packed": {}}, asked="mosaic_gpu")
+    assert by_name == "mosaic_gpu where shapes allow, packed"
     with pytest.raises(
         NotImplementedError, match=r"Hopper \(sm_90a\)\. This is sm_100"
     ):

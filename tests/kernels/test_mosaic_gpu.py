@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from trix_jax import SparseTriXFFN, TernaryConfig, TriXLinear, freeze, ops
-from trix_kernels import device
+from trix_kernels import choice, device
 from trix_kernels.blocks import make_blocks
 from trix_kernels.tile_matmul import blackwell, hopper, reference
 from trix_kernels.tile_matmul.api import join, mosaic_scale, splits_of
@@ -199,8 +199,11 @@ def test_a_frozen_layer_runs_the_packed_kernels(monkeypatch, ran):
     variables = layer.init(jax.random.key(1), x)
     frozen = freeze(layer, variables, x)
     assert frozen["packed"]["tiles"]["up"]["bits"].dtype == jnp.uint16
-    y = layer.apply(frozen, x)[0]
+    by_default = layer.apply(frozen, x)[0]
+    assert ran == []  # no GPU has timed them
+    y = layer.clone(implementation="mosaic_gpu").apply(frozen, x)[0]
     assert ran == 2 * [("blackwell", 1)]
+    np.testing.assert_allclose(y, by_default, rtol=0.05, atol=0.05 * np.abs(y).max())
     trained = layer.apply(variables, x)[0]
     error = np.abs(np.asarray(y - trained, np.float64)).max()
     assert error <= 0.05 * np.abs(np.asarray(trained)).max()
@@ -214,6 +217,8 @@ def test_a_frozen_linear_layer_runs_the_packed_kernel(
     monkeypatch, ran, arch, activations
 ):
     monkeypatch.setattr(device, "arch", lambda *_: arch)
+    measured = choice.Choice("mosaic_gpu", "as if measured")
+    monkeypatch.setattr(choice, "choose", lambda *_: measured)
     config = TernaryConfig(activations=activations)
     layer = TriXLinear(256, num_tiles=4, ternary=config, dtype=jnp.bfloat16)
     x = jax.random.normal(jax.random.key(0), (5, 1024), jnp.bfloat16)

@@ -76,6 +76,8 @@ def _devices() -> dict[str, str]:
 
     reason, grouped = device.unsupported_reason(), device_reason()
     runs = f"XLA. {reason}" if reason else f"Mosaic GPU kernels ({device.arch()})"
+    if not reason and all("mosaic_gpu" not in line for line in _choices()):
+        runs += " where they are asked for"
     if not reason:
         if grouped:
             runs += f", XLA for grouped products of whole weights. {grouped}"

@@ -54,8 +54,8 @@ class TileSettings:
             (`trix_jax.expert_parallel`): a device holds its own tiles and the
             parameters of no others; None holds all.
         implementation: of the tiles' products: "xla", "mosaic_gpu" (kernels for GPUs),
-            which runs or raises with the reason, or None: of packed weights the kernels
-            where they run, of whole ones where a committed measurement says so too.
+            which runs or raises with the reason, or None: the kernels where they run
+            and a committed measurement says that they are faster.
 
     Raises:
         ValueError: clusters that do not divide the tiles, `top_k_clusters` or
