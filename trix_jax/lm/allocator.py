@@ -11,17 +11,19 @@ import ctypes
 import os
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of malloc.h
-LARGE = 1 << 30  # bytes; `mallopt` takes an int
+LARGE = (1 << 31) - 1  # bytes, the most that `mallopt` takes
 ARENAS = 2
 
 
 def keep_freed_memory() -> bool:
-    """Lets the C library keep what is freed below 1 GiB, for the next step, in two
+    """Lets the C library keep what is freed below 2 GiB, for the next step, in two
     arenas; says whether it could. Call it before threads start. On macOS, with musl, or
     where a variable MALLOC_* or GLIBC_TUNABLES says otherwise nothing is changed.
 
     With `configs/shakespeare_char.yaml` on two CPU cores (AMD EPYC 7003, jax 0.12.0.1)
-    training is 1.4 to 2 times faster, with the same losses.
+    training is 1.4 to 2 times faster, with the same losses. A step of 8,192 tokens at
+    width 256, which takes 1.7 GB anew, needs 0.81 of the processor time that it needs with
+    a limit of 1 GiB.
     """
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return False
