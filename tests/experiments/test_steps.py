@@ -104,13 +104,13 @@ def test_the_process_of_the_original_answers_or_says_how_it_ended(
 
 @pytest.mark.slow
 def test_steps_are_timed_in_turn():
-    for setting in steps.SETTINGS.values():
-        small = setting._replace(flags=f"{setting.flags} {SMALL}")
-        taken = steps.measure(small, 2)
-        assert list(taken) == list(setting.arms)
-        assert all(0 < min(row["range"]) <= row["seconds"] for row in taken.values())
-        first, *_ = taken.values()
-        assert first["first_is"]["ratio"] == 1
+    setting = steps.SETTINGS["shakespeare-128"]
+    small = setting._replace(flags=f"{setting.flags} {SMALL}")
+    taken = steps.measure(small, 2)
+    assert list(taken) == list(setting.arms)
+    assert all(0 < min(row["range"]) <= row["seconds"] for row in taken.values())
+    first, *_ = taken.values()
+    assert first["first_is"]["ratio"] == 1
 
 
 def test_the_kernels_page_has_the_modelled_steps():
