@@ -205,15 +205,17 @@ def compile_train_step(
     memory: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
     found = Counter(COLLECTIVES.findall(text))
-    return {
+    one = {}  # times of a GPU that waits for no other
+    if devices == 1:
+        for name, scope in (("modelled_us", ""), ("attention_us", "/attention/")):
+            one[name] = round(times.module_us(text, GPUS[target], scope), 1)
+    return one | {
         "devices": devices,
         "attention": model.attention,
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "peak_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
         "collectives": dict(found),
-        "modelled_us": round(times.module_us(text, GPUS[target]), 1),
-        "attention_us": round(times.module_us(text, GPUS[target], "/attention/"), 1),
     }
 
 

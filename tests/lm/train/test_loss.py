@@ -140,3 +140,16 @@ def test_an_evaluation_holds_a_part_of_the_logits(monkeypatch):
     assert temporary_bytes() < 0.8 * 2**30
     monkeypatch.setattr(loss, "LOGITS", 2**40)
     assert temporary_bytes() > 2 * 2**30
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint8"])
+def test_a_label_that_is_no_id_gives_nan_and_the_others_their_loss(dtype):
+    rng = np.random.default_rng(0)
+    x, head = jnp.float32(rng.normal(size=(1, 3, 4))), jnp.eye(5, 4)
+    found = loss.cross_entropy(x, head, jnp.asarray([[0, 4, 5]], dtype))
+    logits = np.float64(x @ head.T)[0]
+    expected = np.log(np.exp(logits).sum(-1))[:2] - logits[[0, 1], [0, 4]]
+    np.testing.assert_allclose(found[0, :2], expected, rtol=1e-5)
+    assert np.isnan(found[0, 2])
+    if dtype == "int32":
+        assert np.isnan(loss.cross_entropy(x, head, jnp.full((1, 3), -1))).all()

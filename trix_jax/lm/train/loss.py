@@ -29,17 +29,19 @@ def head_weights(params: Any, config: TransformerConfig) -> Float[Array, "V D"]:
 def cross_entropy(
     x: Float[Array, "B L D"], head: Float[Array, "V D"], labels: Integer[Array, "B L"]
 ) -> Float[Array, "B L"]:
-    """The loss of every token in nats, float32. Logits are rounded to the dtype of `x`,
-    as the model's are.
+    """The loss of every token in nats, float32; NaN where the label is no id. Logits are
+    rounded to the dtype of `x`, as the model's are.
     """
 
     def losses(part):
         x, labels = part
         logits = jnp.dot(x, head.astype(x.dtype).T).astype(jnp.float32)
         # The label's by a masked sum: a gather's gradient writes all logits once more.
-        ids = jax.lax.broadcasted_iota(labels.dtype, logits.shape, labels.ndim)
+        labels = labels.astype(jnp.int32)
+        ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, labels.ndim)
         own = jnp.sum(jnp.where(ids == labels[..., None], logits, 0), axis=-1)
-        return jax.nn.logsumexp(logits, axis=-1) - own
+        is_id = (labels >= 0) & (labels < head.shape[0])
+        return jax.nn.logsumexp(logits, axis=-1) - jnp.where(is_id, own, jnp.nan)
 
     count, size = parts_of(labels.size, head.shape[0])
     if count == 1:
