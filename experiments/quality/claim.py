@@ -241,6 +241,7 @@ def claim(d_model: int) -> Setting:
         flags=f"{width_flags(d_model)} {CHOSEN}".strip(),
         groups={
             "dense-middle": curve[:3],
+            "dense-around": curve[:2] if d_model == 64 else (curve[0], curve[2]),
             "dense-curve": curve,
             "held": (held(64),),
             "hash": (held(64), tiles(64, "hash", HASH)),
@@ -258,8 +259,13 @@ def claim(d_model: int) -> Setting:
         },
         order=(
             Step("together", 0),
-            Step("dense-middle", 1),
+            Step("dense-around", 1),
             Step("together", 1),
+            Step("dense-around", 2),
+            Step("together", 2),
+            Step("dense-around", 4),
+            Step("together", 4),
+            Step("dense-middle", 1),
             Step("dense-curve", 0),
             Step("hash", 1),
             Step("balanced-hash", 0),

@@ -6,14 +6,16 @@ import gzip
 import hashlib
 import importlib
 import json
+import queue
 import random
 import sysconfig
+import threading
 import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from trix_jax.lm.data import DataConfig, iter_documents, prepare
+from trix_jax.lm.data import DataConfig, code, iter_documents, prepare
 from trix_jax.lm.data.code import license_of, stack_documents
 from trix_jax.lm.data.datasets import Dataset
 from trix_jax.lm.data.download import fetch
@@ -141,6 +143,29 @@ def test_stack_documents_are_permissive_own_and_fetched_once(data_hub, stack):
     data_hub.contents.clear()
     again = [t for t in stack_documents(dataset, shards, quiet) if t]
     assert again == kept
+
+
+def test_stack_documents_may_be_dropped_in_one_of_their_threads(
+    data_hub, stack, monkeypatch
+):
+    """The garbage collector runs in whichever thread allocates."""
+    dataset, ids, kept = stack
+    has_first, closed = threading.Event(), queue.Queue()
+    content = code._content
+
+    def close(row, folder):
+        text = content(row, folder)
+        if row["blob_id"] == ids[2]:
+            has_first.wait()
+            closed.put(documents.close())
+        return text
+
+    monkeypatch.setattr(code, "_content", close)
+    documents = stack_documents(dataset, fetch(dataset, quiet), quiet)
+    assert next(documents) == kept[0]
+    has_first.set()
+    assert closed.get(timeout=30) is None
+    assert list(documents) == []
 
 
 def test_stack_content_that_is_another_is_refused(data_hub, stack):

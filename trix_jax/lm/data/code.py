@@ -153,25 +153,27 @@ def stack_documents(
     folder = folder_of(dataset, cache) / "contents"
     absent = 0
     ahead: deque = deque()
-    with concurrent.futures.ThreadPoolExecutor(CONTENT_JOBS) as pool:
-        try:
-            for row in _rows(shards):
-                ahead.append(pool.submit(_content, row, folder))
-                if len(ahead) >= 4 * CONTENT_JOBS:
-                    text = ahead.popleft().result()
-                    absent += text is None
-                    yield text or ""
-            while ahead:
+    # Not `with`, which joins: the garbage collector may close a reader that was dropped
+    # half-way in any thread, one of these too.
+    pool = concurrent.futures.ThreadPoolExecutor(CONTENT_JOBS)
+    try:
+        for row in _rows(shards):
+            ahead.append(pool.submit(_content, row, folder))
+            if len(ahead) >= 4 * CONTENT_JOBS:
                 text = ahead.popleft().result()
                 absent += text is None
                 yield text or ""
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            if absent:
-                report(
-                    f"left out {absent:,} file(s) that Software Heritage does not serve "
-                    "any more, or that are not text"
-                )
+        while ahead:
+            text = ahead.popleft().result()
+            absent += text is None
+            yield text or ""
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        if absent:
+            report(
+                f"left out {absent:,} file(s) that Software Heritage does not serve "
+                "any more, or that are not text"
+            )
 
 
 def _rows(shards: Iterable[Path]) -> Iterator[dict[str, Any]]:
