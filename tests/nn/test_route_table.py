@@ -180,6 +180,20 @@ def test_a_layer_looks_its_tokens_up_by_their_ids(name):
     assert all(float(loss) == 0 for loss in by_table[2].values())
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["ffn", *(pytest.param(n, marks=pytest.mark.slow) for n in ("plain", "block"))],
+)
+def test_an_id_that_is_no_token_takes_the_routes_of_none(name):
+    layer = LAYERS[name]
+    table = tabulate_routes(layer, frozen_layer(name), ROWS)
+    ids = TOKENS.at[1, -2:].set(jnp.asarray([V, -V - 1]))
+    found = jax.jit(layer.apply)(table, X, token_ids=ids)[0]
+    expected = jax.jit(layer.apply)(table, X, token_ids=TOKENS)[0]
+    np.testing.assert_array_equal(found[1, :-2], expected[1, :-2])
+    assert np.isnan(found[1, -2:]).all()
+
+
 def test_a_layer_with_a_table_needs_ids_and_cannot_be_steered():
     layer, variables = LAYERS["ffn"], frozen_layer("ffn")
     table = tabulate_routes(layer, variables, ROWS)

@@ -112,10 +112,11 @@ class Router(nn.Module):
                 "steering must not be given to a layer whose routes are a table."
             )
         n = self.settings.num_tiles
-        tiles = self.get_variable(PACKED, "tiles")[token_ids].astype(jnp.int32)
-        gates = jnp.ones(tiles.shape, jnp.float32)
+        table = self.get_variable(PACKED, "tiles")
+        tiles, gates = table[token_ids].astype(jnp.int32), jnp.ones(table.shape)
         if self.has_variable(PACKED, "gates"):
-            gates = self.get_variable(PACKED, "gates")[token_ids]
+            gates = self.get_variable(PACKED, "gates")
+        gates = jnp.take(gates, token_ids, axis=0)  # as in `nn.Embed`, NaN for no token
         counts = routing.count_tiles(tiles, n, mask)
         none = jnp.zeros((1, n))
         info = _info(tiles, gates, counts, none, none, None)
