@@ -94,16 +94,35 @@ def held(number: int) -> Arm:
 
 
 def curve_of(d_model: int) -> tuple[Arm, ...]:
-    """Dense FFNs. The rate of the middle is that of its neighbours; the ends have their
-    own.
+    """Dense FFNs. What tiles are read off has rates of its own (`around`), as the ends
+    have; the neighbour on the other side has the rate of the middle.
     """
-    middle = dense(4 * d_model, 8e-3)
+    around = around_of(d_model)
+    middle = around[0]
     beside = (dense(width * d_model) for width in (2, 8))
+    inherits = (dataclasses.replace(arm, rate_of=middle.name) for arm in beside)
     return (
-        middle,
-        *(dataclasses.replace(arm, rate_of=middle.name) for arm in beside),
+        *around,
+        *(arm for arm in inherits if arm.name != around[1].name),
         dense(16 * d_model, 8e-3),
         dense(d_model, 8e-3),
+    )
+
+
+def around_of(d_model: int) -> tuple[Arm, Arm]:
+    """The two dense FFNs that the best tiles end between: 4 D wide and, at D = 64, half
+    of that, else its double.
+    """
+    return dense(4 * d_model, 8e-3), dense((2 if d_model == 64 else 8) * d_model, 8e-3)
+
+
+def by_activation(d_model: int) -> tuple[Arm, ...]:
+    """The same with the tiles' activation, squared ReLU in place of GELU."""
+    return tuple(
+        dataclasses.replace(
+            arm, name=f"{arm.name}-relu2", flags=f"{arm.flags} --model.activation relu2"
+        )
+        for arm in around_of(d_model)
     )
 
 
@@ -241,7 +260,8 @@ def claim(d_model: int) -> Setting:
         flags=f"{width_flags(d_model)} {CHOSEN}".strip(),
         groups={
             "dense-middle": curve[:3],
-            "dense-around": curve[:2] if d_model == 64 else (curve[0], curve[2]),
+            "dense-around": around_of(d_model),
+            "activation": by_activation(d_model),
             "dense-curve": curve,
             "held": (held(64),),
             "hash": (held(64), tiles(64, "hash", HASH)),
@@ -255,15 +275,19 @@ def claim(d_model: int) -> Setting:
             "float": not_quite_ternary(64)[:1],
             "balanced-hash": balanced(64)[:2],
             "balanced": balanced(64),
+            "best": together(64, d_model)[:1],
             "together": together(64, d_model),
         },
         order=(
             Step("together", 0),
+            Step("activation", 0),
             Step("dense-around", 1),
-            Step("together", 1),
+            Step("best", 1),
             Step("dense-around", 2),
-            Step("together", 2),
+            Step("best", 2),
             Step("dense-around", 4),
+            Step("best", 4),
+            Step("together", 1),
             Step("together", 4),
             Step("dense-middle", 1),
             Step("dense-curve", 0),

@@ -11,10 +11,12 @@ from matplotlib.figure import Figure
 
 from experiments.quality import curve
 from experiments.quality.arms import Arm
-from experiments.quality.claim import HASH, LADDER, WIDTHS, balanced, claim, held, tiles
-from experiments.quality.design import SEEDS
+from experiments.quality.claim import LADDER, WIDTHS, claim, held
+from experiments.quality.design import SEEDS, Setting
 from experiments.quality.worth import (
     Worth,
+    candidates,
+    choosing,
     claim_tree,
     concluding,
     dense_curve,
@@ -31,7 +33,6 @@ VOCABULARY = 4096
 FIGURE = "claim.png"
 MOST_ROWS = 8  # of the table that opens the page
 HEAD = "arm,D,rate,seeds,validation loss,compute width,memory width,equivalent width,multiplier,seconds a step"
-OTHERS = (tiles(64, "hash", HASH), *balanced(64), tiles(64, "moving"))
 NOTE = (
     "W: the greater of the compute width (multiply-accumulates a token as served over 2 D, routing included) "
     "and the memory width (served FFN bits, and what routing stores, over 16 bits a weight). Equivalent width: "
@@ -91,14 +92,40 @@ def on_a_curve(folder: Path) -> dict[int, list[Result]]:
 
 
 def places(d: int, runs: Sequence[Result]) -> list[tuple[Arm, Tuned, Worth]]:
-    """The ladder's arms and the others of 64 tiles that have a place on the curve."""
+    """The arms that the claim may be made with, if they have a place on the curve."""
     setting, found = claim(d), []
-    for arm in (*map(held, LADDER), *OTHERS, *setting.groups["together"]):
+    for arm in candidates(d):
         one = tuned(runs, arm.name, arm.rate_of)
         place = worth(setting, runs, arm, VOCABULARY)
         if one is not None and place is not None:
             found.append((arm, one, place))
     return found
+
+
+def chosen(d: int, runs: Sequence[Result]) -> str:
+    """The arm of the greatest multiplier, by the seed that chooses."""
+
+    def multiplier(arm: Arm) -> float:
+        place = worth(claim(d), runs, arm, VOCABULARY, choosing)
+        assert place is not None
+        return place.multiplier.value
+
+    return max((arm for arm, *_ in places(d, runs)), key=multiplier).name
+
+
+def untuned(setting: Setting, runs: Sequence[Result], arm: Arm, place: Worth) -> str:
+    """Which rates behind a place on the curve are not bracketed, in words."""
+    widths = sorted(dense_curve(setting, runs))
+    beside = curve.neighbours(widths, place.equivalent.value)
+    dense = [a for a in setting.groups["dense-curve"] if width_in(a.name) in beside]
+    found = [tuned(runs, one.name, one.rate_of) for one in (arm, *dense)]
+    names = [f"`{one.arm}`" for one in found if one and not one.is_bracketed]
+    return f", rates not bracketed of {' and '.join(names)}" if names else ""
+
+
+def width_in(name: str) -> int:
+    """The width of a dense FFN, by its name."""
+    return int(name.rpartition("-")[2])
 
 
 def rows_of(d: int, runs: Sequence[Result]) -> list[list[str]]:

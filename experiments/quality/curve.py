@@ -9,7 +9,8 @@ end "above" the widest: nothing is extrapolated.
 
 References:
     Efron and Tibshirani, 1993, "An Introduction to the Bootstrap", sections 6.5 and 9.4
-    (bootstrapping residuals).
+    (bootstrapping residuals). Student, 1908, "The Probable Error of a Mean",
+    https://doi.org/10.2307/2331554.
 """
 
 import math
@@ -19,6 +20,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import norm as normal
+from scipy.stats import t as student
 
 Losses = Mapping[int, Sequence[float]]  # width to the losses of its seeds
 BELOW, ABOVE = 0.0, math.inf  # widths that stand for "off the curve"
@@ -80,6 +83,13 @@ def equivalent(widths: Sequence[int], losses: Sequence[float], loss: float) -> f
         return float(widths[at])
     share = (curve[at - 1] - loss) / (curve[at - 1] - curve[at])
     return float(2 ** (logs[at - 1] + share * (logs[at] - logs[at - 1])))
+
+
+def neighbours(widths: Sequence[int], width: float) -> Sequence[int]:
+    """The widths that a place on the curve is read off: one on it, or off its end."""
+    at = int(np.searchsorted(widths, width))
+    is_between = 0 < at < len(widths) and widths[at] != width
+    return widths[at - 1 : at + 1] if is_between else [widths[min(at, len(widths) - 1)]]
 
 
 def loss_at(
@@ -179,8 +189,9 @@ def bootstrap_means(
 
     With three seeds a group's own values say too little about their spread, so the
     residuals of all groups are drawn from, each inflated by `sqrt(n / (n - 1))`, which
-    makes their variance that of the sample. A group of one value is drawn like the
-    others.
+    makes their variance that of the sample, and by Student's t over the normal quantile
+    at 97.5 %, for the `f = sum(n - 1)` degrees of freedom that they have. A group of one
+    value is drawn like the others.
     """
     residuals = np.concatenate(
         [
@@ -190,6 +201,9 @@ def bootstrap_means(
         ]
         or [np.zeros(1)]
     )
+    freedom = sum(len(g) - 1 for g in groups)
+    if freedom:
+        residuals = residuals * (student.ppf(0.975, freedom) / normal.ppf(0.975))
     rng = np.random.default_rng(seed)
     drawn = [rng.choice(residuals, (draws, len(g))).mean(axis=1) for g in groups]
     return np.stack([np.mean(g) + d for g, d in zip(groups, drawn, strict=True)], 1)

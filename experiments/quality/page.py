@@ -21,7 +21,7 @@ from experiments.quality.widths import (
     on_curve,
     twins,
 )
-from experiments.quality.worth import dense_curve
+from experiments.quality.worth import concluding, dense_curve, difference
 from trix_jax.lm.experiment import results
 from trix_jax.lm.experiment.results import Result
 from trix_jax.lm.experiment.stats import Interval, paired, spread, verdict
@@ -118,6 +118,20 @@ class Found(NamedTuple):
         likes = {arm.name: arm.rate_of for arm in arms}
         return tuned(self.runs, name, likes.get(name))
 
+    def losses(self, arm: Tuned) -> dict[int, float]:
+        """Of the seeds that conclude: of the settings before, all."""
+        return concluding(arm) if self._is_claim else arm.losses
+
+    def difference(self, arm: Tuned, base: Tuned) -> Interval | None:
+        """`arm - base`, over the seeds that conclude."""
+        if self._is_claim:
+            return difference(arm, base)
+        return paired(arm.losses, base.losses)
+
+    @property
+    def _is_claim(self) -> bool:
+        return self.setting.name in claim.SETTINGS
+
 
 def text(folder: Path) -> str:
     """The page, and writes the figure and `claim.json` into `folder/results`."""
@@ -156,7 +170,7 @@ def _verdict(claims: Sequence[Found]) -> str:
         ours, theirs = one.arm("tiles-64-held"), one.arm("tiles-64-hash")
         if ours is None or theirs is None:
             continue
-        found = paired(ours.losses, theirs.losses)
+        found = one.difference(ours, theirs)
         if found is None:
             continue
         side = "behind" if found.mean > 0 else "ahead of"
@@ -174,10 +188,12 @@ def _worth(one: Found) -> list[str]:
     places = claim_page.places(d, one.runs)
     if not places:
         return []
-    _, _, place = max(places, key=lambda row: row[2].multiplier.value)
+    chosen = claim_page.chosen(d, one.runs)
+    asked, _, place = next(row for row in places if row[0].name == chosen)
     widths = sorted(dense_curve(one.setting, one.runs))
     narrow, wide = widths[0], widths[-1]
     seeds = "one seed, undecided" if place.seeds == 1 else f"{place.seeds} seeds"
+    seeds += claim_page.untuned(one.setting, one.runs, asked, place)
     at = f"{one.setting.name}: `{place.arm}`, of W {place.width.greater:.0f}, is worth"
     if place.equivalent.value == curve.BELOW:
         taken = sorted(row[2].width.greater for row in places)
@@ -206,7 +222,7 @@ def _against_hash(all_found: Sequence[Found]) -> list[str]:
         names = ("tiles-64-held", "tiles-64-hash") if is_claim else before
         ours, theirs = map(one.arm, names)
         if ours is not None and theirs is not None:
-            rows.append([one.name, ours.arm, *_against(ours, theirs)])
+            rows.append([one.name, ours.arm, *_against(one, ours, theirs)])
     if not rows:
         return []
     head = "setting,signatures,rate,loss,less the hash,95%,seeds,verdict"
@@ -218,10 +234,10 @@ def _against_hash(all_found: Sequence[Found]) -> list[str]:
     ]
 
 
-def _against(arm: Tuned, base: Tuned) -> list[str]:
+def _against(one: Found, arm: Tuned, base: Tuned) -> list[str]:
     """Rate, loss, difference, its interval, seeds and the verdict."""
-    found = paired(arm.losses, base.losses)
-    loss = spread(list(arm.losses.values()))
+    found = one.difference(arm, base)
+    loss = spread(list(one.losses(arm).values()))
     if found is None:
         return [rate_of(arm), loss, "", "", "0", "no common seed"]
     bound = f"± {found.half:.4f}" if found.n > 1 else ""
@@ -242,7 +258,7 @@ def _question(what: Question, found: Sequence[Found]) -> list[str]:
             if there is None:
                 left.append(f"`{arm.name}`")
             else:
-                rows.append([there.arm, one.setting.name, *_against(there, base)])
+                rows.append([there.arm, one.setting.name, *_against(one, there, base)])
     if not rows and not left:
         return []
     head = "arm,setting,rate,loss,difference,95%,seeds,verdict"
@@ -307,7 +323,7 @@ def _lost(all_found: Sequence[Found]) -> list[str]:
     rows, undecided = [], 0
     for one in all_found:
         for arm, base in _compared(one):
-            found = paired(arm.losses, base.losses)
+            found = one.difference(arm, base)
             if found is None:
                 continue
             undecided += found.n > 1 and found.side == "undecided"

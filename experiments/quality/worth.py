@@ -19,12 +19,20 @@ from typing import Any, NamedTuple
 
 from experiments.quality import curve
 from experiments.quality.arms import Arm
-from experiments.quality.claim import LADDER, claim, held
+from experiments.quality.claim import (
+    HASH,
+    LADDER,
+    balanced,
+    claim,
+    held,
+    tiles,
+    together,
+)
 from experiments.quality.design import SEEDS, Setting
 from trix_jax.cli.experiment import parse_run
 from trix_jax.lm.accounting import costs
 from trix_jax.lm.experiment.results import Result
-from trix_jax.lm.experiment.stats import paired
+from trix_jax.lm.experiment.stats import Interval, paired
 from trix_jax.lm.experiment.tuning import Tuned, tuned
 from trix_jax.nn.transformer import TransformerConfig
 
@@ -34,6 +42,9 @@ Seeds = Callable[[Tuned], dict[int, float]]  # an arm's losses of some seeds
 CLAIM_WIDTHS = (64, 128)
 AIM_WIDTH = 128  # of signatures against the hash
 OTHERS = ("hash", "random", "learned")  # who choose tiles without reading their weights
+# How many tiles a token takes, and what they are: arms of another form cost otherwise.
+FORMS = ("-eighth-shared", "-shared", "-eighth", "-fine", "-late", "-later", "-float")
+FORMS += ("-channel", "-progressive", "-threshold", "-ffn-2", "-ffn-0.5", "-ffn-0.25")
 
 
 class Width(NamedTuple):
@@ -53,7 +64,7 @@ class Worth(NamedTuple):
 
     Attributes:
         equivalent: the dense width of equal loss.
-        seeds: that conclude.
+        seeds: that conclude: of the arm and of the dense FFNs beside it, the least.
     """
 
     arm: str
@@ -119,6 +130,16 @@ def concluding(arm: Tuned) -> dict[int, float]:
     return others or dict(arm.losses)
 
 
+def difference(arm: Tuned, base: Tuned) -> Interval | None:
+    """`arm - base`, paired over the seeds that conclude and both have; over the one that
+    chose, where they have no other in common.
+    """
+    found = paired(
+        arm.losses, {s: base.losses[s] for s in base.losses if s != SEEDS[0]}
+    )
+    return found or paired(arm.losses, base.losses)
+
+
 def dense_curve(
     setting: Setting, runs: Sequence[Result], seeds: Seeds = concluding
 ) -> dict[int, list[float]]:
@@ -148,57 +169,77 @@ def worth(
         return None
     losses = list(seeds(one).values())
     place = curve.equivalent_interval(dense, losses)
-    return Worth(
-        arm.name, width_of(model_of(setting, arm, vocab_size)), place, len(losses)
-    )
+    beside = curve.neighbours(sorted(dense), place.value)
+    least = min(len(losses), *(len(dense[width]) for width in beside))
+    width = width_of(model_of(setting, arm, vocab_size))
+    return Worth(arm.name, width, place, least)
 
 
-def best_of_ladder(
+def candidates(d_model: int) -> tuple[Arm, ...]:
+    """The arms that the claim may be made with: the ladder, and the others whose compute
+    and memory are weighed.
+    """
+    hashed, moving = tiles(64, "hash", HASH), tiles(64, "moving")
+    others = hashed, *balanced(64), moving, *together(64, d_model)
+    return (*map(held, LADDER), *others)
+
+
+def best_at_all_widths(
     runs: Mapping[int, Sequence[Result]], vocab_size: int
 ) -> dict[int, Worth]:
-    """The number of tiles whose least multiplier over the widths is greatest for the seed
-    that chooses, with what the others conclude; by width of the model.
+    """The arm whose least multiplier over the widths is greatest for the seed that
+    chooses, with what the others conclude; by width of the model.
     """
-    found: dict[int, dict[int, Worth]] = {}
-    for number in LADDER:
-        rows = {
-            d: worth(claim(d), runs[d], held(number), vocab_size)
+
+    def rows(name: str, seeds: Seeds) -> dict[int, Worth]:
+        found = {
+            d: worth(claim(d), runs[d], claim(d).arm(name), vocab_size, seeds)
             for d in CLAIM_WIDTHS
             if d in runs
         }
-        whole = {d: row for d, row in rows.items() if row is not None}
-        if len(whole) == len(CLAIM_WIDTHS):
-            found[number] = whole
+        return {d: row for d, row in found.items() if row is not None}
 
-    def least(number: int) -> float:
-        chosen = (
-            worth(claim(d), runs[d], held(number), vocab_size, choosing)
-            for d in found[number]
-        )
-        return min(row.multiplier.value for row in chosen if row is not None)
+    def least(name: str) -> float:
+        return min(row.multiplier.value for row in rows(name, choosing).values())
 
+    found = {
+        arm.name: whole
+        for arm in candidates(CLAIM_WIDTHS[0])
+        if len(whole := rows(arm.name, concluding)) == len(CLAIM_WIDTHS)
+    }
     return found[max(found, key=least)] if found else {}
 
 
 def signatures_less_hash(runs: Sequence[Result]) -> dict[str, Any] | None:
     """The paired difference at 64 tiles of the best arm that reads its addresses off the
-    weights and the best hash, of the seeds that conclude; the seed that chooses decides
-    which are best. None before both sides have an arm of three seeds.
+    weights and the best hash of the same tiles, of the seeds that conclude; the seed that
+    chooses decides which are best. None before both sides have an arm of three seeds.
     """
     arms = {arm.name: arm for group in claim(64).groups.values() for arm in group}
     names = [name for name in arms if name.startswith("tiles-64-")]
-    hashes = [name for name in names if "-hash" in name and "-float" not in name]
-    read = [name for name in names if not any(word in name for word in OTHERS)]
-    ours, theirs = (
-        _best([tuned(runs, name, arms[name].rate_of) for name in group])
-        for group in (read, hashes)
-    )
-    if ours is None or theirs is None:
+    best = []
+    for form in {form_of(name) for name in names}:
+        alike = [name for name in names if form_of(name) == form]
+        hashes = [name for name in alike if "-hash" in name]
+        read = [name for name in alike if not any(word in name for word in OTHERS)]
+        ours, theirs = (
+            _best([tuned(runs, name, arms[name].rate_of) for name in group])
+            for group in (read, hashes)
+        )
+        if ours is not None and theirs is not None:
+            best.append((ours, theirs))
+    if not best:
         return None
+    ours, theirs = min(best, key=lambda pair: pair[0].losses[SEEDS[0]])
     found = paired(concluding(ours), concluding(theirs))
     if found is None or found.n < LEAST_SEEDS:
         return None
     return {"mean": found.mean, "half_width": found.half, "seeds": found.n}
+
+
+def form_of(name: str) -> str:
+    """What an arm's name says of its tiles, whoever chooses them."""
+    return next((form for form in FORMS if name.endswith(form)), "")
 
 
 def _best(arms: Sequence[Tuned | None]) -> Tuned | None:
@@ -226,7 +267,7 @@ def claim_tree(runs: Mapping[int, Sequence[Result]], vocab_size: int) -> dict[st
             "arm": row.arm,
             "seeds": row.seeds,
         }
-        for d, row in best_of_ladder(runs, vocab_size).items()
+        for d, row in best_at_all_widths(runs, vocab_size).items()
         if row.seeds >= LEAST_SEEDS
     ]
     difference = signatures_less_hash(runs.get(AIM_WIDTH, ()))

@@ -8,7 +8,7 @@ from experiments.quality.claim import claim
 from tests.experiments.test_worth import run_of
 from trix_jax.lm.experiment import results
 
-SEEDS = (42, 43, 44)
+SEEDS = (42, 43, 44, 45)
 
 
 def page_of(folder: Path, gaps: dict[str, tuple[float, ...]]) -> str:
@@ -32,7 +32,8 @@ def test_the_first_sentence_has_the_sign_the_seeds_and_whether_it_is_decided(tmp
     names = ("tiles-64-hash", "tiles-64-held")
     one = page_of(tmp_path, dict(zip(names, [(0.0,), (0.0172,)], strict=True)))
     assert "end 0.0172 nats behind a hash of the token; one seed, undecided.**" in one
-    gaps = [(0.0, 0.0, 0.0), (-0.01, -0.02, -0.03)]
+    # The first seed chose the rates: it concludes nothing where others have run.
+    gaps = [(0.0, 0.0, 0.0, 0.0), (9.0, -0.01, -0.02, -0.03)]
     three = page_of(tmp_path, dict(zip(names, gaps, strict=True)))
     assert (
         "end 0.0200 nats ahead of a hash of the token; ± 0.0248, 3 seeds, undecided"
@@ -40,7 +41,7 @@ def test_the_first_sentence_has_the_sign_the_seeds_and_whether_it_is_decided(tmp
     )
     assert "| -0.0200 | ± 0.0248 | 3 | undecided |" in three  # less the hash
     assert "| +0.0200 | ± 0.0248 | 3 | undecided |" in three  # the hash, less held
-    gaps = [(0.0, 0.0, 0.0), (-0.02, -0.02, -0.021)]
+    gaps = [(0.0, 0.0, 0.0, 0.0), (9.0, -0.02, -0.02, -0.021)]
     assert "3 seeds, decided.**" in page_of(
         tmp_path, dict(zip(names, gaps, strict=True))
     )
@@ -53,7 +54,8 @@ def test_the_page_says_first_what_tiles_are_worth(tmp_path):
     for loss, said in (
         (
             0.1,
-            "of W 162, is worth a dense FFN 256 wide, 1.59 times its W; one seed, undecided.",
+            "of W 162, is worth a dense FFN 256 wide, 1.59 times its W; one seed, undecided, "
+            "rates not bracketed of `tiles-64-held` and `dense-256`.",
         ),
         (
             0.3,
@@ -67,13 +69,24 @@ def test_the_page_says_first_what_tiles_are_worth(tmp_path):
         assert said in first
 
 
+def test_the_seed_that_chooses_takes_the_arm_and_the_others_say_its_worth(tmp_path):
+    arms = ("tiles-64-held", "tiles-64-hash")  # of W 162 and 129
+    gaps = {"dense-128": (0.2,), "dense-256": (0.1,), "dense-512": (0.0,)}
+    gaps |= {arms[0]: (0.05, 0.15, 0.15), arms[1]: (0.1, 0.05, 0.05)}
+    first = page_of(tmp_path, gaps).splitlines()[2]
+    assert "`tiles-64-held`, of W 162, is worth a dense FFN 181 wide, 1.12" in first
+    assert "one seed, undecided" in first  # the dense FFNs have one
+    gaps |= {f"dense-{w}": (x, x, x) for w, x in ((128, 0.2), (256, 0.1), (512, 0.0))}
+    assert "times its W; 2 seeds, rates not" in page_of(tmp_path, gaps).splitlines()[2]
+
+
 def test_what_lost_is_what_lies_above_or_lost_by_much_with_one_seed(tmp_path):
     made = page_of(
         tmp_path,
         {
-            "tiles-64-held": (0.0, 0.0, 0.0),
-            "tiles-64-moving": (0.05, 0.05, 0.051),
-            "tiles-64-random": (0.01, 0.03, -0.02),
+            "tiles-64-held": (0.0, 0.0, 0.0, 0.0),
+            "tiles-64-moving": (-1.0, 0.05, 0.05, 0.051),
+            "tiles-64-random": (0.01, 0.01, 0.03, -0.02),
             "tiles-64-held-late": (0.03,),
             "tiles-64-held-sign": (0.01,),
         },

@@ -122,6 +122,13 @@ def test_the_hash_is_compared_by_seed_without_the_one_that_chose():
         better += [run_of(setting, scores, 4.7 + seed / 100, seed)]
     found = worth.signatures_less_hash([*runs, *better])
     assert found["mean"] == pytest.approx(0.44)
+    # More tiles a token cost otherwise: they are compared with their own hash alone.
+    twins = [setting.arm(f"tiles-64-{who}-eighth-shared") for who in ("held", "hash")]
+    more = [run_of(setting, twins[1], 4.3, seed) for seed in SEEDS]
+    assert worth.signatures_less_hash([*runs, *better, *more]) == found
+    more += [run_of(setting, twins[0], 4.31, seed) for seed in SEEDS]
+    found = worth.signatures_less_hash([*runs, *better, *more])
+    assert found["mean"] == pytest.approx(0.01)
 
 
 @pytest.mark.slow

@@ -174,7 +174,9 @@ def test_tuned_is_an_arm_at_its_best_finite_rate_and_says_whether_it_is_brackete
     assert (found.rate, found.losses) == (1e-3, {42: 1.5, 43: 1.6})
     assert found.is_bracketed
     assert not tuned(results, "b").is_bracketed
-    assert tuned(results, "b", like="a").is_bracketed
+    inherited = tuned(results, "b", like="a")
+    assert inherited.rate == 1e-3
+    assert not inherited.is_bracketed  # its own neighbours have not run
     assert tuned(results, "c") is None
     assert best_rate(sweep(results, "a", 42)) == 1e-3
     assert best_rate({}) is None

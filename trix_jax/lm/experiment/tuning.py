@@ -12,8 +12,8 @@ class Tuned(NamedTuple):
 
     Attributes:
         runs: seed to run.
-        is_bracketed: whether the rates a factor of two away have been run and are
-            worse.
+        is_bracketed: whether the rates a factor of two away have been run, with this
+            arm, and are worse. A rate that another arm chose needs them too.
     """
 
     arm: str
@@ -65,5 +65,6 @@ def tuned(results: Sequence[Result], arm: str, like: str | None = None) -> Tuned
     if rate is None:
         return None
     runs = {s: r for s, r in at_rate(results, arm, rate).items() if r.is_finite}
-    is_bracketed = {rate / 2, rate * 2} <= set(losses)
+    own = sweep(results, arm, seed)
+    is_bracketed = {rate / 2, rate * 2} <= set(own) and best_rate(own) == rate
     return Tuned(arm, rate, runs, is_bracketed) if runs else None
