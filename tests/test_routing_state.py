@@ -80,6 +80,24 @@ def test_update_moves_both_levels_of_a_hierarchy():
     np.testing.assert_array_equal(new["members"], [[2, 0], [1, 3]])
 
 
+def test_tiles_of_a_cluster_that_no_token_took_come_back():
+    """Both clusters are open to every token; those of the second are 0.3 behind."""
+    scores = normal(400, 4) * 0.1 - floats([0.0, 0.0, 0.3, 0.3])
+    state = clustered_state([200, 200, 0, 0], [[0, 1], [2, 3]])
+
+    @jax.jit
+    def step(state):
+        biased = scores + state["bias"][None]
+        tiles = routing.select_tiles(biased, 1)
+        seen = balance.margin_histogram(biased, tiles)
+        return routing.update({**state, "margins": seen}, rate=0.5), tiles
+
+    for _ in range(60):
+        state, tiles = step(state)
+    load = routing.count_tiles(tiles, 4)
+    np.testing.assert_allclose(load, 100, atol=15)
+
+
 def test_update_leaves_the_biases_of_a_frozen_layer():
     state = {"router": clustered_state([4, 0, 2, 1], [[2, 0], [1, 3]], frozen=True)}
     new = routing.update(state, rate=0.5)["router"]

@@ -79,7 +79,7 @@ def step_bias(
     load: Float[Array, "*B N"] | None = None,
 ) -> Float[Array, "*B N"]:
     """Moves biases by `rate` times the shift that gives each tile `load` tokens (None:
-    the mean), and centres them.
+    the mean), and centres them. A tile that is to get none shifts by 0.
     """
     if load is None:
         load = loads(margins)
@@ -96,4 +96,5 @@ def _shift(margins, load):
     inside = jnp.take_along_axis(margins, first, axis=-1)[..., 0]
     before = jnp.take_along_axis(below, first, axis=-1)[..., 0] - inside
     edge = first[..., 0] + (load - before) / jnp.maximum(inside, 1)
-    return jnp.where(reached[..., -1], (edge / CHOSEN - 1) * REACH, REACH)
+    shift = jnp.where(reached[..., -1], (edge / CHOSEN - 1) * REACH, REACH)
+    return jnp.where(load > 0, shift, 0)  # below no margin lie no tokens

@@ -7,6 +7,7 @@ looks before it looks for parameters.
 """
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -128,6 +129,21 @@ def modules_with(method: str, model, variables, args, kwargs) -> dict[Path, Any]
             found[context.module.path] = context.module
         return call(*call_args, **call_kwargs)
 
+    with nn.intercept_methods(note), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nothing is computed, least of all trained
+        trace(model.apply, variables, args, kwargs)
+    return found
+
+
+def trace(
+    function: Callable[..., Any],
+    tree: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Traces `function(tree, *args, **kwargs)`, of which `args` and `kwargs` may be
+    shapes; flags and numbers among them stay what they are.
+    """
     leaves, treedef = jax.tree.flatten((args, kwargs))
     shapes = {
         i: leaf
@@ -135,12 +151,9 @@ def modules_with(method: str, model, variables, args, kwargs) -> dict[Path, Any]
         if isinstance(leaf, jax.ShapeDtypeStruct)
     }
 
-    def run(variables, arrays):
+    def run(tree, arrays):
         given = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
         args, kwargs = treedef.unflatten(given)
-        with nn.intercept_methods(note), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # nothing is computed, least of all trained
-            return model.apply(variables, *args, **kwargs)
+        return function(tree, *args, **kwargs)
 
-    jax.eval_shape(run, variables, shapes)
-    return found
+    jax.eval_shape(run, tree, shapes)

@@ -128,6 +128,21 @@ def test_model_without_trix_layers_is_not_frozen():
 
 
 @pytest.mark.slow
+def test_a_model_that_takes_flags_is_frozen():
+    class Flagged(Model):
+        def __call__(self, x, scale, deterministic):
+            if not deterministic:
+                raise AssertionError("serving is deterministic")
+            return super().__call__({"one": x}[scale])
+
+    model = Flagged(nnx.Rngs(0))
+    served = freeze(model, X, "one", deterministic=True)
+    model.eval()
+    call = nnx.jit(lambda model: model(X, "one", deterministic=True)[0])
+    np.testing.assert_array_equal(call(served), call(model))
+
+
+@pytest.mark.slow
 def test_bridge_without_a_mode_is_frozen_too():
     bridged = nnx.bridge.ToNNX(SparseTriXFFN(16), rngs=nnx.Rngs(0)).lazy_init(X)
     served = freeze(bridged, X)

@@ -228,6 +228,27 @@ def test_lookup_of_a_config_that_knows_no_reads_has_the_one_cluster_it_had():
         provenance.check(meta, two, Path("none"), 1, "a step")
 
 
+def test_signatures_of_a_config_that_knows_no_router_input_met_the_hidden_state():
+    tree = cfg.to_tree(cfg.RunConfig(model=TransformerConfig(ffn="sparse")))
+    del tree["model"]["router_input"]
+    was = TransformerConfig(ffn="sparse", router_input="hidden")
+    assert cfg.from_tree(tree).model == cfg.model_from_tree(tree["model"]) == was
+    meta = {"settings": provenance.flat(tree)}
+    provenance.check(meta, cfg.from_tree(tree), Path("none"), 1, "a step")
+    now = cfg.RunConfig(model=TransformerConfig(ffn="sparse"))
+    with pytest.raises(
+        ValueError, match="router_input was 'hidden' and is 'embedding'"
+    ):
+        provenance.check(meta, now, Path("none"), 1, "a step")
+    # A dense FFN routes nothing.
+    dense = cfg.RunConfig(model=TransformerConfig(ffn="dense"))
+    tree = cfg.to_tree(dense)
+    del tree["model"]["router_input"]
+    assert cfg.from_tree(tree) == dense
+    meta = {"settings": provenance.flat(tree)}
+    provenance.check(meta, dense, Path("none"), 1, "a step")
+
+
 def test_learning_rate_of_a_config_that_names_no_schedule_is_cosine():
     tree = cfg.to_tree(cfg.RunConfig())
     del tree["train"]["schedule"], tree["train"]["decay_share"]

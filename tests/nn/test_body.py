@@ -106,6 +106,20 @@ def test_attention_keeps_a_mask_and_segments_for_later_calls():
         layer.apply({**variables, **cache}, x[:, :1], decode=True, mutable=["cache"])
 
 
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_cache_that_is_full_inside_a_jit_gives_nan(length):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, D)), jnp.float32)
+    layer = CausalSelfAttention(D, 2, cache_length=6, rotary=True)
+    read = jax.jit(functools.partial(layer.apply, decode=True, mutable=["cache"]))
+    params = {"params": layer.init(jax.random.key(0), x)["params"]}
+    room = 6 - length
+    y, cache = read(params, x[:, :room])
+    fits, cache = read({**params, **cache}, x[:, room:6])
+    assert np.isfinite(y).all()
+    assert np.isfinite(fits).all()
+    assert np.isnan(read({**params, **cache}, x[:, 6 - length : 6])[0]).all()
+
+
 @pytest.mark.parametrize("length", [1, 5])
 def test_rotation_is_a_complex_phase_and_products_see_distances_alone(length):
     rng = np.random.default_rng(0)

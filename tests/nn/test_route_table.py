@@ -20,6 +20,7 @@ from trix_jax import (
     tabulate_routes,
 )
 from trix_jax.nn import steering
+from trix_jax.nn.route_table import dtype_of
 
 V, L, D = 11, 8, 16
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, V, (2, L)), jnp.int32)
@@ -105,6 +106,11 @@ def test_a_table_has_the_tiles_and_gates_that_scoring_gives_each_token():
     np.testing.assert_array_equal(table["tiles"], tiles)
     by_hand = routing.gates(scores, tiles, "sigmoid")
     np.testing.assert_allclose(table["gates"], by_hand, rtol=1e-6)
+
+
+def test_a_table_has_integers_that_name_all_tiles():
+    names = [dtype_of(n).name for n in (1, 256, 257, 65_536, 65_537)]
+    assert names == ["uint8", "uint8", "uint16", "uint16", "uint32"]
 
 
 @pytest.mark.slow

@@ -117,11 +117,11 @@ def _calls_of_packing_modules(model, args, how):
 
     graph, state = nnx.split(model)
 
-    def run(state, args, how):
-        with nn.intercept_methods(note):
-            return nnx.merge(graph, state)(*args, **how)
+    def run(state, *args, **how):
+        return nnx.merge(graph, state)(*args, **how)
 
-    jax.eval_shape(run, state, args, how)
+    with nn.intercept_methods(note):
+        frozen.trace(run, state, args, how)
     return [(m, given) for m, given in calls if any(m is top for top in packing)]
 
 

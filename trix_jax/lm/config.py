@@ -120,7 +120,9 @@ AT_LEAST_ONE = (
 NOT_NEGATIVE = (
     "warmup_steps weight_decay clip rebuild_every checkpoint_every max_skipped".split()
 )
-SAMPLER_BEFORE = "offsets"  # of runs whose config does not name theirs
+# Of runs whose config does not name theirs.
+SAMPLER_BEFORE = "offsets"
+ROUTER_INPUT_BEFORE = "hidden"
 SHARES = "decay_share decay_until beta1 beta2 final_learning_rate balance_rate".split()
 
 
@@ -270,7 +272,11 @@ def model_from_tree(tree: dict[str, Any]) -> TransformerConfig:
 
 
 def _as_it_was(model: dict[str, Any]) -> dict[str, Any]:
-    """A lookup of before `reads` chose among one cluster, whatever its config says."""
+    """Signatures of before `router_input` met the hidden state. A lookup of before
+    `reads` chose among one cluster, whatever its config says.
+    """
+    if model.get("ffn") != "dense":
+        model = {"router_input": ROUTER_INPUT_BEFORE} | model
     if model.get("ffn") == "lookup" and "reads" not in model:
         return model | {"top_k_clusters": 1}
     return model

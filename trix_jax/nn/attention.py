@@ -151,6 +151,8 @@ class CausalSelfAttention(nn.Module):
         index = self.variable("cache", "index", lambda: jnp.zeros((), jnp.int32))
         start = index.value
         check_room(start, length, self.cache_length)
+        # Inside a jit that is not known: what does not fit is NaN, and all that sees it.
+        v = jnp.where(start + length <= self.cache_length, v, jnp.nan)
         keys.value = jax.lax.dynamic_update_slice(keys.value, k, (0, start, 0, 0))
         values.value = jax.lax.dynamic_update_slice(values.value, v, (0, start, 0, 0))
         index.value = start + length

@@ -3,7 +3,7 @@ of scoring them.
 
     tiles_t, gates_t = table[token_t]        `[V, K]` each, in place of N scores of D products
 
-Collection `"packed"`, at the router: `tiles` (uint8, or uint16 above 256 tiles) and,
+Collection `"packed"`, at the router: `tiles` (uint8, uint16 above 256 tiles, uint32 above 65,536) and,
 unless gates are all 1, `gates` (float32). The signature sums leave it. Without scores
 a layer has no auxiliary losses (0), and of its diagnostics no `tie_rate` and no
 `signature_cosine` (0); it cannot be steered.
@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.core import FrozenDict, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -61,8 +62,7 @@ def tabulate_routes(
         found = _of_layer(model, variables, rows)
     for path, (tiles, gates) in found.items():
         count = flat[("routing", *path, "bias")].shape[-1]
-        small = jnp.uint8 if count <= 256 else jnp.uint16
-        flat[(PACKED, *path, TILES)] = tiles.astype(small)
+        flat[(PACKED, *path, TILES)] = tiles.astype(dtype_of(count))
         if gates is not None:
             flat[(PACKED, *path, GATES)] = gates
         flat.pop((PACKED, *path[:-1], "signature_sums"), None)
@@ -96,11 +96,15 @@ def layers_by_token(config: TransformerConfig) -> int:
     return config.hidden_from or config.n_layers
 
 
+def dtype_of(num_tiles: int) -> np.dtype:
+    """The smallest unsigned integers that name so many tiles."""
+    return np.min_scalar_type(num_tiles - 1)
+
+
 def table_shapes(config: TransformerConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """What a router of a model stores as its table."""
     shape = (config.vocab_size or 0, config.tiles_per_token)
-    small = jnp.uint8 if config.num_tiles <= 256 else jnp.uint16
-    found = {TILES: jax.ShapeDtypeStruct(shape, small)}
+    found = {TILES: jax.ShapeDtypeStruct(shape, dtype_of(config.num_tiles))}
     if config.routing.gate != "none":
         found[GATES] = jax.ShapeDtypeStruct(shape, jnp.float32)
     return found

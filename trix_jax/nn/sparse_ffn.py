@@ -62,8 +62,8 @@ class SparseTriXFFN(TileArguments):
                 `routing.pair_ids`.
             router_input: what the signatures are matched with; None takes `x`. With a
                 token's row of the embedding table its tiles depend on nothing else.
-            mask: True for real tokens. Others, whatever they hold, get 0 and count in
-                no load, loss or diagnostic.
+            mask: True for real tokens. Others, whatever they hold, get 0 (with
+                `residual` their `x`) and count in no load, loss or diagnostic.
 
         Returns:
             the output, what the routing did, and the auxiliary losses, of which

@@ -180,6 +180,12 @@ class TransformerConfig:
         is_own = self.ffn == "lookup" and self.reads == "own"
         return is_own or self.ffn in ("sparse", "hierarchical")
 
+    @property
+    def has_ternary_weights(self) -> bool:
+        """Whether the FFN has weights that `trix_jax.freeze` packs."""
+        is_ternary = self.has_ternary_products and self.ternary.mode != "none"
+        return is_ternary or (self.ffn == "lookup" and self.ternary_splines)
+
     def on_any_device(self) -> "TransformerConfig":
         """The same model, whose kernels are taken where they run: what was trained with
         kernels by name is served, counted and read elsewhere.

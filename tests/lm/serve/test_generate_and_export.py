@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import trix_jax
-from trix_jax import TransformerConfig, TransformerLM, freeze
+from trix_jax import TernaryConfig, TransformerConfig, TransformerLM, freeze
 from trix_jax.cli.export import _about
 from trix_jax.cli.main import main
 from trix_jax.interop import safetensors
@@ -243,7 +243,9 @@ def test_export_bytes_are_two_bits_a_weight_and_scales(exported, loaded):
 def test_export_all_ffn_kinds_load_back_bit_for_bit(tmp_path, loaded):
     tokenizer = loaded[2]
     own = {"reads": "own", "tiles_per_token": 2, "grid_size": 2}
+    real = {"ternary": TernaryConfig(mode="none")}
     kinds = (("hierarchical", {}), ("lookup", {}), ("dense", {}), ("lookup", own))
+    kinds += (("sparse", real), ("lookup", {"ternary_splines": False}))
     for number, (kind, more) in enumerate(kinds):
         few = {"num_tiles": 4, "tiles_per_cluster": 2, "tiles_per_token": 1}
         config = dataclasses.replace(loaded[0].config, ffn=kind, **few | more)

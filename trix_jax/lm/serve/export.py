@@ -27,7 +27,7 @@ def export(
     directory: str | Path,
     routes: Routes = "signatures",
 ) -> dict[str, int]:
-    """Packs a trained model and writes `model.safetensors`, `config.json` and
+    """Packs a trained model, real weights as they are, and writes `model.safetensors`, `config.json` and
     `tokenizer.json`.
 
     Args:
@@ -44,7 +44,7 @@ def export(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    is_done = model.config.ffn == "dense" or PACKED in variables
+    is_done = PACKED in variables or not model.config.has_ternary_weights
     sample = jnp.zeros((1, 1), jnp.int32)
     frozen = variables if is_done else freeze(model, variables, sample)
     if routes == "table":

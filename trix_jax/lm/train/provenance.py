@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from trix_jax.files import file_sha256
-from trix_jax.lm.config import SAMPLER_BEFORE, RunConfig, fingerprint, to_tree
+from trix_jax.lm.config import (
+    ROUTER_INPUT_BEFORE,
+    SAMPLER_BEFORE,
+    RunConfig,
+    fingerprint,
+    to_tree,
+)
 from trix_jax.lm.data import Store
 from trix_jax.lm.train.extend import is_part_of
 
@@ -42,6 +48,8 @@ def check(
     before, now = meta.get("settings", {}), flat(to_tree(config))
     if before:
         before = {"train.sampler": SAMPLER_BEFORE} | before
+        if before.get("model.ffn") != "dense":
+            before = {"model.router_input": ROUTER_INPUT_BEFORE} | before
         if before.get("model.ffn") == "lookup" and "model.reads" not in before:
             before["model.top_k_clusters"] = 1  # whatever was written, see `from_tree`
         steps = before.get("train.steps", config.train.steps)
