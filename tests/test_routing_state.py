@@ -81,8 +81,8 @@ def test_update_moves_both_levels_of_a_hierarchy():
 
 
 def test_tiles_of_a_cluster_that_no_token_took_come_back():
-    """Both clusters are open to every token; those of the second are 0.3 behind."""
-    scores = normal(400, 4) * 0.1 - floats([0.0, 0.0, 0.3, 0.3])
+    """Both clusters are open to every token; those of the second are 0.8 behind."""
+    scores = normal(400, 4) * 0.1 - floats([0.0, 0.0, 0.8, 0.8])
     state = clustered_state([200, 200, 0, 0], [[0, 1], [2, 3]])
 
     @jax.jit

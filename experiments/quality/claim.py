@@ -117,13 +117,20 @@ def around_of(d_model: int) -> tuple[Arm, Arm]:
 
 
 def by_activation(d_model: int) -> tuple[Arm, ...]:
-    """The same with the tiles' activation, squared ReLU in place of GELU."""
-    return tuple(
+    """Dense FFNs with the tiles' squared ReLU, and tiles with the dense FFN's GELU."""
+    dense_ones = (
         dataclasses.replace(
             arm, name=f"{arm.name}-relu2", flags=f"{arm.flags} --model.activation relu2"
         )
-        for arm in around_of(d_model)
+        for arm in around_of(d_model)[:1]
     )
+    gelu = (
+        dataclasses.replace(
+            arm, name=f"{arm.name}-gelu", flags=f"{arm.flags} --model.activation gelu"
+        )
+        for arm in together(64, d_model)[:1]
+    )
+    return (*gelu, *dense_ones)
 
 
 def by_others(number: int) -> tuple[Arm, ...]:
