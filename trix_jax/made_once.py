@@ -38,7 +38,8 @@ def ternary_once(
     Args:
         model: the module that `variables` belong to.
         variables: with `"params"`, whole or as they lie in a `shard_map`.
-        *args: one example call's arguments, as for `init`; only their shapes matter.
+        *args: one example call's arguments, without `train`, as for `init`; only their
+            shapes matter.
         progress: share of training done, the same as in the calls.
         **kwargs: as `args`.
 

@@ -1,6 +1,6 @@
 """The settings of the claim: English Wikipedia, every token seen at most once, Muon.
 
-First the body around the FFN, chosen by the dense FFN at its best rate (`BODY`). Then
+First the body around the FFN, chosen by the dense FFN at one rate so far (`BODY`). Then
 at each width D a dense curve, and tiles of D / 4, four a token, whose addresses are
 read from the weights and held (`WIDTHS`): against those who choose tiles otherwise, and
 over the number of tiles.
