@@ -60,7 +60,7 @@ def __dir__() -> list[str]:
 
 def load_run(*args, **kwargs):
     """Restores a trained run: `(model, variables, tokenizer)`. See
-    `trix_jax.lm.train.evaluate.load_run`; needs the `lm` extra.
+    `trix_jax.lm.serve.load.load_run`; needs the `lm` extra.
     """
     from trix_jax.lm.serve.load import load_run as load
 

@@ -59,9 +59,10 @@ class RoutingConfig:
         signature: "sum" keeps the summed ternary weights at unit RMS, "sign" (the
             original's) only their sign.
         gate: what multiplies a chosen tile's output and lets the task's gradient reach
-            the routing: "none" (1), "sigmoid" of the score, "softmax" (N times the
-            tile's share of the softmax over all tiles), "renormalized" (K times its
-            share of the softmax over the chosen).
+            the routing: "none" (1), "sigmoid" of the score, "softmax" (the tile's share
+            of the softmax over the tiles that a token may choose from, all N or those of
+            the open clusters, times their number), "renormalized" (K times its share of
+            the softmax over the chosen). With source "hash" it is 1.
         score_scale: multiplies the scores.
         balance_weight: of the probability balance loss in `total_aux`.
         diversity_weight: of the signature diversity loss in `total_aux`.

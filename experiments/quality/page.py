@@ -8,6 +8,7 @@ A difference is paired by seed and at both arms' best rates; positive is worse.
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 from experiments.quality import claim, claim_page, curve
@@ -298,7 +299,8 @@ def _old_settings(old: Sequence[Found]) -> list[str]:
         "## The settings before\n",
         f"`{best.name}`: four of sixteen ternary tiles, routed by token with signatures "
         "that move, in GPT-2's body with windows at random offsets (sampler `offsets`). "
-        "No loss of theirs is compared with one above.\n",
+        "No loss of theirs is compared with one above. A curve does not carry a "
+        "comparison where a doubling is worth less than three standard errors.\n",
         table(head.split(","), rows),
     ]
 
@@ -308,10 +310,13 @@ def _place(arm: Tuned, dense: Curve) -> list[str]:
     active = f"{arm.one.active_width:.0f}"
     if len(dense) < 2:
         return [active, "", "", "", ""]
-    found = curve.equivalent_interval(dense_losses(dense), losses_of(arm))
+    losses = dense_losses(dense)
+    found = curve.equivalent_interval(losses, losses_of(arm))
+    steps = curve.doublings(losses, [fmean(losses_of(arm))])
+    width = equivalent_text(found, dense) if curve.carries(steps) else "does not carry"
     at = twins(arm, dense)
     equal = [on_curve(dense, at[what]) for what in ("compute", "bits", "parameters")]
-    return [active, equivalent_text(found, dense), *equal]
+    return [active, width, *equal]
 
 
 # What every arm of a group is compared with, in the settings before.
