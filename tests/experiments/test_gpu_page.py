@@ -86,7 +86,7 @@ BYTES = {"trix": int(5e9), EQUAL: int(9e9), ACTIVE: int(4e9)}
 class Stepper:
     """Trains in no time, and says that it took its way's."""
 
-    loss = 3.0
+    loss, norm = 3.0, 1.0
 
     def __init__(self, config, sequences):
         self.way = way_of(config)
@@ -115,13 +115,13 @@ def measured(monkeypatch, tmp_path):
     def served(config):
         return config, types.SimpleNamespace(nbytes=BYTES[way_of(config)])
 
-    def kernel_us(case):
-        return next(by_cupti) if case.needs_gpu else None
+    def kernel_row(case):
+        return {"kernel_us": next(by_cupti) if case.needs_gpu else None}
 
     monkeypatch.setattr(timing, "on_gpu", lambda: True)
     monkeypatch.setattr(timing, "interleaved", interleaved)
-    monkeypatch.setattr(products, "kernel_us", kernel_us)
-    monkeypatch.setattr(layer, "kernel_us", kernel_us)
+    monkeypatch.setattr(products, "by_cupti", kernel_row)
+    monkeypatch.setattr(layer, "by_cupti", kernel_row)
     monkeypatch.setattr(layer, "memory", lambda case: {})
     monkeypatch.setattr(language_model, "Stepper", Stepper)
     monkeypatch.setattr(language_model, "served", served)

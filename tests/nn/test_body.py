@@ -106,7 +106,7 @@ def test_attention_keeps_a_mask_and_segments_for_later_calls():
         layer.apply({**variables, **cache}, x[:, :1], decode=True, mutable=["cache"])
 
 
-@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("length", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_cache_that_is_full_inside_a_jit_gives_nan(length):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, D)), jnp.float32)
     layer = CausalSelfAttention(D, 2, cache_length=6, rotary=True)

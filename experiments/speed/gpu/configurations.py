@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from experiments.speed.gpu.products import Product, ours_of, products
 from experiments.speed.gpu.shapes import Shapes
-from experiments.speed.gpu.timing import Case, Row, kernel_us, timed
+from experiments.speed.gpu.timing import Case, Row, by_cupti, timed
 
 # Constants of trix_kernels.grouped_matmul.hopper that differ from the shipped ones.
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -51,7 +51,7 @@ def times(shapes: Shapes) -> Iterator[Row]:
                 kernel = Case(hopper_call(case), args, needs_gpu=True)
                 with constants(changed):
                     row = timed({name: kernel}, shapes)[name]
-                    row["kernel_us"] = kernel_us(kernel)
+                    row |= by_cupti(kernel)
                 about = {"tiles": tiles, "product": case.name, "constants": changed}
                 yield {"name": f"{case.name}: {name}", **about, **row}
 

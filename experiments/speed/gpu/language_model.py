@@ -27,6 +27,7 @@ from trix_jax.nn.transformer import TransformerConfig, TransformerLM
 WAYS = ("trix", EQUAL, ACTIVE)
 REFERENCE = "trix, xla"  # whose losses the others' are compared with
 BFLOAT16 = 2.0**-8  # relative distance of neighbours: how far two losses may be apart
+NORMS = 0.02  # and two norms of gradients, which tell a wrong backward pass sooner
 
 
 def configs(shapes: Shapes, tiles: int) -> dict[str, TransformerConfig]:
@@ -72,14 +73,14 @@ class Stepper:
         self.batch = np.random.default_rng(0).integers(0, most, shape, np.int32)
         step: Any = parallel.compile_step(make, devices, "jit")
         self.compiled = step.lower(state, self.batch).compile()
-        self.state, self.loss = state, float("nan")
+        self.state, self.loss, self.norm = state, float("nan"), float("nan")
 
     def __call__(self) -> float:
         """Seconds of a step."""
         began = time.perf_counter()
         self.state, metrics = self.compiled(self.state, self.batch)
         jax.block_until_ready((self.state, metrics))
-        self.loss = float(metrics.loss)
+        self.loss, self.norm = float(metrics.loss), float(metrics.grad_norm)
         return time.perf_counter() - began
 
     def step_loss(self) -> float:
@@ -100,54 +101,67 @@ class Stepper:
 
 def step(shapes: Shapes) -> Iterator[Row]:
     """Training steps of all models in turn."""
-    models = {
-        (tiles, name): config
-        for tiles in shapes.tiles
-        for name, config in configs(shapes, tiles).items()
-        if name in WAYS
-    }
-    # The dense twin of equal compute is the same for all.
-    steppers = {c: Stepper(c, shapes.sequences) for c in dict.fromkeys(models.values())}
+    kept: dict[TransformerConfig, Stepper] = {}
+    for tiles in shapes.tiles:
+        every = configs(shapes, tiles)
+        steppers = {
+            name: kept.get(every[name]) or Stepper(every[name], shapes.sequences)
+            for name in WAYS
+        }
+        # The dense twin of equal compute is the same for all.
+        kept = {every[ACTIVE]: steppers[ACTIVE]}
+        yield from _steps(shapes, tiles, steppers)
+
+
+def _steps(shapes: Shapes, tiles: int, steppers: dict[str, Stepper]) -> Iterator[Row]:
     for stepper in steppers.values():
         stepper()
-    taken = {config: [] for config in steppers}
+    taken: dict[str, list[float]] = {name: [] for name in steppers}
     for _ in range(shapes.rounds):
-        for config, stepper in steppers.items():
-            taken[config].append(1e6 * stepper())
+        for name, stepper in steppers.items():
+            taken[name].append(1e6 * stepper())
     tokens = shapes.sequences * shapes.context
-    for (tiles, name), config in models.items():
-        row: Row = {"tiles": tiles, "way": name, **summary(taken[config])}
+    for name, stepper in steppers.items():
+        row: Row = {"tiles": tiles, "way": name, **summary(taken[name])}
         row["tokens_per_second"] = round(1e6 * tokens / row["us"])
-        row |= steppers[config].about() | {"loss": steppers[config].loss}
+        row |= stepper.about() | {"loss": stepper.loss}
         yield {"name": f"step, {tiles} tiles: {name}", **row}
 
 
 def losses(shapes: Shapes) -> Iterator[Row]:
-    """Losses of a model of two layers on the kernels, beside XLA's path."""
+    """Losses, and norms of gradients, of a model of two layers on the kernels, beside
+    XLA's path.
+    """
     small = shapes._replace(layers=min(shapes.layers, 2))
     for tiles in shapes.tiles:
         found: dict[str, list[float]] = {}
+        norms: dict[str, list[float]] = {}
         for name, config in configs(small, tiles).items():
             if name.startswith("trix"):
                 stepper = Stepper(config, shapes.sequences)
-                found[name] = [stepper.step_loss() for _ in range(shapes.trains_for)]
+                found[name], norms[name] = [], []
+                for _ in range(shapes.trains_for):
+                    found[name].append(stepper.step_loss())
+                    norms[name].append(stepper.norm)
         for name, ours in found.items():
-            row = {"tiles": tiles, "way": name, "losses": ours}
-            row |= compared(ours, found[REFERENCE])
+            row = {"tiles": tiles, "way": name, "losses": ours, "norms": norms[name]}
+            far = compared(norms[name], norms[REFERENCE], NORMS, "norms")
+            row |= {"norms_apart": far.pop("apart")} | far
+            row |= compared(ours, found[REFERENCE], BFLOAT16, "losses")
             yield {"name": f"losses, {tiles} tiles: {name}", **row}
 
 
-def compared(ours: list[float], reference: list[float]) -> Row:
-    """How far losses are apart, `max_i |ours_i - reference_i| / |reference_i|`, and
-    `failed` where that is above bfloat16's step or any loss is not finite.
+def compared(ours: list[float], reference: list[float], most: float, what: str) -> Row:
+    """How far two lists are apart, `max_i |ours_i - reference_i| / |reference_i|`, and
+    `failed` where that is above `most` or any number is not finite.
     """
     a, b = np.array(ours), np.array(reference)
     if not np.isfinite(b).all():
-        return {"apart": None, "failed": f"{REFERENCE}: losses are not finite"}
+        return {"apart": None, "failed": f"{REFERENCE}: {what} are not finite"}
     if not np.isfinite(a).all():
-        return {"apart": None, "failed": "losses are not finite"}
+        return {"apart": None, "failed": f"{what} are not finite"}
     far = float(np.max(np.abs(a - b) / np.abs(b)))
-    failed = {"failed": f"losses {far:.2g} apart"} if not far <= BFLOAT16 else {}
+    failed = {"failed": f"{what} {far:.2g} apart"} if not far <= most else {}
     return {"apart": far, **failed}
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.speed.gpu.shapes import Shapes
-from experiments.speed.gpu.timing import Case, Row, kernel_us, timed
+from experiments.speed.gpu.timing import Case, Row, by_cupti, timed
 from trix_jax import dispatch, routing
 from trix_jax.lm.bench.timing import forward
 from trix_jax.nn.block import DenseFFN
@@ -80,7 +80,8 @@ def times(shapes: Shapes) -> Iterator[Row]:
                 about = {"tiles": tiles, "what": what, "way": name}
                 if how := getattr(models_of[name], "implementation", None):
                     about["implementation"] = how
-                row |= {"kernel_us": kernel_us(ways[name]), **memory(ways[name])}
+                if "us" in row:
+                    row |= by_cupti(ways[name]) | memory(ways[name])
                 yield {"name": f"{what}, {tiles} tiles: {name}", **about, **row}
 
 
@@ -98,7 +99,7 @@ def router(shapes: Shapes) -> Iterator[Row]:
     for tiles in shapes.tiles:
         for name, case in router_cases(shapes, tiles).items():
             row = timed({name: case}, shapes)[name]
-            about = {"tiles": tiles, "way": name, "kernel_us": kernel_us(case)}
+            about = {"tiles": tiles, "way": name, **by_cupti(case)}
             yield {"name": f"router, {tiles} tiles: {name}", **about, **row}
 
 

@@ -49,14 +49,16 @@ def is_there(package: str) -> bool:
 
 
 def clocks() -> Row:
-    """What `nvidia-smi` says of the clocks; empty where there is none."""
+    """What `nvidia-smi` says of the clocks; None where there is none, or it fails."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return {"nvidia_smi": None}
     command = [program, f"--query-gpu={CLOCKS}", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    values = [value.strip() for value in done.stdout.splitlines()[0].split(",")]
-    return {"nvidia_smi": dict(zip(CLOCKS.split(","), values, strict=True))}
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    values = [value.strip() for value in done.stdout.partition("\n")[0].split(",")]
+    names = CLOCKS.split(",")
+    is_whole = done.returncode == 0 and len(values) == len(names)
+    return {"nvidia_smi": dict(zip(names, values, strict=True)) if is_whole else None}
 
 
 def ceilings(shapes: Shapes) -> Iterator[Row]:

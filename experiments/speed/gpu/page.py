@@ -58,7 +58,7 @@ def shipped_us(found: dict[str, Any]) -> dict[str, float]:
 def rows_of(part: str) -> list[Row]:
     """The rows of the last line of a part that has some; none without a committed file."""
     lines = [line for line in record.read(GPU) if line["part"] == part]
-    return next((line["rows"] for line in reversed(lines) if "rows" in line), [])
+    return next((rows for line in reversed(lines) if (rows := record.rows(line))), [])
 
 
 def _us(row: Row) -> float:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.speed.gpu.shapes import Shapes
-from experiments.speed.gpu.timing import Case, Row, kernel_us, timed
+from experiments.speed.gpu.timing import Case, Row, by_cupti, timed
 from trix_jax import dispatch, ops
 from trix_jax.nn.activations import squared_relu
 from trix_kernels.grouped_matmul import (
@@ -322,8 +322,8 @@ def timed_product(
     for name, row in timed(cases, shapes).items():
         flops = 2 * case.rows * case.inputs * case.outputs
         is_ours = ran(case, ours.args[0]) if name == "ours" else {}
-        row |= {"kernel_us": None if "traced_only" in row else kernel_us(cases[name])}
-        if us := row["kernel_us"] or row.get("us"):
+        row |= by_cupti(cases[name]) if "us" in row else {}
+        if us := row.get("kernel_us") or row.get("us"):
             row["tflops"] = round(flops / us / 1e6, 1)
         about = {"tiles": case.tiles, "product": case.name, "way": name}
         yield {"name": f"{case.name}: {name}", **about, **is_ours, **row}

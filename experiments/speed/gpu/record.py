@@ -1,4 +1,4 @@
-"""`measured.jsonl`: a line a part, written when the part ends.
+"""`measured.jsonl`: a line a part, written when it begins and anew with every row.
 
 ```
 {"part": "layer", "shapes": "full", "device": "NVIDIA H100 80GB HBM3", "git_commit": ..., "finished": ..., "seconds": 51.2, "rows": [...]}
@@ -8,8 +8,8 @@
 A row whose check did not hold has `failed`, in words. The file is meant to be committed:
 errors are written by `portable`, without paths of the machine.
 
-A line is on the disk as a whole before the next part starts. What a process that was
-ended left of a line is cut off by the next one.
+A part that has not ended is `unfinished`: its line has the rows so far, and stays so if
+the process is ended. What such a process left of a line is cut off by the next one.
 """
 
 import json
@@ -58,19 +58,29 @@ def _parsed(path: Path, number: int, text: str) -> Line:
 
 
 def append(path: Path, line: Line) -> None:
-    """Adds a line, its numbers that are not finite as null, and returns when it is on the
-    disk.
+    """Adds a line, in the place of an unfinished one of the same part that ends the file,
+    its numbers that are not finite as null, and returns when it is on the disk.
     """
     text = json.dumps(_finite(line), allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
+    before = unfinished(path)
     with path.open("r+b" if path.exists() else "w+b") as file:
-        end = len(_whole(file.read()))
+        kept = _whole(file.read())
+        if before and before["part"] == line["part"]:
+            kept = _whole(kept[:-1])
+        end = len(kept)
         file.truncate(end)
         file.seek(end)
         file.write(text.encode("utf-8") + b"\n")
         file.flush()
         os.fsync(file.fileno())
     sync(path.parent)
+
+
+def unfinished(path: Path) -> Line | None:
+    """The line that ends the file, if its part has not ended."""
+    lines = read(path)
+    return lines[-1] if lines and lines[-1].get("unfinished") else None
 
 
 def _finite(value: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from experiments.speed.gpu import record
 from experiments.speed.gpu.shapes import Shapes
 from trix_jax.lm.bench.timing import Case as Chain
 from trix_jax.lm.bench.timing import interleaved
@@ -40,7 +41,8 @@ def timed(cases: dict[str, Case], shapes: Shapes) -> dict[str, Row]:
     """Each case's median and range in microseconds a call, by the clock, and how often
     the first case's time goes into it: above 1 a case is slower than the first.
 
-    A case that only a GPU runs is traced elsewhere, and its row says so.
+    A case that only a GPU runs is traced elsewhere, and its row says so. One but the first
+    that cannot run has an `error` in its row, and the others are timed.
     """
     rows: dict[str, Row] = {}
     chains: dict[str, Chain] = {}
@@ -49,7 +51,13 @@ def timed(cases: dict[str, Case], shapes: Shapes) -> dict[str, Row]:
             jax.eval_shape(case.call, *case.args)
             rows[name] = {"traced_only": True}
             continue
-        calls = _calls(case, shapes)
+        try:
+            calls = _calls(case, shapes)
+        except Exception as error:
+            if not rows:  # what is measured here, not a rival
+                raise
+            rows[name] = {"error": _said(error)}
+            continue
         rows[name] = {"calls": calls}
         chains[name] = (_chain(case.call, calls), *case.args)
     for name, seconds in interleaved(chains, shapes.rounds).items():
@@ -74,16 +82,25 @@ def summary(each: list[float]) -> Row:
     }
 
 
-def kernel_us(case: Case) -> float | None:
-    """CUPTI's median of a call; None where there is no GPU."""
+def by_cupti(case: Case) -> Row:
+    """CUPTI's median of a call, `kernel_us`; None where there is no GPU, or where it says
+    why it could not: the clock's time is there.
+    """
     if not on_gpu():
-        return None
+        return {"kernel_us": None}
     from jax.experimental.mosaic.gpu import profiler
 
-    _, taken = profiler.measure(case.call, iterations=measure.ROUNDS)(*case.args)
-    if taken is None:
-        raise RuntimeError("CUPTI saw no kernel of this call.")
-    return round(1e3 * statistics.median(taken), 3)
+    try:
+        _, taken = profiler.measure(case.call, iterations=measure.ROUNDS)(*case.args)
+        if taken is None:
+            raise RuntimeError("CUPTI saw no kernel of this call.")
+    except Exception as error:
+        return {"kernel_us": None, "kernel_error": _said(error)}
+    return {"kernel_us": round(1e3 * statistics.median(taken), 3)}
+
+
+def _said(error: Exception) -> str:
+    return record.portable(f"{type(error).__name__}: {error}")[:600]
 
 
 def _chain(call: Callable, calls: int) -> Callable:

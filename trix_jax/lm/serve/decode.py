@@ -89,7 +89,7 @@ def lined_up(
 
 def begin(seed: int, rows: int, end_token: int | None) -> Draws:
     """The draws of sequences that start: row r has the key of `seed + r`."""
-    keys = jnp.stack([jax.random.key(seed + row) for row in range(rows)])
+    keys = jax.vmap(jax.random.key)(seed + np.arange(rows))
     end = NOTHING if end_token is None else end_token
     return Draws(keys, jnp.int32(0), jnp.zeros(rows, bool), jnp.int32(end))
 
