@@ -165,12 +165,7 @@ def check_same(config: RunConfig, workdir: Path, store: Store) -> None:
     written, steps = run_config.load(path), config.train.steps
     if steps > written.train.steps:
         written = extend.with_steps(written, steps)
-    before, now = (provenance.flat(to_tree(c)) for c in (written, config))
-    if lines := provenance.changes(before, now):
-        raise ValueError(
-            f"{workdir} holds a run with other settings: {'; '.join(lines)}. Use "
-            "another workdir, or the same settings."
-        )
+    provenance.check_settings(workdir, written, config)
 
 
 def settle(
