@@ -102,7 +102,7 @@ def train(
         ):
             seconds = _loop(run, position, log, display, signals, trace)
         hosts.wait_for_all("the last step is saved")
-        return write_summary(run, seconds)
+        return write_summary(run, seconds, position.data_since)
 
 
 class Start(NamedTuple):

@@ -11,8 +11,12 @@ from trix_jax.lm.train import metrics
 from trix_jax.lm.train.run import Run
 
 
-def write_summary(run: Run, seconds: float) -> dict[str, Any]:
+def write_summary(run: Run, seconds: float, data_since: int) -> dict[str, Any]:
     """Writes and returns `summary.json`, from the lines of metrics.jsonl.
+
+    Args:
+        data_since: the step up to which evaluations do not count, being on other data
+            (`Position`).
 
     Raises:
         ValueError: the file does not hold the last evaluation, or holds what is no
@@ -26,6 +30,7 @@ def write_summary(run: Run, seconds: float) -> dict[str, Any]:
             f"{run.config.train.steps}, for a summary: its end is lost. The checkpoints "
             "are as they were."
         )
+    evals = [line for line in evals if line["step"] > data_since] or evals
     best, last = min(evals, key=lambda line: line["val_loss"]), evals[-1]
     summary = {
         "arm": run.config.arm,
