@@ -3,6 +3,7 @@ that names the file.
 """
 
 import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -13,9 +14,10 @@ import jax
 import numpy as np
 import pytest
 
-from trix_jax.lm.checkpoint import checkpoint
+from trix_jax.lm.checkpoint import checkpoint, step_files
 from trix_jax.lm.data import prepare
 from trix_jax.lm.serve.load import load_run, open_run_data
+from trix_jax.lm.train import metrics
 from trix_jax.lm.train.evaluate import evaluate
 from trix_jax.lm.train.loop import train
 
@@ -182,6 +184,46 @@ def test_other_data_is_refused_unless_asked_for(
         train(config, run, devices=one_device, report=quiet)
     done = train(config, run, devices=one_device, other_data=True, report=quiet)
     assert done["steps"] == 10
+
+
+@pytest.mark.slow
+def test_other_data_compares_nothing_with_that_of_before(
+    tiny_config, one_device, run_dir, tmp_path
+):
+    """Validation of another length, and a record on the former data that none beats."""
+    run, corpus = tmp_path / "run", tmp_path / "other.txt"
+    shutil.copytree(run_dir, run)
+    shutil.rmtree(run / "checkpoints" / "00000010")
+    text = Path(tiny_config.data.path).read_text()
+    corpus.write_text(text[1000:] + text[:1500])
+    data = dataclasses.replace(tiny_config.data, path=str(corpus))
+    prepare(data, tmp_path / "store", quiet)
+    data = dataclasses.replace(data, path=str(tmp_path / "store"))
+    config = dataclasses.replace(tiny_config, data=data)
+    log = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    (first, _) = (line for line in lines if line["event"] == "eval")
+    first["val_loss"] = 0.1
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    meta = checkpoint.read_meta(run / "checkpoints", 5)
+    _change_meta(run, 5, meta | {"val_loss": 0.1, "best_val_loss": 0.1})
+    done = train(config, run, devices=one_device, other_data=True, report=quiet)
+    *_, last = (line for line in metrics.read(log) if line["event"] == "eval")
+    assert last["routing_stability"] == []
+    assert done["best_val_loss"] == last["val_loss"] > 0.1
+    steps = run / "checkpoints"
+    assert checkpoint.read_meta(steps, 10)["best_val_loss"] == last["val_loss"]
+    assert checkpoint.resolve(steps, "best") == 10
+    (run / "summary.json").unlink()  # a kill before the summary: the same again
+    assert train(config, run, devices=one_device, report=quiet)["best_val_loss"] > 0.1
+
+
+def _change_meta(run: Path, step: int, meta: dict[str, Any]) -> None:
+    """Gives a step other notes, under a manifest that is right."""
+    path = run / "checkpoints" / f"{step:08d}"
+    (path / "meta.json").write_text(json.dumps(meta))
+    (path / "manifest.json").unlink()
+    step_files.write_manifest(path, step)
 
 
 def test_other_data_with_another_tokenizer_is_refused_and_nothing_is_overwritten(

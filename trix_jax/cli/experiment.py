@@ -9,6 +9,7 @@ from typing import Literal
 from trix_jax.cli.common import print_json, say
 from trix_jax.cli.train import Args as TrainArgs
 from trix_jax.lm.config import RunConfig
+from trix_jax.lm.experiment.check import check_ended
 from trix_jax.lm.experiment.job_files import render
 from trix_jax.lm.experiment.live import Table
 from trix_jax.lm.experiment.results import collect
@@ -18,6 +19,7 @@ from trix_jax.lm.experiment.spec import (
     RESULTS,
     Experiment,
     Spec,
+    check_name,
     prepare_data,
     read_experiment,
     read_notes,
@@ -119,8 +121,10 @@ def _run(
 ) -> int:
     report, names = say(args.json), {spec.name for spec in specs}
     workdir.mkdir(parents=True, exist_ok=True)
-    write_notes(experiment, workdir)
+    check_name(experiment, workdir)
     prepare_data(experiment, {spec.size for spec in specs}, workdir, report)
+    check_ended(experiment, workdir)
+    write_notes(experiment, workdir)
     if args.prepare_only:
         return 0
     slots, folder = make_slots(args.slots), workdir / "runs"

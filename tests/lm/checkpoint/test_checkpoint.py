@@ -272,6 +272,14 @@ def test_the_newest_two_and_the_best_are_kept(tmp_path):
     assert checkpoint.resolve(tmp_path, "4") == 4
 
 
+def test_the_best_is_of_the_newest_evaluated_data(tmp_path):
+    meta = [("a", 1.0), ("b", 3.0), ("b", 2.0), ("b", 2.5), ("b", 2.6), ("c", None)]
+    for step, (data, loss) in enumerate(meta):
+        save_small(tmp_path, step, data_fingerprint=data, val_loss=loss)
+    assert checkpoint.steps(tmp_path) == [2, 4, 5]
+    assert checkpoint.resolve(tmp_path, "best") == 2
+
+
 def test_a_damaged_step_does_not_count_among_those_kept(tmp_path):
     save_small(tmp_path, 1)
     (save_small(tmp_path, 2) / "meta.json").unlink()

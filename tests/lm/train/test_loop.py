@@ -104,6 +104,29 @@ def test_train_interrupted_after_five_steps_goes_on_bit_for_bit(
 
 
 @pytest.mark.slow
+def test_train_again_leaves_what_a_finished_run_says_of_its_origin(
+    tiny_config, one_device, run_dir, tmp_path
+):
+    done = tmp_path / "done"
+    shutil.copytree(run_dir, done)
+    for name, values in (
+        ("env.json", {"cpu": "another machine"}),
+        ("summary.json", {"git_commit": "another commit", "seconds": 1.5}),
+    ):
+        tree = json.loads((done / name).read_text()) | values
+        (done / name).write_text(json.dumps(tree))
+    names = ("env.json", "summary.json", "metrics.jsonl")
+    before = {name: (done / name).read_bytes() for name in names}
+    summary = train(tiny_config, done, devices=one_device, report=quiet)
+    assert summary["git_commit"] == "another commit"
+    assert {name: (done / name).read_bytes() for name in names} == before
+    (done / "summary.json").unlink()  # a kill before it: this process ends the run
+    again = train(tiny_config, done, devices=one_device, report=quiet)
+    assert again["git_commit"] != "another commit"
+    assert "another machine" not in (done / "env.json").read_text()
+
+
+@pytest.mark.slow
 def test_train_eight_devices_match_one_within_addition_order(
     tiny_config, run_dir, tmp_path
 ):

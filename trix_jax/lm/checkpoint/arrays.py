@@ -95,7 +95,9 @@ def nbytes(leaf: Any) -> int:
 
 
 def empty(text: str) -> np.ndarray:
-    """The array of a description that has no elements, and so was not stored."""
+    """An array of zeros that has a description: all there is of one without elements,
+    which was not stored.
+    """
     return np.zeros(_shape(text), jnp.dtype(text.partition("[")[0]))
 
 

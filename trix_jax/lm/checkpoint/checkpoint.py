@@ -78,7 +78,7 @@ def save(
         state: pytree of jax and numpy arrays, typed PRNG keys and Python numbers; None
             means absent.
         meta: what JSON can hold; a finite `val_loss` takes part in the choice of the
-            best step.
+            best step, where a later one with another `data_fingerprint` has none.
         keep: at least 1.
         hold: numbers of steps that stay.
 
@@ -134,8 +134,8 @@ def newest_good(
 
 
 def resolve(directory: Path, which: str | int, *, report: Report = _print) -> int:
-    """The step meant by "latest", "best" (lowest finite val_loss, the earlier of
-    equals) or a number.
+    """The step meant by "latest", "best" (lowest finite val_loss on the data of the
+    newest that has one, the earlier of equals) or a number.
 
     Raises:
         CheckpointError: there is none, or the named step is missing or damaged.
@@ -231,6 +231,11 @@ def read_meta(directory: Path, step: int) -> dict[str, Any]:
     return read_json(step_files.step_path(directory, step) / "meta.json")
 
 
+def read_leaves(directory: Path, step: int) -> dict[str, str]:
+    """Type and shape of every leaf of a step by its path, as they stand there."""
+    return read_json(step_files.step_path(directory, step) / "leaves.json")
+
+
 def fingerprint(directory: Path, step: int) -> str:
     """sha256 of a step: of its manifest, which has that of every file."""
     return read_json(step_files.step_path(directory, step) / "manifest.json")["sha256"]
@@ -279,13 +284,18 @@ def _good(directory: Path, among: Iterable[int], report: Report) -> Iterator[int
 
 
 def _by_loss(directory: Path) -> list[int]:
-    """The steps with a finite val_loss, the best first."""
+    """The steps with a finite val_loss, the best first. Losses on two data sets are not
+    compared: those on the newest one's data come before the others.
+    """
     found = []
     for step in steps(directory):
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            meta = read_json(step_files.step_path(directory, step) / "meta.json")
-            found.append((float(meta["val_loss"]), step))
-    return [step for loss, step in sorted(found) if math.isfinite(loss)]
+            meta = read_meta(directory, step)
+            if math.isfinite(loss := float(meta["val_loss"])):
+                found.append((loss, step, meta.get("data_fingerprint")))
+    present = found[-1][2] if found else None
+    ordered = sorted(found, key=lambda one: (one[2] != present, one[:2]))
+    return [step for _, step, _ in ordered]
 
 
 def _check_space(directory: Path, stored: Any) -> None:

@@ -37,6 +37,11 @@ def is_done(spec: Spec, folder: Path) -> bool:
     return summary["steps"] == spec.steps and (directory / "REPORT.md").is_file()
 
 
+def has_ended(spec: Spec, folder: Path) -> bool:
+    """Whether a run is a result: it is done, or it diverged."""
+    return is_done(spec, folder) or is_diverged(folder / spec.name)
+
+
 def is_diverged(directory: Path) -> bool:
     """Whether the last thing a run said is that it stopped because it diverged."""
     if (directory / "summary.json").exists():

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from trix_jax.files import read_json, write_whole
 from trix_jax.lm.accounting import costs
 from trix_jax.lm.config import SAMPLER_BEFORE, load
-from trix_jax.lm.experiment.directory import held, is_diverged, is_done
+from trix_jax.lm.experiment.directory import has_ended, held, is_diverged
 from trix_jax.lm.experiment.spec import Spec, name_of, public_command
 from trix_jax.lm.report.record import read_run
 
@@ -127,10 +127,9 @@ def collect(specs: Sequence[Spec], folder: Path, path: Path) -> list[Result]:
     with held(folder / LOCK):
         known, found = {one.name: one for one in read(path)}, []
         for spec in specs:
-            directory = folder / spec.name
-            if is_done(spec, folder) or is_diverged(directory):
+            if has_ended(spec, folder):
                 found.append(result_of(spec, folder))
-            elif spec.name in known and not directory.exists():
+            elif spec.name in known and not (folder / spec.name).exists():
                 found.append(known[spec.name])
         write(path, found)
     return found

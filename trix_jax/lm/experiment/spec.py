@@ -151,13 +151,19 @@ def read_experiment(
     return experiment
 
 
-def write_notes(experiment: Experiment, workdir: Path) -> None:
-    """Notes what is asked; a directory holds one experiment."""
+def check_name(experiment: Experiment, workdir: Path) -> None:
+    """Raises a ValueError if a directory holds another experiment."""
     path = workdir / NOTES
     if path.exists() and (before := read_json(path)["name"]) != experiment.name:
         raise ValueError(
             f"{workdir} holds the experiment {before!r}. Got {experiment.name!r}: use another workdir."
         )
+
+
+def write_notes(experiment: Experiment, workdir: Path) -> None:
+    """Notes what is asked; a directory holds one experiment."""
+    check_name(experiment, workdir)
+    path = workdir / NOTES
     words = {key: getattr(experiment, key) for key in ("name", *WORDS)}
     write_json(path, words | {"runs": [spec._asdict() for spec in experiment.specs]})
 

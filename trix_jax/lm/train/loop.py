@@ -102,7 +102,7 @@ def train(
         ):
             seconds = _loop(run, position, log, display, signals, trace)
         hosts.wait_for_all("the last step is saved")
-        return write_summary(run, seconds)
+        return write_summary(run, seconds, position)
 
 
 class Start(NamedTuple):
@@ -200,7 +200,7 @@ def _settle(
             extend.extend(run.workdir, before, steps, step, report)
     if source:
         initial.write_record(run.workdir, source)
-    settle(run.config, run.workdir, run.store, run.devices)
+    settle(run, step)
 
 
 def _loop(

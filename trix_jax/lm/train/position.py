@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trix_jax.lm.checkpoint import checkpoint
+from trix_jax.lm.checkpoint import arrays, checkpoint
 from trix_jax.lm.data import Store
 from trix_jax.lm.train import extend, parallel, provenance
 from trix_jax.lm.train.evaluate import ROUTES_KEPT
@@ -22,9 +22,10 @@ class Position(NamedTuple):
     Attributes:
         state: on the host at the start, and then as it lies on the devices.
         routes: tiles of the validation tokens at the last evaluation.
-        best: lowest validation loss.
+        best: lowest validation loss on the present data.
         seconds: trained so far.
         skipped: steps in a row, up to this one, without a finite loss and gradient.
+        data_since: the step after which the present data came; 0 without other data.
     """
 
     step: int
@@ -33,6 +34,7 @@ class Position(NamedTuple):
     best: float
     seconds: float
     skipped: int
+    data_since: int = 0
 
 
 def check_data(workdir: Path, step: int, store: Store) -> None:
@@ -52,7 +54,8 @@ def restore(
     report: Report,
     weights: dict[str, Any] | None = None,
 ) -> Position:
-    """Where training starts: a fresh state, or that of a checkpoint.
+    """Where training starts: a fresh state, or that of a checkpoint. Losses and routes
+    on other data are not carried on: nothing on this data compares to them.
 
     Args:
         weights: of a new run, in place of random ones (`initial.read`).
@@ -65,20 +68,24 @@ def restore(
     if step is None:
         state = state if weights is None else _started_from(run, state, weights)
         return Position(0, state, routes, math.inf, 0.0, 0)
-    tree, meta = checkpoint.restore(
-        run.checkpoints, step, {**state._asdict(), "routes": routes}
-    )
-    if meta["data_fingerprint"] == run.store.fingerprint:
-        tokenizer, what = (
-            run.workdir / "tokenizer.json",
-            f"step {step} of {run.workdir}",
-        )
-        provenance.check(meta, run.config, tokenizer, step, what)
-    routes = np.asarray(tree.pop("routes"))
+    before = checkpoint.read_meta(run.checkpoints, step)["data_fingerprint"]
+    is_other = before != run.store.fingerprint
+    leaves = checkpoint.read_leaves(run.checkpoints, step)
+    stored = arrays.empty(leaves["routes"]) if is_other else routes
+    template = {**state._asdict(), "routes": stored}
+    tree, meta = checkpoint.restore(run.checkpoints, step, template)
+    stored = np.asarray(tree.pop("routes"))
+    if is_other:
+        meta |= {"best_val_loss": None, "data_since": step}
+    else:
+        name = f"step {step} of {run.workdir}"
+        provenance.check(meta, run.config, run.workdir / "tokenizer.json", step, name)
+        routes = stored
     report(f"resuming {run.workdir} from step {step}")
-    best = meta["best_val_loss"] if meta["best_val_loss"] is not None else math.inf
+    best = math.inf if meta["best_val_loss"] is None else meta["best_val_loss"]
     seconds, skipped = meta["seconds"], meta.get("skipped", 0)
-    return Position(step, TrainState(**tree), routes, best, seconds, skipped)
+    since, state = meta.get("data_since", 0), TrainState(**tree)
+    return Position(step, state, routes, best, seconds, skipped, since)
 
 
 def _started_from(run: Run, state: TrainState, weights: dict[str, Any]) -> TrainState:
@@ -96,6 +103,7 @@ def save(run: Run, position: Position, val_loss: float | None) -> None:
         "best_val_loss": position.best if math.isfinite(position.best) else None,
         "seconds": position.seconds,
         "skipped": position.skipped,
+        "data_since": position.data_since,
         **provenance.notes(run.config, run.store),
     }
     if run.init_from:

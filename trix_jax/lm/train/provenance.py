@@ -75,6 +75,17 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
+def check_settings(workdir: Path, before: RunConfig, now: RunConfig) -> None:
+    """Raises a ValueError that names the settings unless a run that is there has those
+    that are asked for.
+    """
+    if lines := changes(*(flat(to_tree(config)) for config in (before, now))):
+        raise ValueError(
+            f"{workdir} holds a run with other settings: {'; '.join(lines)}. Use "
+            "another workdir, or the same settings."
+        )
+
+
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """A nested config with dotted names."""
     values: dict[str, Any] = {}

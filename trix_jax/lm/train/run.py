@@ -15,7 +15,7 @@ import jax
 import optax
 import yaml
 
-from trix_jax.files import write_json, write_whole, writing
+from trix_jax.files import read_json, write_json, write_whole, writing
 from trix_jax.lm import config as run_config
 from trix_jax.lm.checkpoint import checkpoint
 from trix_jax.lm.config import RunConfig, to_tree
@@ -165,22 +165,36 @@ def check_same(config: RunConfig, workdir: Path, store: Store) -> None:
     written, steps = run_config.load(path), config.train.steps
     if steps > written.train.steps:
         written = extend.with_steps(written, steps)
-    before, now = (provenance.flat(to_tree(c)) for c in (written, config))
-    if lines := provenance.changes(before, now):
-        raise ValueError(
-            f"{workdir} holds a run with other settings: {'; '.join(lines)}. Use "
-            "another workdir, or the same settings."
-        )
+    provenance.check_settings(workdir, written, config)
 
 
-def settle(
-    config: RunConfig, workdir: Path, store: Store, devices: list[jax.Device]
-) -> None:
-    """Writes the resolved config, the tokenizer and the environment."""
-    tokenizer = (store.directory / "tokenizer.json").read_bytes()
+def finished(run: Run, step: int | None) -> dict[str, Any] | None:
+    """The summary of a run that goes on from its last step; None if there is anything
+    to train, or no summary of all steps.
+    """
+    summary = _read(run.workdir / "summary.json")
+    is_last = step == run.config.train.steps
+    return summary if is_last and summary and summary.get("steps") == step else None
+
+
+def settle(run: Run, step: int | None) -> None:
+    """Writes the resolved config, the tokenizer and the environment; that of a run
+    which is finished stays, since it says where its numbers come from.
+    """
+    workdir, tree = run.workdir, to_tree(run.config)
+    tokenizer = (run.store.directory / "tokenizer.json").read_bytes()
     workdir.mkdir(parents=True, exist_ok=True)
-    write_whole(
-        workdir / "config.yaml", yaml.safe_dump(to_tree(config), sort_keys=False)
-    )
+    write_whole(workdir / "config.yaml", yaml.safe_dump(tree, sort_keys=False))
     write_whole(workdir / "tokenizer.json", tokenizer)
-    write_json(workdir / "env.json", metrics.environment(devices))
+    path = workdir / "env.json"
+    if not finished(run, step) or not _read(path):
+        write_json(path, metrics.environment(run.devices))
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None where it is missing or damaged."""
+    try:
+        found = read_json(path)
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None

@@ -8,11 +8,17 @@ from trix_jax.lm import hosts
 from trix_jax.lm.accounting import costs
 from trix_jax.lm.config import fingerprint
 from trix_jax.lm.train import metrics
-from trix_jax.lm.train.run import Run
+from trix_jax.lm.train.position import Position
+from trix_jax.lm.train.run import Run, finished
 
 
-def write_summary(run: Run, seconds: float) -> dict[str, Any]:
-    """Writes and returns `summary.json`, from the lines of metrics.jsonl.
+def write_summary(run: Run, seconds: float, start: Position) -> dict[str, Any]:
+    """Writes and returns `summary.json`, from the lines of metrics.jsonl; that of a run
+    which was finished before stays.
+
+    Args:
+        start: where the run was when this process began; evaluations on other data
+            do not count.
 
     Raises:
         ValueError: the file does not hold the last evaluation, or holds what is no
@@ -26,6 +32,9 @@ def write_summary(run: Run, seconds: float) -> dict[str, Any]:
             f"{run.config.train.steps}, for a summary: its end is lost. The checkpoints "
             "are as they were."
         )
+    if summary := finished(run, start.step):
+        return summary
+    evals = [line for line in evals if line["step"] > start.data_since] or evals
     best, last = min(evals, key=lambda line: line["val_loss"]), evals[-1]
     summary = {
         "arm": run.config.arm,

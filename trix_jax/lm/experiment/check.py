@@ -1,0 +1,60 @@
+"""Whether the runs of a directory that have ended are those that are asked for: a name
+says size, arm and seed, and nothing of `set`.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from trix_jax.lm.checkpoint import checkpoint
+from trix_jax.lm.config import RunConfig, load
+from trix_jax.lm.data import is_store
+from trix_jax.lm.data.store import read_manifest
+from trix_jax.lm.experiment.directory import has_ended
+from trix_jax.lm.experiment.spec import Experiment
+from trix_jax.lm.train.provenance import check_settings
+
+
+def check_ended(experiment: Experiment, workdir: Path) -> None:
+    """Compares every run that has ended to what is asked for now; reads alone.
+
+    Raises:
+        ValueError: one has other settings or other data; names it and them.
+    """
+    folder = workdir / "runs"
+    for spec in experiment.specs:
+        if has_ended(spec, folder):
+            directory = folder / spec.name
+            asked = experiment.configs[spec.size, spec.arm]
+            asked = dataclasses.replace(asked, seed=spec.seed)
+            written = load(directory / "config.yaml")
+            check_settings(directory, written, _filled_in(asked, written))
+            _check_data(directory, workdir / spec.store)
+
+
+def _filled_in(asked: RunConfig, written: RunConfig) -> RunConfig:
+    """With what training fills in (`trix_jax.lm.config.resolve`) as the run has it: the
+    tokenizer's numbers, which belong to the data, and a sampler that is left open.
+    """
+    own = {name: getattr(written.model, name) for name in ("vocab_size", "end_token")}
+    sampler = asked.train.sampler or written.train.sampler
+    return dataclasses.replace(
+        asked,
+        model=dataclasses.replace(asked.model, **own),
+        train=dataclasses.replace(asked.train, sampler=sampler),
+    )
+
+
+def _check_data(directory: Path, store: Path) -> None:
+    """Raises a ValueError if a run's newest checkpoint was trained on another store;
+    without a checkpoint or the store nobody can tell.
+    """
+    checkpoints = directory / "checkpoints"
+    steps = checkpoint.steps(checkpoints)
+    if not steps or not is_store(store):
+        return
+    before = checkpoint.read_meta(checkpoints, steps[-1])["data_fingerprint"]
+    if before != (now := read_manifest(store)["fingerprint"]):
+        raise ValueError(
+            f"{directory} holds a run on other data: its fingerprint is {before[:12]}, "
+            f"that of {store} is {now[:12]}. Use another workdir, or the same data."
+        )
