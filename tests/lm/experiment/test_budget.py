@@ -1,7 +1,11 @@
 """What an experiment is expected to need."""
 
-import pytest
+import json
 
+import pytest
+import yaml
+
+from trix_jax.cli import experiment
 from trix_jax.lm.accounting import costs
 from trix_jax.lm.config import RunConfig, TrainConfig
 from trix_jax.lm.data import DataConfig
@@ -17,7 +21,11 @@ def test_budget_without_the_compiler_counts_and_models(monkeypatch, models, tmp_
         train=TrainConfig(steps=100, batch_size=16),
     )
     text, (row,) = budget.estimate(
-        {("s", "lookup"): config}, 3, 3.0, "the command", lambda _: None
+        {("s", "lookup"): config},
+        {("s", "lookup"): 3},
+        3.0,
+        "the command",
+        lambda _: None,
     )
     assert row["params"] == costs(models["lookup"]).total
     assert row["peak_bytes"] is None
@@ -25,6 +33,22 @@ def test_budget_without_the_compiler_counts_and_models(monkeypatch, models, tmp_
     assert row["usd"] == pytest.approx(3 * budget.SLACK * row["h100_hours"] * 3.0)
     assert "A dash was not compiled" in text
     assert text.endswith("Made by `the command`.")
+
+
+def test_dry_run_charges_every_arm_its_own_seeds(small, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(budget.train_steps, "compiler", lambda: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tree = yaml.safe_load(small.read_text()) | {"arm_seeds": {"dense": [3]}}
+    small.write_text(yaml.safe_dump(tree))
+    assert experiment.main([str(small), "--dry-run", "--json"]) == 0
+    out, err = capsys.readouterr()
+    told = json.loads(out)
+    lookup, dense = told["budget"]
+    assert (told["runs"], lookup["runs"], dense["runs"]) == (3, 2, 1)
+    for row in told["budget"]:
+        a_run = budget.SLACK * row["h100_hours"] * 3.0
+        assert row["usd"] == pytest.approx(row["runs"] * a_run)
+    assert "with one seed no difference has an interval" in err
 
 
 @pytest.mark.slow
