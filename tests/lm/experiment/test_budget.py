@@ -51,6 +51,16 @@ def test_dry_run_charges_every_arm_its_own_seeds(small, monkeypatch, capsys, tmp
     assert "with one seed no difference has an interval" in err
 
 
+def test_bytes_of_a_token_are_34_a_channel_and_5_a_head_and_key(models):
+    # Few products: memory is what takes the step's time.
+    config = RunConfig(model=models["dense"], train=TrainConfig(batch_size=2**20))
+    tokens, a_layer = 2**20 * 16, 34 * 16 + 5 * 2 * 16
+    num_bytes = 4 * tokens * (a_layer + 4 * 64) + 28 * costs(models["dense"]).total
+    bandwidth = budget.train_steps.GPUS["h100"].bandwidth
+    seconds = budget.step_seconds(config, "h100")
+    assert seconds == pytest.approx(num_bytes / bandwidth)
+
+
 @pytest.mark.slow
 def test_compile_case_compiles_a_step_for_an_absent_gpu(models):
     python = budget.train_steps.compiler()

@@ -4,11 +4,12 @@ compile, time and money by a model.
     step >= max(6 * tokens * MACs / peak, bytes / bandwidth)
 
 MACs a token: attention's projections, its scores over the whole context, the FFNs as
-counted in `accounting`, the head. Bytes a token: 34 D of bfloat16 activations a layer
-(Korthikanti et al., 2022, https://arxiv.org/abs/2205.05198), the logits in float32, each
-written and read forward and backward; and 28 bytes a parameter and update. Nothing is
-autotuned and launches are not counted, so that this is the least a step can take: the
-budget takes `SLACK` times it, and the first hundred steps tell.
+counted in `accounting`, the head. Bytes a token: `34 D + 5 a s` of activations a layer,
+16-bit ones, with a heads and s tokens of context (Korthikanti et al., 2022,
+https://arxiv.org/abs/2205.05198), and the logits in float32, each written and read
+forward and backward; and 28 bytes a parameter and update. Nothing is autotuned and
+launches are not counted, so that this is the least a step can take: the budget takes
+`SLACK` times it, and the first hundred steps tell.
 """
 
 import dataclasses
@@ -89,9 +90,9 @@ def macs_per_token(c: TransformerConfig) -> int:
 
 
 def _bytes_per_token(c: TransformerConfig) -> int:
-    """Bytes that a step reads and writes, a token."""
+    """Bytes that a step reads and writes, a token: Korthikanti's are bytes already."""
     assert c.vocab_size is not None
-    layers = c.n_layers * (2 * 34 * c.d_model + 5 * c.n_heads * c.context)
+    layers = c.n_layers * (34 * c.d_model + 5 * c.n_heads * c.context)
     return 4 * (layers + 4 * c.vocab_size)
 
 
