@@ -8,7 +8,7 @@ import yaml
 from trix_jax.cli import experiment
 from trix_jax.lm.accounting import costs
 from trix_jax.lm.config import RunConfig, TrainConfig
-from trix_jax.lm.data import DataConfig
+from trix_jax.lm.data import DataConfig, prepare
 from trix_jax.lm.experiment import budget
 
 
@@ -59,6 +59,15 @@ def test_bytes_of_a_token_are_34_a_channel_and_5_a_head_and_key(models):
     bandwidth = budget.train_steps.GPUS["h100"].bandwidth
     seconds = budget.step_seconds(config, "h100")
     assert seconds == pytest.approx(num_bytes / bandwidth)
+
+
+def test_vocabulary_of_a_store_is_its_tokenizer_s(tmp_path):
+    (tmp_path / "a.txt").write_text("abcd" * 50)
+    text = DataConfig(source="text", path=str(tmp_path / "a.txt"), tokenizer="char")
+    store = prepare(text, tmp_path / "store", lambda _: None)
+    data = DataConfig(path=str(store.directory), tokenizer="bpe")
+    filled = budget.filled(RunConfig(data=data))
+    assert filled.model.vocab_size == store.tokenizer.vocab_size < 10
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +25,8 @@ from trix_jax.files import cache_folder, json_sha256, read_json, write_json
 from trix_jax.lm import aot as train_steps
 from trix_jax.lm.accounting import costs
 from trix_jax.lm.config import RunConfig, resolve
-from trix_jax.lm.data import BPE_SIZE, own_tokenizer
+from trix_jax.lm.data import BPE_SIZE, is_store, load_tokenizer, own_tokenizer
+from trix_jax.lm.data.store import TOKENIZER
 from trix_jax.nn.transformer import TransformerConfig
 
 SLACK = 3.0
@@ -168,9 +170,11 @@ def _code() -> str:
 
 
 def _vocabulary(config: RunConfig) -> int:
+    data = config.data
+    if data.path and is_store(data.path):
+        return load_tokenizer(Path(data.path) / TOKENIZER).vocab_size
     if config.model.vocab_size:
         return config.model.vocab_size
-    data = config.data
     if data.tokenizer in (known := {"byte": 257, "char": 100}):
         return known[data.tokenizer]
     if data.tokenizer == "bpe":
