@@ -117,7 +117,8 @@ def _what(model: TransformerLM, variables: Variables) -> str:
 
 def _addresses(c: TransformerConfig, variables: Variables) -> str:
     """How a token finds its tiles."""
-    flat, source = flatten_dict(variables), c.routing.source
+    flat: dict[tuple[str, ...], Any] = flatten_dict(variables)
+    source = c.routing.source
     is_held = any(np.any(v) for path, v in flat.items() if path[-1] == "held")
     text = HELD if source == "weights" and is_held else ADDRESSES[source]
     if source == "hash" and c.router_input == "pair":
