@@ -61,15 +61,8 @@ def write_card(directory: str | Path, store: Store, about: dict[str, Any]) -> Pa
         name: (directory / name).stat().st_size for name in (WEIGHTS, CONFIG, TOKENIZER)
     }
     is_packed = _is_packed(variables)
-    tags = "trix, ternary, 2-bit, jax, flax" if is_packed else "trix, jax, flax"
-    kind = model.config.ffn
-    title = (
-        "A dense language model"
-        if kind == "dense"
-        else f"A TriX language model ({kind})"
-    )
     parts = [
-        f"{HEAD.format(tags=tags)}\n# {title}",
+        _head(model.config.ffn, is_packed),
         _what(model, variables),
         "## Results",
         _results(result, floors, is_packed),
@@ -85,6 +78,13 @@ def write_card(directory: str | Path, store: Store, about: dict[str, Any]) -> Pa
     path = directory / CARD
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path
+
+
+def _head(ffn: str, is_packed: bool) -> str:
+    tags = "trix, ternary, 2-bit, jax, flax" if is_packed else "trix, jax, flax"
+    is_dense = ffn == "dense"
+    title = "A dense language model" if is_dense else f"A TriX language model ({ffn})"
+    return f"{HEAD.format(tags=tags)}\n# {title}"
 
 
 def _is_packed(variables: Variables) -> bool:
