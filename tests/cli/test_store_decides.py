@@ -53,6 +53,22 @@ def test_typed_flag_that_contradicts_the_store_names_both_values(
     assert not (tmp_path / "new").exists()
 
 
+def test_prepare_of_a_store_says_where_that_is_and_does_not_rebuild_it(
+    store, tmp_path, capsys
+):
+    path, new = str(store.directory), tmp_path / "new"
+    argv = ["prepare", "--workdir", str(new), "--data.path", path]
+    assert main([*argv, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["workdir"] == path
+    assert f"{path}: fingerprint {store.fingerprint}" in err
+    assert main([*argv, "--rebuild"]) == 2
+    said = capsys.readouterr().err
+    assert "path must be text, or tokens, to rebuild a store from." in said
+    assert f"Got the store {path}." in said
+    assert not new.exists()
+
+
 @pytest.mark.slow
 def test_preset_yields_to_the_store_and_the_run_records_what_is_true(
     store, preset, tmp_path

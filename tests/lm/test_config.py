@@ -173,6 +173,18 @@ def test_costs_of_lookups_by_hand():
     assert costs(shared).ffn_active == 48 * 128 + compressor + 8 * (2 + 128)
 
 
+@pytest.mark.parametrize("ffn", ["sparse", "hierarchical", "lookup"])
+def test_costs_of_a_hash_have_scores_in_training_alone(ffn):
+    sizes = {"vocab_size": 65, "n_layers": 1, "num_tiles": 16, "tiles_per_cluster": 4}
+    by_weights = TransformerConfig(ffn=ffn, **sizes)
+    by_hash = dataclasses.replace(by_weights, routing=RoutingConfig(source="hash"))
+    scores = 16 if ffn == "sparse" else 4 + 4
+    assert costs(by_weights).ffn_active - costs(by_hash).ffn_active == 128 * scores
+    assert active_width(by_weights) - active_width(by_hash) == scores / 2
+    cost = costs(by_hash)
+    assert cost.ffn_active_training - cost.ffn_active == 128 * 16  # of the losses
+
+
 def test_learning_rate_schedule_warms_up_and_ends_at_its_share():
     config = cfg.TrainConfig(steps=100, warmup_steps=10, learning_rate=1.0)
     schedule = learning_rate_schedule(config)

@@ -229,7 +229,7 @@ def test_compilation_that_cannot_be_kept_is_said_and_counted(no_cache, monkeypat
     monkeypatch.setattr(steps, "compiler", lambda: "python")
     monkeypatch.setattr(steps, "compile_case", lambda *_: done)
     models = {("s", "a"): RunConfig()}
-    _, (row,) = budget.estimate(models, 1, 1.0, "command", said.append)
+    _, (row,) = budget.estimate(models, {("s", "a"): 1}, 1.0, "command", said.append)
     assert row["peak_bytes"] == 7
     told = [line for line in said if line.startswith("the compilation is not kept")]
     assert len(told) == 1

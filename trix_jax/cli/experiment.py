@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -101,10 +102,10 @@ def _say_budget(
     """Markdown on standard output, or JSON; what goes on, on standard error."""
     from trix_jax.lm.experiment.budget import estimate
 
-    arms = dict.fromkeys((spec.size, spec.arm) for spec in specs)
+    runs = Counter((spec.size, spec.arm) for spec in specs)
     text, rows = estimate(
-        {arm: experiment.configs[arm] for arm in arms},
-        len({spec.seed for spec in specs}),
+        {arm: experiment.configs[arm] for arm in runs},
+        runs,
         args.usd_per_hour,
         f"trix-jax experiment {path} --dry-run",
         say(True),

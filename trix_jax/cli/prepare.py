@@ -53,11 +53,11 @@ def main(argv: list[str]) -> None:
     with Signals() as signals, signals.at_once(state):
         changed = "rebuild" if args.rebuild else "refuse"
         store = prepare(data, args.workdir, report, context, changed)
-    report(f"{args.workdir}: fingerprint {store.fingerprint}")
+    report(f"{store.directory}: fingerprint {store.fingerprint}")
     if args.json:
         print_json(
             {
-                "workdir": args.workdir,
+                "workdir": str(store.directory),
                 "fingerprint": store.fingerprint,
                 "vocab_size": store.tokenizer.vocab_size,
                 "train_tokens": len(store.train),

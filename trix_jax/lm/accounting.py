@@ -28,11 +28,12 @@ class Costs(NamedTuple):
         total: parameters of the whole model.
         ffn: parameters of the FFNs, their norms and scales included.
         ffn_active: multiply-accumulates of the FFNs per token in evaluation and serving,
-            routing scores included: with clusters `C + top_k_clusters * N / C` scores.
+            routing scores included: with clusters `C + top_k_clusters * N / C` scores,
+            by a hash none.
         ffn_bits: bits of the FFN weights as served: ternary at 2 plus scales,
             everything else at 16.
         ffn_active_training: `ffn_active` of a forward pass in training, where a balance
-            loss over all tiles needs their scores: with clusters `C + N`.
+            loss over all tiles needs their scores: with clusters `C + N`, by a hash N.
         routing_bits: bits that routing stores beside the FFN weights as served, at 16 a
             number: signatures, biases, clusters and, where scores are held, the copy of
             the embedding's rows. A hash stores nothing, a learned router's rows are
@@ -141,7 +142,11 @@ def _active(c: TransformerConfig, training: bool = False) -> int:
 
 
 def _scoring(c: TransformerConfig, training: bool = False) -> int:
-    """Multiply-accumulates of a layer's scores for a token."""
+    """Multiply-accumulates of a layer's scores for a token; a hash has them for its
+    losses alone.
+    """
+    if c.routing.source == "hash":
+        return c.d_model * c.num_tiles if training else 0
     if c.ffn == "lookup" or c.ffn == "hierarchical":
         clusters = c.num_tiles // c.tiles_per_cluster
         scores_all = training and c.routing.balance_over == "all"
@@ -149,8 +154,7 @@ def _scoring(c: TransformerConfig, training: bool = False) -> int:
         scores = clusters + looked_at * c.tiles_per_cluster
     else:
         scores = c.num_tiles
-    is_hash = c.routing.source == "hash" and c.ffn != "lookup"
-    return 0 if is_hash else c.d_model * scores
+    return c.d_model * scores
 
 
 def _routing_bits(c: TransformerConfig, tables: int) -> int:

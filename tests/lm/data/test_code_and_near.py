@@ -98,6 +98,21 @@ def test_license_of_a_mixed_file_is_not_permissive(tmp_path):
     assert license_of(tmp_path) is None
 
 
+@pytest.mark.parametrize("name", ["COPYING", "LICENSE", "LICENSE.z", "LICENSES.txt"])
+def test_license_of_a_repository_with_copyleft_in_any_file_is_none(tmp_path, name):
+    (tmp_path / "LICENSE.third-party").write_text(MIT)
+    assert license_of(tmp_path) == "MIT"
+    (tmp_path / name).write_text(GPL)
+    assert license_of(tmp_path) is None
+
+
+def test_license_of_several_files_is_the_first_that_is_known(tmp_path):
+    (tmp_path / "COPYING").write_text("Ask us.")
+    (tmp_path / "LICENSE").write_text(MIT)
+    (tmp_path / "LICENSE.apache").write_text("Apache License\nVersion 2.0")
+    assert license_of(tmp_path) == "MIT"
+
+
 def test_license_of_python_is_its_own():
     root = Path(sysconfig.get_path("stdlib"))
     if not (root / "LICENSE.txt").is_file():

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +49,22 @@ def test_fetch_brings_checked_files_once(served, dataset):
     download._checked.clear()
     assert fetch(dataset, lines.append) == paths
     assert len(served.calls) == calls, "files that are there need no network"
+
+
+def test_room_for_all_tokens_of_a_data_set_is_that_of_its_files(
+    served, dataset, monkeypatch
+):
+    whole = dataset._replace(tokens=None)
+    size = sum(map(len, served.files.values()))
+    usage = shutil.disk_usage("/")._replace(free=2 * size - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(download, "GB", 1)
+    lines = []
+    with pytest.raises(OSError, match=rf"someone/text needs {2 * size}\.00 GB"):
+        fetch(whole, lines.append)
+    assert f", about {size}.00 GB of tokens after" in lines[0]
+    usage = usage._replace(free=2 * size)
+    assert len(fetch(whole, lines.append)) == 2
 
 
 def test_fetch_goes_on_in_a_broken_download(served, dataset, monkeypatch):

@@ -1,10 +1,14 @@
 """What an experiment is expected to need."""
 
-import pytest
+import json
 
+import pytest
+import yaml
+
+from trix_jax.cli import experiment
 from trix_jax.lm.accounting import costs
 from trix_jax.lm.config import RunConfig, TrainConfig
-from trix_jax.lm.data import DataConfig
+from trix_jax.lm.data import DataConfig, prepare
 from trix_jax.lm.experiment import budget
 
 
@@ -17,7 +21,11 @@ def test_budget_without_the_compiler_counts_and_models(monkeypatch, models, tmp_
         train=TrainConfig(steps=100, batch_size=16),
     )
     text, (row,) = budget.estimate(
-        {("s", "lookup"): config}, 3, 3.0, "the command", lambda _: None
+        {("s", "lookup"): config},
+        {("s", "lookup"): 3},
+        3.0,
+        "the command",
+        lambda _: None,
     )
     assert row["params"] == costs(models["lookup"]).total
     assert row["peak_bytes"] is None
@@ -25,6 +33,41 @@ def test_budget_without_the_compiler_counts_and_models(monkeypatch, models, tmp_
     assert row["usd"] == pytest.approx(3 * budget.SLACK * row["h100_hours"] * 3.0)
     assert "A dash was not compiled" in text
     assert text.endswith("Made by `the command`.")
+
+
+def test_dry_run_charges_every_arm_its_own_seeds(small, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(budget.train_steps, "compiler", lambda: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tree = yaml.safe_load(small.read_text()) | {"arm_seeds": {"dense": [3]}}
+    small.write_text(yaml.safe_dump(tree))
+    assert experiment.main([str(small), "--dry-run", "--json"]) == 0
+    out, err = capsys.readouterr()
+    told = json.loads(out)
+    lookup, dense = told["budget"]
+    assert (told["runs"], lookup["runs"], dense["runs"]) == (3, 2, 1)
+    for row in told["budget"]:
+        a_run = budget.SLACK * row["h100_hours"] * 3.0
+        assert row["usd"] == pytest.approx(row["runs"] * a_run)
+    assert "with one seed no difference has an interval" in err
+
+
+def test_bytes_of_a_token_are_34_a_channel_and_5_a_head_and_key(models):
+    # Few products: memory is what takes the step's time.
+    config = RunConfig(model=models["dense"], train=TrainConfig(batch_size=2**20))
+    tokens, a_layer = 2**20 * 16, 34 * 16 + 5 * 2 * 16
+    num_bytes = 4 * tokens * (a_layer + 4 * 64) + 28 * costs(models["dense"]).total
+    bandwidth = budget.train_steps.GPUS["h100"].bandwidth
+    seconds = budget.step_seconds(config, "h100")
+    assert seconds == pytest.approx(num_bytes / bandwidth)
+
+
+def test_vocabulary_of_a_store_is_its_tokenizer_s(tmp_path):
+    (tmp_path / "a.txt").write_text("abcd" * 50)
+    text = DataConfig(source="text", path=str(tmp_path / "a.txt"), tokenizer="char")
+    store = prepare(text, tmp_path / "store", lambda _: None)
+    data = DataConfig(path=str(store.directory), tokenizer="bpe")
+    filled = budget.filled(RunConfig(data=data))
+    assert filled.model.vocab_size == store.tokenizer.vocab_size < 10
 
 
 @pytest.mark.slow

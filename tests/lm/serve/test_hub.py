@@ -1,6 +1,7 @@
 """Out: the model card, a push to a hub (a server on this machine), and StableHLO."""
 
 import base64
+import dataclasses
 import json
 import re
 import subprocess
@@ -8,16 +9,21 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from trix_jax.lm.data import DataConfig, prepare
 from trix_jax.lm.report.record import read_run
 from trix_jax.lm.serve.card import write_card
 from trix_jax.lm.serve.export import export, load
 from trix_jax.lm.serve.hub import push
 from trix_jax.lm.serve.load import load_run, open_run_data
 from trix_jax.lm.train.evaluate import evaluate
+from trix_jax.nn.transformer import TransformerLM
+from trix_jax.routing import RoutingConfig, hold_signatures
+from trix_jax.ternary import TernaryConfig
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +127,70 @@ def test_card_states_what_was_measured(exported, run_dir):
     named = {int(n) for n in re.findall(r"(\d)-grams", better[1])} if better else set()
     assert named == {n for n, floor in floors.items() if floor <= loss}
     assert set(floors) == {1, 2, 3, 4, 5}
+
+
+@pytest.fixture(scope="module")
+def small_store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "a.txt").write_text("to be or not " * 40)
+    config = DataConfig(
+        source="text", path=str(folder / "a.txt"), tokenizer="char", val_fraction=0.2
+    )
+    return prepare(config, folder / "store", lambda _: None)
+
+
+WEIGHTS = "a tile's address is read off its own weights"
+
+
+def by(source):
+    return {"routing": RoutingConfig(source=source)}
+
+
+CARDS = [  # what differs, the routes, what the card says, whether weights are ternary
+    ({}, "signatures", [WEIGHTS, "an active width of 34"], True),
+    (by("learned"), "signatures", ["a learned router has a row"], True),
+    (by("random"), "signatures", ["address is a random row"], True),
+    (
+        {"routing": RoutingConfig(hold_after=1.0)},
+        "signatures",
+        ["what its own weights were when it was held"],
+        True,
+    ),
+    ({}, "table", [WEIGHTS, "stored as a table", "an active width of 32"], True),
+    (by("hash"), "signatures", ["a hash of its id", "width of 32"], True),
+    (
+        {"ternary": TernaryConfig(mode="none")},
+        "signatures",
+        [WEIGHTS, " bytes, in float32."],
+        False,
+    ),
+    ({"ffn": "dense"}, "signatures", ["# A dense language", "are dense."], False),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "routes", "words", "is_packed"),
+    [pytest.param(*card, marks=pytest.mark.slow) for card in CARDS[:4]] + CARDS[4:],
+    ids="weights learned random held table hash real dense".split(),
+)
+def test_card_says_what_is_exported(
+    change, routes, words, is_packed, small_store, tiny_config, tmp_path
+):
+    vocab_size = small_store.tokenizer.vocab_size
+    config = dataclasses.replace(tiny_config.model, vocab_size=vocab_size, **change)
+    model, tokens = TransformerLM(config), jnp.zeros((1, 16), jnp.int32)
+    variables = jax.jit(model.init)(jax.random.key(0), tokens)
+    if config.routing.holds:
+        variables["routing"] = hold_signatures(variables["routing"])
+    sizes = export(model, variables, small_store.tokenizer, tmp_path, routes)
+    about = {"arm": "a", "seed": 0, "steps": 0, "tokens": 0, "seconds": 0.0}
+    card = write_card(tmp_path, small_store, about).read_text()
+    assert [word for word in words if word not in card] == []
+    assert (WEIGHTS in card) == (WEIGHTS in words)
+    for word in ("packed |", "wo bits", "ternary, 2-bit", "times fewer"):
+        assert (word in card.replace("\n", " ")) == is_packed, word
+    if config.ffn != "dense":
+        assert f"They take {sizes['ffn_packed']:,} bytes" in card
 
 
 @pytest.mark.slow

@@ -2,7 +2,8 @@
 
 `path` of the source `code` is a folder: one repository, or one that holds repositories;
 or a text file with the path of a repository on each line. A repository's licence is
-read off its LICENSE file by the words that only that licence has.
+read off its licence files by the words that only that licence has; copyleft in any of
+them leaves it out.
 """
 
 import concurrent.futures
@@ -123,7 +124,10 @@ def suffixes_of(languages: str | None) -> frozenset[str]:
 
 
 def license_of(repository: Path) -> str | None:
-    """The licence that a repository's own file states, or None."""
+    """The licence that a repository's own files state, the first by name that is known;
+    None if there is none, or a file is about copyleft.
+    """
+    stated = []
     for file in sorted(repository.iterdir()):
         if not file.is_file() or not file.stem.upper().startswith(
             ("LICENSE", "LICENCE", "COPYING", "UNLICENSE")
@@ -132,11 +136,11 @@ def license_of(repository: Path) -> str | None:
         text = file.read_bytes()[:100_000].decode(errors="replace").lower()
         text = " ".join(text.replace("*", " ").replace("#", " ").split())
         found = [name for name, words in PERMISSIVE.items() if words in text]
-        if found:
-            # Python's own licence speaks of the GPL, which it is compatible with.
-            is_mixed = any(w in text for w in COPYLEFT) and "PSF-2.0" not in found
-            return None if is_mixed else found[0]
-    return None
+        # Python's own licence speaks of the GPL, which it is compatible with.
+        if any(w in text for w in COPYLEFT) and "PSF-2.0" not in found:
+            return None
+        stated += found[:1]
+    return stated[0] if stated else None
 
 
 def stack_documents(

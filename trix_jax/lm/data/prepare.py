@@ -80,13 +80,19 @@ def prepare(
             open it, or build the store again, whatever is there.
 
     Raises:
-        ValueError: The config, its source or `directory` is unusable, or the store
-            there has another config or was made from other text.
+        ValueError: The config, its source or `directory` is unusable, the store
+            there has another config or was made from other text, or `config.path` is a
+            store and to be built again.
         ConnectionError: Something could not be downloaded.
         RuntimeError: A download is not what it should be.
     """
     check(config)
     if config.path is not None and is_store(config.path):
+        if changed == "rebuild":
+            raise ValueError(
+                "path must be text, or tokens, to rebuild a store from. Got the store "
+                f"{config.path}."
+            )
         return open_store(config.path)
     directory = Path(directory)
     is_kept = changed != "rebuild" and is_store(directory)

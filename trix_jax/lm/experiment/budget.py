@@ -4,17 +4,19 @@ compile, time and money by a model.
     step >= max(6 * tokens * MACs / peak, bytes / bandwidth)
 
 MACs a token: attention's projections, its scores over the whole context, the FFNs as
-counted in `accounting`, the head. Bytes a token: 34 D of bfloat16 activations a layer
-(Korthikanti et al., 2022, https://arxiv.org/abs/2205.05198), the logits in float32, each
-written and read forward and backward; and 28 bytes a parameter and update. Nothing is
-autotuned and launches are not counted, so that this is the least a step can take: the
-budget takes `SLACK` times it, and the first hundred steps tell.
+counted in `accounting`, the head. Bytes a token: `34 D + 5 a s` of activations a layer,
+16-bit ones, with a heads and s tokens of context (Korthikanti et al., 2022,
+https://arxiv.org/abs/2205.05198), and the logits in float32, each written and read
+forward and backward; and 28 bytes a parameter and update. Nothing is autotuned and
+launches are not counted, so that this is the least a step can take: the budget takes
+`SLACK` times it, and the first hundred steps tell.
 """
 
 import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,7 +25,8 @@ from trix_jax.files import cache_folder, json_sha256, read_json, write_json
 from trix_jax.lm import aot as train_steps
 from trix_jax.lm.accounting import costs
 from trix_jax.lm.config import RunConfig, resolve
-from trix_jax.lm.data import BPE_SIZE, own_tokenizer
+from trix_jax.lm.data import BPE_SIZE, is_store, load_tokenizer, own_tokenizer
+from trix_jax.lm.data.store import TOKENIZER
 from trix_jax.nn.transformer import TransformerConfig
 
 SLACK = 3.0
@@ -35,7 +38,7 @@ MIB = 2**20
 
 def estimate(
     models: Mapping[tuple[str, str], RunConfig],
-    seeds: int,
+    runs: Mapping[tuple[str, str], int],
     usd_per_hour: float,
     command: str,
     report: Callable[[str], None] = print,
@@ -44,7 +47,7 @@ def estimate(
 
     Args:
         models: size and arm to a config as parsed.
-        seeds: runs of each.
+        runs: of each, its seeds.
         usd_per_hour: of an H100.
         command: that makes the budget.
         report: takes a line for each compilation.
@@ -61,12 +64,13 @@ def estimate(
                 )
             peaks[key, devices] = peak_bytes(python, config, devices, report)
     for (size, arm), config in configs.items():
-        row: dict[str, Any] = {"size": size, "arm": arm, **counted(config)}
+        row: dict[str, Any] = {"size": size, "arm": arm, "runs": runs[size, arm]}
+        row |= counted(config)
         row["peak_bytes"] = peaks[(size, arm), 1]
         row["peak_bytes_of_8"] = peaks[(size, arm), MANY]
-        row["usd"] = seeds * row["h100_hours"] * SLACK * usd_per_hour
+        row["usd"] = row["runs"] * row["h100_hours"] * SLACK * usd_per_hour
         rows.append(row)
-    return _text(rows, seeds, usd_per_hour, command), rows
+    return _text(rows, usd_per_hour, command), rows
 
 
 def step_seconds(config: RunConfig, target: str) -> float:
@@ -88,9 +92,9 @@ def macs_per_token(c: TransformerConfig) -> int:
 
 
 def _bytes_per_token(c: TransformerConfig) -> int:
-    """Bytes that a step reads and writes, a token."""
+    """Bytes that a step reads and writes, a token: Korthikanti's are bytes already."""
     assert c.vocab_size is not None
-    layers = c.n_layers * (2 * 34 * c.d_model + 5 * c.n_heads * c.context)
+    layers = c.n_layers * (34 * c.d_model + 5 * c.n_heads * c.context)
     return 4 * (layers + 4 * c.vocab_size)
 
 
@@ -166,9 +170,11 @@ def _code() -> str:
 
 
 def _vocabulary(config: RunConfig) -> int:
+    data = config.data
+    if data.path and is_store(data.path):
+        return load_tokenizer(Path(data.path) / TOKENIZER).vocab_size
     if config.model.vocab_size:
         return config.model.vocab_size
-    data = config.data
     if data.tokenizer in (known := {"byte": 257, "char": 100}):
         return known[data.tokenizer]
     if data.tokenizer == "bpe":
@@ -176,10 +182,10 @@ def _vocabulary(config: RunConfig) -> int:
     return own_tokenizer(data.tokenizer, data.end_of_text).vocab_size
 
 
-def _table(rows: list[dict[str, Any]], seeds: int) -> str:
+def _table(rows: list[dict[str, Any]]) -> str:
     head = (
         "size|arm|parameters|steps|tokens|peak MiB on 1|a GPU of 8|step ms|a run on 1|"
-        f"on 8|USD, {seeds} seed(s)|on Thor"
+        "on 8|on Thor|runs|USD, all runs"
     ).split("|")
     lines = [f"| {' | '.join(head)} |", "|---|---|" + "---:|" * (len(head) - 2)]
     for row in rows:
@@ -195,48 +201,49 @@ def _table(rows: list[dict[str, Any]], seeds: int) -> str:
             f"{SLACK * row['h100_step_ms']:.1f}",
             _duration(hours),
             _duration(hours / MANY),
-            f"{row['usd']:,.2f}",
             _duration(SLACK * row["thor_hours"]),
+            f"{row['runs']:,}",
+            f"{row['usd']:,.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _text(
-    rows: list[dict[str, Any]],
-    seeds: int,
-    usd_per_hour: float,
-    command: str,
-) -> str:
+def _text(rows: list[dict[str, Any]], usd_per_hour: float, command: str) -> str:
     thor = SLACK * sum(row["thor_hours"] for row in rows)
-    h100 = SLACK * seeds * sum(row["h100_hours"] for row in rows)
+    h100 = _all_hours(rows)
     memory = "Peak memory is from the ahead-of-time compile for sm_90a."
     if any(row["peak_bytes"] is None or row["peak_bytes_of_8"] is None for row in rows):
         memory += " A dash was not compiled: the aot group is needed (TRIX_AOT_PYTHON)."
     return "\n".join(
         [
-            _table(rows, seeds),
+            _table(rows),
             "",
             f"{memory} Everything with a unit of time or money is **modelled**: {SLACK:g} times the "
             "least that arithmetic and memory traffic allow, never measured on such a machine; "
             f"USD at {usd_per_hour:g} an H100-hour.",
             "",
-            f"All of it, {seeds} seed(s): {_duration(h100)} on one H100, {_duration(h100 / MANY)} on "
+            f"All runs: {_duration(h100)} on one H100, {_duration(h100 / MANY)} on "
             f"eight. One seed of all of it, side by side on the original's one Thor: {_duration(thor)}, "
             f"{'inside' if thor <= ORIGINAL_HOURS else '**over**'} its {ORIGINAL_HOURS:g} hours.",
             "",
-            _first(rows, seeds, usd_per_hour),
+            _first(rows, usd_per_hour),
             "",
             f"Made by `{command}`.",
         ]
     )
 
 
-def _first(rows: list[dict[str, Any]], seeds: int, usd_per_hour: float) -> str:
+def _all_hours(rows: list[dict[str, Any]]) -> float:
+    """Of all runs, one after the other on one H100."""
+    return SLACK * sum(row["runs"] * row["h100_hours"] for row in rows)
+
+
+def _first(rows: list[dict[str, Any]], usd_per_hour: float) -> str:
     """What to run first, and what it would decide."""
     least = min(rows, key=lambda row: row["params"])["size"]
     mine = [row for row in rows if row["size"] == least]
-    hours = SLACK * seeds * sum(row["h100_hours"] for row in mine)
+    hours = _all_hours(mine)
     text = (
         f"Run first: all arms of `{least}`, {_duration(hours)} on one H100, "
         f"{hours * usd_per_hour:.2f} USD. Its first hundred steps tell what this model of time "
@@ -244,7 +251,7 @@ def _first(rows: list[dict[str, Any]], seeds: int, usd_per_hour: float) -> str:
     )
     more = (
         ""
-        if seeds > 1
+        if all(row["runs"] > 1 for row in mine)
         else "; with one seed no difference has an interval, so add seeds first"
     )
     return (

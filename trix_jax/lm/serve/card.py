@@ -1,29 +1,44 @@
 """The model card of an export: README.md with a hub's front matter, from measurements.
 
-The words follow from the numbers, whoever wins. What is stated was measured on the
-packed model at the time of export; the floors are n-grams counted on the same split.
+The words follow from the numbers, whoever wins, and from the variables and the config
+that are exported. What is stated was measured on the exported model at the time of
+export; the floors are n-grams counted on the same split.
 """
 
 import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from trix_jax.interop.safetensors import to_tensors
 from trix_jax.lm import ngram
 from trix_jax.lm.accounting import active_width, costs
 from trix_jax.lm.data import Store, Tokenizer
-from trix_jax.lm.serve.export import load
+from trix_jax.lm.serve.export import load, part_bytes
 from trix_jax.lm.train.evaluate import Evaluation, evaluate
 from trix_jax.lm.train.exported import CONFIG, TOKENIZER, WEIGHTS
 from trix_jax.lm.train.metrics import bits
-from trix_jax.nn.transformer import TransformerConfig
+from trix_jax.nn.route_table import layers_by_token, tables_in
+from trix_jax.nn.transformer import TransformerConfig, TransformerLM
+from trix_jax.ops import PACKED
+from trix_jax.typing import Variables
 
 CARD = "README.md"
 HEAD = """---
 library_name: trix-jax
 pipeline_tag: text-generation
-tags: [trix, ternary, 2-bit, jax, flax]
+tags: [{tags}]
 ---
 """
+ADDRESSES = {  # by `routing.source`
+    "weights": "there is no learned router, a tile's address is read off its own weights",
+    "learned": "a learned router has a row for each tile",
+    "random": "there is no learned router, a tile's address is a random row that does not train",
+    "hash": "there is no learned router, a token's tiles are a hash of its id",
+}
+HELD = "there is no learned router, a tile's address is what its own weights were when it was held"
 
 
 def write_card(directory: str | Path, store: Store, about: dict[str, Any]) -> Path:
@@ -45,17 +60,18 @@ def write_card(directory: str | Path, store: Store, about: dict[str, Any]) -> Pa
     files = {
         name: (directory / name).stat().st_size for name in (WEIGHTS, CONFIG, TOKENIZER)
     }
+    is_packed = _is_packed(variables)
     parts = [
-        f"{HEAD}\n# A TriX language model ({model.config.ffn})",
-        _what(model.config),
+        _head(model.config.ffn, is_packed),
+        _what(model, variables),
         "## Results",
-        _results(result, floors),
+        _results(result, floors, is_packed),
         "## Data and training",
         _training(store, about),
         "## Limits",
         _limits(result, floors, model.config, about),
         "## Use",
-        _use(store.tokenizer),
+        _use(store.tokenizer, is_packed),
         "## Files",
         "\n".join(f"- `{name}`, {size:,} bytes" for name, size in files.items()),
     ]
@@ -64,7 +80,20 @@ def write_card(directory: str | Path, store: Store, about: dict[str, Any]) -> Pa
     return path
 
 
-def _what(c: TransformerConfig) -> str:
+def _head(ffn: str, is_packed: bool) -> str:
+    tags = "trix, ternary, 2-bit, jax, flax" if is_packed else "trix, jax, flax"
+    is_dense = ffn == "dense"
+    title = "A dense language model" if is_dense else f"A TriX language model ({ffn})"
+    return f"{HEAD.format(tags=tags)}\n# {title}"
+
+
+def _is_packed(variables: Variables) -> bool:
+    """Whether any weights are ternary, in two bits."""
+    return any(path[-1] == "bits" for path in flatten_dict(variables.get(PACKED, {})))
+
+
+def _what(model: TransformerLM, variables: Variables) -> str:
+    c = model.config
     cost = costs(c)
     text = (
         f"A decoder of {c.n_layers} layers, width {c.d_model}, context {c.context}, "
@@ -72,18 +101,42 @@ def _what(c: TransformerConfig) -> str:
     )
     if c.ffn == "dense":
         return f"{text} These are dense."
-    return (
-        f"{text} These are cut into {c.num_tiles} tiles of which a token computes "
-        f"{c.tiles_per_token}, an active width of {active_width(c):.0f}; there is no learned "
-        f"router, a tile's address is read off its own weights. They take "
-        f"{cost.ffn_bits / 8:,.0f} bytes as served, "
-        f"{4 * cost.ffn / (cost.ffn_bits / 8):.1f} times fewer than in float32."
+    tables = tables_in(flatten_dict(variables))
+    width = active_width(c, "table" if tables else "signatures")
+    tensors, _ = to_tensors(model, variables)
+    stored = part_bytes({name: value.nbytes for name, value in tensors.items()})["ffn"]
+    text += (
+        f" These are cut into {c.num_tiles} tiles of which a token computes "
+        f"{c.tiles_per_token}, an active width of {width:.0f}; "
+        f"{_addresses(c, variables)}. They take {stored:,} bytes"
     )
+    if not _is_packed(variables):
+        return f"{text}, in float32."
+    return f"{text}, {4 * cost.ffn / stored:.1f} times fewer than in float32."
 
 
-def _results(result: Evaluation, floors: dict[int, float]) -> str:
+def _addresses(c: TransformerConfig, variables: Variables) -> str:
+    """How a token finds its tiles."""
+    flat: dict[tuple[str, ...], Any] = flatten_dict(variables)
+    source = c.routing.source
+    is_held = any(np.any(v) for path, v in flat.items() if path[-1] == "held")
+    text = HELD if source == "weights" and is_held else ADDRESSES[source]
+    if source == "hash" and c.router_input == "pair":
+        text += " and the one before"
+    if tables_in(flat):
+        by_token = layers_by_token(c)
+        where = (
+            f" in the first {by_token} of {c.n_layers} layers"
+            if by_token < c.n_layers
+            else ""
+        )
+        text += f", and what that chooses for each token is stored as a table{where}"
+    return text
+
+
+def _results(result: Evaluation, floors: dict[int, float], is_packed: bool) -> str:
     rows = [
-        f"| this model, packed | {result.val_loss:.4f} | {result.val_ppl:.3f} | {bits(result.val_bits_per_byte)} |"
+        f"| this model{', packed' * is_packed} | {result.val_loss:.4f} | {result.val_ppl:.3f} | {bits(result.val_bits_per_byte)} |"
     ]
     known = result.val_bits_per_byte
     per_nat = None if known is None else known / result.val_loss
@@ -130,10 +183,16 @@ def _orders(orders: list[int]) -> str:
     return ", ".join(f"{order}-grams" for order in orders)
 
 
-def _use(tokenizer: Tokenizer) -> str:
+def _use(tokenizer: Tokenizer, is_packed: bool) -> str:
     has_text = tokenizer.kind != "none"
     ids = 'tokenizer.encode("the ")' if has_text else "[0, 1, 2]"
     prompt = "--prompt TEXT" if has_text else "--prompt-ids 0 1 2"
+    weights = (
+        "Ternary weights are two bits\neach, in the format that trix_jax documents in "
+        "`trix_kernels/packing.py`, and all others\nfloat32."
+        if is_packed
+        else "The weights are float32."
+    )
     return f"""```python
 import jax.numpy as jnp
 from trix_jax import load_run
@@ -143,5 +202,4 @@ tokens = jnp.asarray({ids})[None]
 logits, routing_infos, _ = model.apply(variables, tokens)
 ```
 
-or `trix-jax generate --checkpoint PATH {prompt}`. The weights are two bits each, in the
-format that trix_jax documents in `trix_kernels/packing.py`."""
+or `trix-jax generate --checkpoint PATH {prompt}`. {weights}"""

@@ -1,5 +1,6 @@
 """A trained language model as files: packed weights, config, tokenizer."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,25 @@ def export(
     tree = {"model_type": "trix_jax", "model": shape}
     write_json(directory / CONFIG, tree)
     tokenizer.save(directory / TOKENIZER)
-    table = {name for name in sizes if name.endswith(TABLES)}
-    routing = {name for name in sizes if name.startswith("routing")} | table
-    in_ffn = (".ffn.", ".shared.")
-    packed = {n for n in sizes if any(part in n for part in in_ffn)} - routing
+    written = part_bytes(sizes)
     return {
         "ffn_float32": 4 * costs(model.config).ffn,
-        "ffn_packed": sum(sizes[name] for name in packed),
-        "routes": sum(sizes[name] for name in routing),
+        "ffn_packed": written["ffn"],
+        "routes": written["routes"],
+    }
+
+
+def part_bytes(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Bytes of the FFN weights, scales included, and of the routes.
+
+    Args:
+        sizes: of the tensors of a file, by name.
+    """
+    routing = {n for n in sizes if n.startswith("routing") or n.endswith(TABLES)}
+    ffn = {n for n in sizes if ".ffn." in n or ".shared." in n} - routing
+    return {
+        part: sum(sizes[name] for name in names)
+        for part, names in (("ffn", ffn), ("routes", routing))
     }
 
 
