@@ -160,12 +160,15 @@ def worth(
     vocab_size: int,
     seeds: Seeds = concluding,
 ) -> Worth | None:
-    """An arm's place on the curve; None before both have runs."""
-    dense, one = (
-        dense_curve(setting, runs, seeds),
-        tuned(runs, arm.name, arm.rate_of),
-    )
-    if one is None or len(dense) < 2:
+    """An arm's place on the curve; None before both have runs. An arm that only the seed
+    which chooses has run is read off that seed's curve.
+    """
+    one = tuned(runs, arm.name, arm.rate_of)
+    if one is None:
+        return None
+    seeds = choosing if set(one.losses) == {SEEDS[0]} else seeds
+    dense = dense_curve(setting, runs, seeds)
+    if len(dense) < 2:
         return None
     losses = list(seeds(one).values())
     place = curve.equivalent_interval(dense, losses)

@@ -78,6 +78,11 @@ def test_the_seed_that_chooses_takes_the_arm_and_the_others_say_its_worth(tmp_pa
     assert "one seed, undecided" in first  # the dense FFNs have one
     gaps |= {f"dense-{w}": (x, x, x) for w, x in ((128, 0.2), (256, 0.1), (512, 0.0))}
     assert "times its W; 2 seeds, rates not" in page_of(tmp_path, gaps).splitlines()[2]
+    # What the first seed alone has run is read off that seed's curve.
+    gaps |= {f"dense-{w}": (x, 1.0, 1.0) for w, x in ((128, 0.2), (256, 0.1), (512, 0))}
+    gaps[arms[0]] = (0.05,)
+    first = page_of(tmp_path, gaps).splitlines()[2]
+    assert "a dense FFN 362 wide, 2.24 times its W; one seed" in first
 
 
 def test_what_lost_is_what_lies_above_or_lost_by_much_with_one_seed(tmp_path):
