@@ -123,9 +123,9 @@ KERNELS = {
 @pytest.mark.parametrize(
     ("kind", "config"),
     [
-        ("lookup_own", "absmean-tile"),
         *[("linear", name) for name in CONFIGS],
-        *slowly([("lookup", "fixed"), ("lookup_own", "threshold-tile")]),
+        *slowly([("lookup", "fixed")]),
+        *slowly(("lookup_own", name) for name in ("absmean-tile", "threshold-tile")),
         *slowly(
             (kind, name) for kind in ("sparse", "hierarchical") for name in CONFIGS
         ),
@@ -193,7 +193,8 @@ def language_model(ffn, **kwargs):
     )
 
 
-@pytest.mark.parametrize("ffn", ["hierarchical", *slowly([("sparse",), ("lookup",)])])
+@pytest.mark.slow
+@pytest.mark.parametrize("ffn", ["hierarchical", "sparse", "lookup"])
 def test_frozen_language_model_equals_the_jitted_one(ffn):
     model = language_model(ffn)
     variables = random_variables(model, TOKENS)

@@ -180,9 +180,8 @@ def test_gradients_beside_masked_tokens_are_those_of_the_others_alone(over):
         np.testing.assert_allclose(found, expected, rtol=0, atol=limit)
 
 
-@pytest.mark.parametrize(
-    "reads", [pytest.param("shared", marks=pytest.mark.slow), "own"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("reads", ["shared", "own"])
 def test_numpy_parameters_are_as_good(reads, no_type_hook):
     layer = OWN.clone(reads=reads)
     variables = jax.jit(layer.init)(jax.random.key(0), X)

@@ -28,8 +28,8 @@ def export(
     directory: str | Path,
     routes: Routes = "signatures",
 ) -> dict[str, int]:
-    """Packs a trained model, real weights as they are, and writes `model.safetensors`, `config.json` and
-    `tokenizer.json`.
+    """Packs a trained model, real weights as they are, and writes `model.safetensors`,
+    `config.json` and `tokenizer.json`.
 
     Args:
         directory: made if missing; files of these names are replaced.
