@@ -45,6 +45,7 @@ OTHERS = ("hash", "random", "learned")  # who choose tiles without reading their
 # How many tiles a token takes, and what they are: arms of another form cost otherwise.
 FORMS = ("-eighth-shared", "-shared", "-eighth", "-fine", "-late", "-later", "-float")
 FORMS += ("-channel", "-progressive", "-threshold", "-ffn-2", "-ffn-0.5", "-ffn-0.25")
+FORMS += ("-gelu",)
 
 
 class Width(NamedTuple):

@@ -267,9 +267,12 @@ def needs_note(modelled: dict[str, Any]) -> str:
         slack += f", as `{modelled['slack_from']}` measured"
     core = "Nothing has been timed on a core."
     if modelled["core_from"]:
-        core = f"Core hours follow from the speed of {modelled['core_from']}, on a core that others used too."
+        core = (
+            "Core hours are modelled too, by the median multiply-accumulates a second over the arms of "
+            f"{modelled['core_from']}, on a core that others used too; single arms differ from it."
+        )
     return (
-        "Tokens, memory and minutes are of one run of `lookup`. Memory is that of the step compiled for an "
+        "Tokens, memory, minutes and core hours are of one run of `lookup`. Memory is that of the step compiled for an "
         "H100; a dash was not compiled. Minutes are **modelled**, compilation not counted: "
         f"{slack}. {core}\n"
     )

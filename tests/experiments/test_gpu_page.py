@@ -136,6 +136,20 @@ def measured(monkeypatch, tmp_path):
     return path
 
 
+def test_what_a_part_measured_before_it_was_ended_is_in_its_table(
+    measured, monkeypatch
+):
+    whole = {line["part"]: line for line in record.read(measured)}["layer"]
+    rows = [row for row in whole["rows"] if row["what"] == "forward"]
+    rows += [row for row in whole["rows"] if row not in rows and row["way"] == "trix"]
+    ended = {k: v for k, v in whole.items() if k != "rows"}
+    path = measured.with_name("ended.jsonl")
+    record.append(path, ended | {"error": "it did not end", "rows_before_error": rows})
+    monkeypatch.setattr(page, "GPU", path)
+    (line,) = page.layer().splitlines()[2:]
+    assert line == "| forward, 4 tiles | 0.80 | 2.00 | 0.50 |"
+
+
 def test_a_measured_file_becomes_tables(measured, monkeypatch):
     monkeypatch.setattr(page, "GPU", measured.with_name("none"))
     assert page.step() == page.NOTHING

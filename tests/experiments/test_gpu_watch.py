@@ -94,7 +94,7 @@ def test_a_rival_that_cannot_run_has_its_error_in_its_row():
     works = timing.Case(jax.jit(lambda x: x + 1), (x,))
     fails = timing.Case(broken, (x,))
     rows = timing.timed({"ours": works, "theirs": fails, "third": works}, REHEARSAL)
-    assert rows["theirs"] == {"error": "NotImplementedError: not on this device"}
+    assert rows["theirs"] == {"failed": "NotImplementedError: not on this device"}
     assert rows["third"]["times_the_first"] > 0
     with pytest.raises(NotImplementedError):
         timing.timed({"ours": fails, "theirs": works}, REHEARSAL)

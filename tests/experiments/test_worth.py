@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shlex
 
 import pytest
 
@@ -129,6 +130,19 @@ def test_the_hash_is_compared_by_seed_without_the_one_that_chose():
     more += [run_of(setting, twins[0], 4.31, seed) for seed in SEEDS]
     found = worth.signatures_less_hash([*runs, *better, *more])
     assert found["mean"] == pytest.approx(0.01)
+
+
+def test_arms_of_no_form_differ_in_who_chooses_their_tiles_alone():
+    setting = claim(64)
+    arms = {arm.name: arm for group in setting.groups.values() for arm in group}
+    plain = [n for n in arms if n.startswith("tiles-64-") and not worth.form_of(n)]
+    assert {"tiles-64-held", "tiles-64-hash", "tiles-64-learned"} <= set(plain)
+    flags = shlex.split(" ".join(arms[name].flags for name in plain))
+    names = {flag for flag in flags if flag.startswith("--model.")}
+    chooses = ("--model.routing.", "--model.router-input", "--model.hidden-from")
+    others = {name for name in names if not name.startswith(chooses)}
+    assert others == {"--model.num-tiles", "--model.expansion"}
+    assert not any(flag.startswith("--train.") for flag in flags)
 
 
 @pytest.mark.slow

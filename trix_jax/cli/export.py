@@ -43,12 +43,11 @@ def main(argv: list[str]) -> None:
     step = args.step if number is None else number
     model, variables, tokenizer = load_run(args.checkpoint, step)
     sizes = export(model, variables, tokenizer, args.output, args.routes)
+    weights = f"FFN weights {sizes['ffn_float32']:,} bytes in float32"
     ratio = sizes["ffn_float32"] / sizes["ffn_packed"]
-    report(
-        f"{args.output}: FFN weights {sizes['ffn_float32']:,} bytes in float32, "
-        f"{sizes['ffn_packed']:,} packed with their scales, {ratio:.2f} times fewer; "
-        f"routing {sizes['routes']:,} bytes"
-    )
+    if model.config.has_ternary_weights:
+        weights += f", {sizes['ffn_packed']:,} packed with their scales, {ratio:.2f} times fewer"
+    report(f"{args.output}: {weights}; routing {sizes['routes']:,} bytes")
     more = _change(args, model, variables, report)
     if args.card:
         from trix_jax.lm.report.record import read_run

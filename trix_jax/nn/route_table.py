@@ -3,10 +3,10 @@ of scoring them.
 
     tiles_t, gates_t = table[token_t]        `[V, K]` each, in place of N scores of D products
 
-Collection `"packed"`, at the router: `tiles` (uint8, uint16 above 256 tiles, uint32 above 65,536) and,
-unless gates are all 1, `gates` (float32). The signature sums leave it. Without scores
-a layer has no auxiliary losses (0), and of its diagnostics no `tie_rate` and no
-`signature_cosine` (0); it cannot be steered.
+Collection `"packed"`, at the router: `tiles` (the smallest unsigned integers that name
+all, `dtype_of`) and, unless gates are all 1, `gates` (float32). The signature sums leave
+it. Without scores a layer has no auxiliary losses (0), and of its diagnostics no
+`tie_rate` and no `signature_cosine` (0); it cannot be steered.
 """
 
 from collections.abc import Mapping

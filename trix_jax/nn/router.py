@@ -113,7 +113,10 @@ class Router(nn.Module):
             )
         n = self.settings.num_tiles
         table = self.get_variable(PACKED, "tiles")
-        tiles, gates = table[token_ids].astype(jnp.int32), jnp.ones(table.shape)
+        tiles, gates = (
+            table[token_ids].astype(jnp.int32),
+            jnp.ones(table.shape, jnp.float32),
+        )
         if self.has_variable(PACKED, "gates"):
             gates = self.get_variable(PACKED, "gates")
         gates = jnp.take(gates, token_ids, axis=0)  # as in `nn.Embed`, NaN for no token

@@ -9,7 +9,7 @@ committed.
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ H100 = MEASURED / "h100.json"
 GPU = MEASURED / record.NAME
 # Of the matmuls cut otherwise, the ones shipped since.
 SHIPPED = {"rows": 64, "stages": 2, "block": 256, "features": None}
+WAYS = ("trix", EQUAL, ACTIVE)
 NOTHING = "Not measured yet: no GPU was lent since the command was written.\n"
 
 
@@ -56,7 +57,9 @@ def shipped_us(found: dict[str, Any]) -> dict[str, float]:
 
 
 def rows_of(part: str) -> list[Row]:
-    """The rows of the last line of a part that has some; none without a committed file."""
+    """The rows of the last line of a part that has some, ended or not; none without a
+    committed file.
+    """
     lines = [line for line in record.read(GPU) if line["part"] == part]
     return next((rows for line in reversed(lines) if (rows := record.rows(line))), [])
 
@@ -66,8 +69,11 @@ def _us(row: Row) -> float:
     return row.get("kernel_us") or row["us"]
 
 
-def _grouped(rows: Iterable[Row], *keys: str) -> dict[tuple, dict[str, Row]]:
-    """Timed rows by their keys, and in each group by their way.
+def _grouped(
+    rows: Iterable[Row], *keys: str, needs: Sequence[str] = ()
+) -> dict[tuple, dict[str, Row]]:
+    """Timed rows by their keys, and in each group by their way. A group that lacks a way
+    that it needs, since one failed or the part did not end, is left out.
 
     Raises:
         ValueError: two rows of a group have the same way.
@@ -83,7 +89,7 @@ def _grouped(rows: Iterable[Row], *keys: str) -> dict[tuple, dict[str, Row]]:
                 f"{ways[way]['name']!r} and {row['name']!r}."
             )
         ways[way] = row
-    return found
+    return {key: ways for key, ways in found.items() if ways.keys() >= set(needs)}
 
 
 def products() -> str:
@@ -91,7 +97,8 @@ def products() -> str:
     others = {"lax.ragged_dot": "lax.ragged_dot", "jax's kernel": "jax's kernel"}
     others |= {"tokamax": "tokamax"}
     beside, rows = _grouped(rows_of("baselines"), "product"), []
-    for (name,), ways in _grouped(rows_of("products"), "product").items():
+    mine = _grouped(rows_of("products"), "product", needs=("ours", "batched"))
+    for (name,), ways in mine.items():
         cells = [name, f"{_us(ways['ours']):.1f}", f"{_us(ways['batched']):.1f}"]
         for start in others:
             taken = [
@@ -113,7 +120,9 @@ def layer() -> str:
             f"{ways['trix']['us'] / 1e3:.2f}",
             *(f"{ways[way]['times_the_first']:.2f}" for way in (EQUAL, ACTIVE)),
         ]
-        for (tiles, what), ways in _grouped(rows_of("layer"), "tiles", "what").items()
+        for (tiles, what), ways in _grouped(
+            rows_of("layer"), "tiles", "what", needs=WAYS
+        ).items()
     ]
     head = ["", "ours, ms", f"over {EQUAL}", f"over {ACTIVE}"]
     return table(head, rows) if rows else NOTHING
@@ -122,7 +131,7 @@ def layer() -> str:
 def _tokens(part: str, key: str, memory: str, about: Callable[[int], str]) -> str:
     """Tokens a second beside the dense twins', and bytes."""
     rows = []
-    for (value,), ways in _grouped(rows_of(part), key).items():
+    for (value,), ways in _grouped(rows_of(part), key, needs=WAYS).items():
         speed = {way: row["tokens_per_second"] for way, row in ways.items()}
         cells = [about(value), f"{speed['trix']:,}"]
         cells += [f"{speed['trix'] / speed[way]:.2f}" for way in (EQUAL, ACTIVE)]

@@ -41,8 +41,8 @@ def timed(cases: dict[str, Case], shapes: Shapes) -> dict[str, Row]:
     """Each case's median and range in microseconds a call, by the clock, and how often
     the first case's time goes into it: above 1 a case is slower than the first.
 
-    A case that only a GPU runs is traced elsewhere, and its row says so. One but the first
-    that cannot run has an `error` in its row, and the others are timed.
+    A case that only a GPU runs is traced elsewhere, and its row says so. Where one but the
+    first cannot run its row says that it `failed`, and the others are timed.
     """
     rows: dict[str, Row] = {}
     chains: dict[str, Chain] = {}
@@ -56,7 +56,7 @@ def timed(cases: dict[str, Case], shapes: Shapes) -> dict[str, Row]:
         except Exception as error:
             if not rows:  # what is measured here, not a rival
                 raise
-            rows[name] = {"error": _said(error)}
+            rows[name] = {"failed": _said(error)}
             continue
         rows[name] = {"calls": calls}
         chains[name] = (_chain(case.call, calls), *case.args)

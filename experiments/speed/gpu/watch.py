@@ -39,7 +39,7 @@ def watched(
         spent = (time.monotonic() - began) / 60
         code, why = _ended(command(left, minutes - spent), path)
         if code in ENDED_BY_ITSELF:
-            return FAILED if failed and code == DONE else code
+            return FAILED if failed and code != BAD_INPUT else code
         failed, line = True, record.unfinished(path)
         if line is None:
             print(f"The process {why} between parts.", file=sys.stderr)
