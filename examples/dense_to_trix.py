@@ -82,7 +82,7 @@ def main(steps: int, short: int):
     print(f"dense, {short} more: {evaluate(teacher, longer):.3f}")
 
     for k in (N, 4, 2):
-        model = Transformer(tiles(k), by_token=False)
+        model = Transformer(tiles(k))
         fresh = jax.jit(model.init)(key, sample)
         variables = convert(trained, fresh)
         before = evaluate(model, variables)

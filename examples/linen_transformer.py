@@ -2,10 +2,11 @@
 
     python examples/linen_transformer.py [STEPS]
 
-Reads the source of Python's own `argparse`, so nothing is downloaded. What a dense FFN
-does not ask for: the token embeddings go through every block to the layer's routing, its
-auxiliary loss, averaged over the blocks, is added, and the collection "routing" goes
-through the step beside the parameters.
+The recommended configuration: seven of 64 tiles a token, chosen by a hash of its id, and a
+small real FFN beside them. Reads the source of Python's own `argparse`, so nothing is
+downloaded. What a dense FFN does not ask for: the tokens go through every block to the
+layer's routing, its auxiliary loss, averaged over the blocks, is added, and the
+collection "routing" goes through the step beside the parameters.
 """
 
 import argparse
@@ -19,27 +20,33 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from trix_jax import SparseTriXFFN, freeze, routing
+from trix_jax import RoutingConfig, SparseTriXFFN, freeze, routing
+from trix_jax.nn import DenseFFN
 
 V, L, D, H, LAYERS = 128, 64, 64, 4, 2  # vocabulary (ASCII), length, width, heads
 
 
 class Block(nn.Module):
-    """Computes `x += attention(norm(x))`, `x += ffn(norm(x))`; the FFN's signatures meet
-    `router_input`.
+    """Computes `x += attention(norm(x))`, `x += ffn(norm(x)) + shared(norm(x))`.
+
+    Attributes:
+        ffn: makes the FFN.
+        shared_width: hidden width of the real FFN beside it; 0 is none.
     """
 
     ffn: Callable[[], nn.Module]
+    shared_width: int = 0
 
     @nn.compact
-    def __call__(self, x_BLD, router_input_BLD, train: bool):
+    def __call__(self, x_BLD, tokens_BL, train: bool):
         qkv = nn.DenseGeneral((3, H, D // H), use_bias=False)(nn.RMSNorm()(x_BLD))
         q_BLHE, k_BLHE, v_BLHE = jnp.moveaxis(qkv, -3, 0)
         y = jax.nn.dot_product_attention(q_BLHE, k_BLHE, v_BLHE, is_causal=True)
         x_BLD += nn.DenseGeneral(D, axis=(-2, -1), use_bias=False)(y)
-        y_BLD, _, aux = self.ffn()(
-            nn.RMSNorm()(x_BLD), train, router_input=router_input_BLD
-        )
+        h_BLD = nn.RMSNorm()(x_BLD)
+        y_BLD, _, aux = self.ffn()(h_BLD, train, token_ids=tokens_BL)
+        if self.shared_width:
+            y_BLD += DenseFFN(D, width=self.shared_width, name="shared")(h_BLD)[0]
         return x_BLD + y_BLD, aux["total_aux"]
 
 
@@ -48,23 +55,20 @@ class Transformer(nn.Module):
 
     Attributes:
         ffn: makes a block's FFN.
-        by_token: whether routes are the token's, by its embedding, or the hidden
-            state's.
+        shared_width: see `Block`.
     """
 
     ffn: Callable[[], nn.Module]
-    by_token: bool = True
+    shared_width: int = 0
 
     @nn.compact
     def __call__(self, tokens_BL, train: bool = False):
         embed = nn.Embed(V, D, embedding_init=nn.initializers.normal(0.02))
         positions = self.param("positions", nn.initializers.normal(0.02), (L, D))
-        embeddings_BLD = embed(tokens_BL)
-        x_BLD = embeddings_BLD + positions[None, : tokens_BL.shape[1]]
-        router_input_BLD = embeddings_BLD if self.by_token else None
+        x_BLD = embed(tokens_BL) + positions[None, : tokens_BL.shape[1]]
         losses = []
         for _ in range(LAYERS):
-            x_BLD, aux = Block(self.ffn)(x_BLD, router_input_BLD, train)
+            x_BLD, aux = Block(self.ffn, self.shared_width)(x_BLD, tokens_BL, train)
             losses.append(aux)
         return embed.attend(nn.RMSNorm()(x_BLD)), jnp.mean(jnp.stack(losses))
 
@@ -136,8 +140,15 @@ def evaluate(model, variables) -> float:
     return float(jax.jit(lambda v: loss_of(model.apply(v, rows)[0], rows))(variables))
 
 
+def make_ffn():
+    by_hash = RoutingConfig(source="hash")
+    return SparseTriXFFN(
+        D, num_tiles=64, tiles_per_token=7, expansion=16, routing=by_hash
+    )
+
+
 def main(steps: int):
-    model = Transformer(lambda: SparseTriXFFN(D, num_tiles=16, tiles_per_token=4))
+    model = Transformer(make_ffn, shared_width=D // 4)
     sample = jnp.zeros((1, L), jnp.int32)
     variables = jax.jit(model.init)(jax.random.key(1), sample)
     before = evaluate(model, variables)

@@ -1,5 +1,5 @@
-"""`SparseTriXFFN`, as recommended: four of sixteen ternary tiles a token, by the token's
-embedding, in a training step of your own.
+"""`SparseTriXFFN` by signatures: four of sixteen ternary tiles a token, those whose
+address matches the token's embedding, in a training step of your own.
 
     python examples/sparse_ffn.py
 """

@@ -6,7 +6,8 @@ reads `experiments/quality/results/*.json` and writes between the lines
 `<!-- front page: NAME -->` and `<!-- end -->` of README.md and docs/results.md.
 
 A loss is the mean over seeds at the best learning rate, with the half width of its 95 %
-t-interval; all of them of runs whose windows lie at random offsets (`train.sampler:
+t-interval. The newest setting is that of the claim, of the seeds that did not choose the
+rate; the others are of runs whose windows lie at random offsets (`train.sampler:
 offsets`), since losses of two samplers are not compared. Memory is that of the FFN weights: as served, counted by the runs
 themselves; in training, float32 weights and Muon's one float32 moment, 8 bytes each.
 Seconds are those of a training step as `experiments.speed.steps` measured it.
@@ -19,6 +20,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments.quality import curve
+from experiments.quality.arms import Arm
+from experiments.quality.claim import claim, together
+from experiments.quality.claim_page import VOCABULARY, estimate_text
+from experiments.quality.worth import Worth, concluding, model_of, width_of, worth
 from trix_jax.lm.experiment import results
 from trix_jax.lm.experiment.stats import interval
 from trix_jax.lm.experiment.tables import table
@@ -54,6 +59,7 @@ class Setting(NamedTuple):
 
 
 CAPTION = f"\nSampler of all runs: `{SAMPLER}`.\n"
+NEWEST, OTHER = 128, 64  # widths of the model, of the claim
 FRONT = "english-256-muon"
 SETTINGS = {
     FRONT: Setting(
@@ -106,22 +112,89 @@ def less(arms: Mapping[str, Tuned], name: str, sign: str = "+") -> str:
     return shown([one[seed] - other[seed] for seed in sorted(one.keys() & other)], sign)
 
 
+def comparison() -> str:
+    """TriX in the setting of the claim, and the dense FFNs that its loss lies among."""
+    setting, runs = claim(NEWEST), claim_runs(NEWEST)
+    found = {a.name: tuned(runs, a.name, a.rate_of) for a in newest_arms()}
+    reference, rows = found["dense-512"], []
+    assert reference is not None
+    for arm in newest_arms():
+        one = found[arm.name]
+        if one is not None:
+            width = width_of(model_of(setting, arm, VOCABULARY))
+            is_dense = arm.name.startswith("dense")
+            what = arm.name.replace("-", " ") if is_dense else "**TriX, recommended**"
+            losses = list(concluding(one).values())
+            sizes = [f"{width.compute:,.0f}", f"{width.memory:,.0f}"]
+            memory = f"{training_megabytes(one.one, reference.one):.1f}"
+            seconds = seconds_of("wikipedia-128", arm.name)
+            rows.append([what, shown(losses), *sizes, memory, seconds])
+    head = "FFN; loss (nats a token); compute width; memory width, served"
+    head += "; in training (MB); time (s a step, CPU)"
+    return table(head.split("; "), rows)
+
+
+def newest_arms() -> list[Arm]:
+    """The recommended configuration, and dense FFNs from the narrowest to the widest."""
+    curve_arms = claim(NEWEST).groups["dense-curve"]
+    dense = sorted(curve_arms, key=lambda arm: int(arm.name.rpartition("-")[2]))
+    return [together(64, NEWEST)[0], *dense]
+
+
+def claim_runs(d_model: int) -> list[results.Result]:
+    return results.read(RESULTS / f"{claim(d_model).name}.json")
+
+
+def differences() -> str:
+    """What the recommended configuration is worth at both widths."""
+    name = newest_arms()[0].name
+    lines = []
+    for d in (NEWEST, OTHER):
+        setting = claim(d)
+        place = worth(setting, claim_runs(d), setting.arm(name), VOCABULARY)
+        assert place is not None
+        lines.append(
+            f"At width {d} of the model TriX reaches the loss of a dense FFN of width "
+            f"{place_text(place)}.\n"
+        )
+    return "".join(lines)
+
+
+def place_text(place: Worth) -> str:
+    """The dense width of equal loss, and how many times the arm's own that is."""
+    return (
+        f"{estimate_text(place.equivalent, 0)}, **{estimate_text(place.multiplier, 2)} "
+        f"times the width that it takes**, {place.width.greater:.0f}; seeds {place.seeds}"
+    )
+
+
+def seconds_of(setting: str, arm: str) -> str:
+    """Of a training step; nothing where it was not timed."""
+    measured = json.loads(STEPS.read_text("utf-8"))["settings"]
+    arms = measured[setting]["arms"] if setting in measured else {}
+    return f"{arms[arm]['seconds']:#.2g}" if arm in arms else ""
+
+
+def training_megabytes(run: results.Result, dense: results.Result) -> float:
+    """Of an FFN's weights and moments; `dense` says how many other parameters there are."""
+    others = dense.params_total - dense.ffn_bits // 16
+    return (run.params_total - others) * TRAINING_BYTES / 1e6
+
+
 def row(what: str, arms: Mapping[str, Tuned], name: str) -> list[str]:
     """What an FFN costs and reaches."""
     run, dense = arms[name].one, arms[f"dense-{SETTINGS[FRONT].params}"].one
-    seconds = json.loads(STEPS.read_text("utf-8"))["settings"]["english-256"]["arms"]
-    others = dense.params_total - dense.ffn_bits // 16
     return [
         what,
         loss_of(arms, name),
         f"{run.active_width:,.0f}",
         f"{run.ffn_bits / 8e6:.2f}",
-        f"{(run.params_total - others) * TRAINING_BYTES / 1e6:.1f}",
-        f"{seconds[name]['seconds']:.1f}",
+        f"{training_megabytes(run, dense):.1f}",
+        seconds_of("english-256", name),
     ]
 
 
-def comparison() -> str:
+def earlier() -> str:
     """TriX, the dense FFNs of equal compute, memory and parameters, and the floor."""
     arms, setting = read(FRONT), SETTINGS[FRONT]
     twins = {
@@ -129,7 +202,7 @@ def comparison() -> str:
         "served memory": setting.memory,
         "parameters": setting.params,
     }
-    rows = [row("**TriX, recommended**", arms, TRIX)]
+    rows = [row("**TriX, 16 tiles, 4 a token**", arms, TRIX)]
     for what, width in twins.items():
         rows.append(row(f"dense, equal {what}", arms, f"dense-{width}"))
     floors = json.loads((RESULTS / "ngram-floors.json").read_text("utf-8"))
@@ -141,8 +214,8 @@ def comparison() -> str:
     return table(head.split("; "), rows)
 
 
-def differences() -> str:
-    """What the recommended configuration is worth, and what it is behind."""
+def earlier_differences() -> str:
+    """What four of sixteen tiles are worth, and what they are behind."""
     arms, params = read(FRONT), f"dense-{SETTINGS[FRONT].params}"
     compute = arms[TRIX].one.active_width
     return (
@@ -165,20 +238,20 @@ def equivalent(name: str, arms: Mapping[str, Tuned]) -> str:
 
 
 def losses() -> str:
-    """The recommended configuration beside dense FFNs, setting by setting."""
+    """Four of sixteen tiles beside dense FFNs, setting by setting."""
     rows = []
     for name, setting in SETTINGS.items():
         arms = read(name)
         widths = (setting.compute, setting.memory, setting.params)
         others = [TRIX, *(f"dense-{w}" for w in widths), HASH, HIDDEN]
         rows.append([setting.about, *(loss_of(arms, other) for other in others)])
-    head = "setting; TriX, recommended; dense, equal compute; dense, equal memory"
+    head = "setting; TriX; dense, equal compute; dense, equal memory"
     head += "; dense, equal parameters; TriX by a hash; TriX by hidden state"
     return table(head.split("; "), rows) + CAPTION
 
 
 def paired() -> str:
-    """The same as differences of the recommended configuration to each."""
+    """The same as differences to each."""
     rows = []
     for name, setting in SETTINGS.items():
         arms = read(name)
@@ -192,7 +265,7 @@ def paired() -> str:
 
 
 LAYERS = {
-    TRIX: "sparse, 16 tiles, 4 a token, by token (recommended)",
+    TRIX: "sparse, 16 tiles, 4 a token, by token",
     "sparse-4-embedding": "sparse, 4 tiles, 1 a token, by token",
     HIDDEN: "sparse, 16 tiles, 4 a token, by hidden state",
     "sparse-4": "sparse, 4 tiles, 1 a token, by hidden state (the original's)",
@@ -219,7 +292,18 @@ def layers() -> str:
     )
 
 
-PARTS = {p.__name__: p for p in (comparison, differences, losses, paired, layers)}
+PARTS = {
+    part.__name__: part
+    for part in (
+        comparison,
+        differences,
+        earlier,
+        earlier_differences,
+        losses,
+        paired,
+        layers,
+    )
+}
 
 
 def filled(

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from trix_jax.hashing import hash_tiles, pair_ids
 
@@ -30,6 +31,16 @@ def test_hash_of_ids_and_of_pairs_is_that_of_python():
     assert got.tolist() == [int(pair) for pair in pairs]
     assert got[0] == ids[0]
     np.testing.assert_array_equal(hash_tiles(got, 8, 3), hashed(pairs, 3))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "int32"])
+def test_pairs_are_the_same_in_any_integers(dtype):
+    before, ids = np.asarray([0, 127, 255]), np.asarray([3, 4, 5])
+    if dtype != "uint8":
+        before[0] = -1
+    got = pair_ids(jnp.asarray(before, dtype), jnp.asarray(ids, dtype))
+    wanted = [(mixed(b + 1) + int(i)) % 2**32 for b, i in zip(before, ids, strict=True)]
+    assert got.tolist() == wanted
 
 
 def test_pairs_are_spread_evenly():

@@ -240,6 +240,34 @@ def test_hash_control_routes_equal_tokens_alike_and_needs_ids():
     assert len(np.unique(tiles)) == 8
     with pytest.raises(ValueError, match="token_ids must be given"):
         layer.apply(variables, X)
+    with pytest.raises(ValueError, match="token_ids must be integers. Got float32"):
+        layer.apply(variables, X, token_ids=ids / 20)
+    with pytest.raises(ValueError, match="hold_after must be None with source 'hash'"):
+        RoutingConfig(source="hash", hold_after=0.1)
+
+
+def test_hash_has_no_losses_and_nothing_of_its_routing_moves():
+    layer, ids = control("hash", tiles_per_token=2), np.arange(40, dtype=np.uint8) % 20
+    variables = initialized(SparseTriXFFN(16, num_tiles=8))
+
+    @jax.jit
+    def run(params):
+        (_, info, aux), new = layer.apply(
+            {**variables, "params": params},
+            X,
+            train=True,
+            token_ids=ids,
+            router_input=2 * X,
+            mutable=["routing"],
+        )
+        return aux["total_aux"], (info, routing.update(new["routing"]))
+
+    grads, (info, new) = jax.grad(run, has_aux=True)(variables["params"])
+    assert not any(leaf.any() for leaf in jax.tree.leaves(grads))
+    assert info.gates.min() == info.gates.max() == 1
+    state = new["tiles"]["router"]
+    assert not state["bias"].any()
+    assert not state["signature"].any()  # it has no addresses to show
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Routes by hashing: the control that looks at token ids alone.
+"""Routes by hashing: token ids alone decide.
 
     tiles_t = top_k over n of mix(id_t * N + n)
 
@@ -40,7 +40,7 @@ def pair_ids(
     """Ids of pairs of tokens, uint32, for `hash_tiles`: `mix(before + 1) + id`, the
     token's own id where there is none before it (`NONE_BEFORE`).
     """
-    first = (before + 1).astype(jnp.uint32)
+    first = before.astype(jnp.uint32) + 1
     return _mix(first) + token_ids.astype(jnp.uint32)
 
 

@@ -53,9 +53,10 @@ class RoutingConfig:
     """How tokens find tiles.
 
     Attributes:
-        source: "weights" reads signatures off the tiles. The others are controls for
-            experiments on the same tiles: "random" keeps frozen random signatures,
-            "learned" has a trained linear router, "hash" looks at token ids.
+        source: "weights" reads signatures off the tiles. "hash" looks at token ids: it
+            has no scores, so that auxiliary losses are 0, biases stay, and nothing can
+            be held or steered. Two controls for experiments: "random" keeps frozen
+            random signatures, "learned" has a trained linear router.
         signature: "sum" keeps the summed ternary weights at unit RMS, "sign" (the
             original's) only their sign.
         gate: what multiplies a chosen tile's output and lets the task's gradient reach
@@ -106,6 +107,11 @@ class RoutingConfig:
                 )
         if self.score_scale <= 0:
             raise ValueError(f"score_scale must be positive. Got {self.score_scale}.")
+        if self.source == "hash" and self.hold_after is not None:
+            raise ValueError(
+                "hold_after must be None with source 'hash', which has no signatures to "
+                f"hold. Got {self.hold_after}."
+            )
         if self.hold_after is None:
             if self.hold != "signatures":
                 raise ValueError(

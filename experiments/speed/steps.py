@@ -64,6 +64,18 @@ SETTINGS = {
             },
         },
     ),
+    "wikipedia-128": Setting(
+        "experiments/quality/wikipedia.yaml",
+        "--model.positions rotary --model.norm rms --model.qk-norm",
+        4096,
+        {
+            "tiles-64-hash-eighth-shared": "--arm tiles --model.routing.source hash --model.tiles-per-token 7 --model.shared-width 32",
+            **{
+                f"dense-{w}": f"--arm dense --model.ffn-width {w}"
+                for w in (256, 512, 1024, 2048)
+            },
+        },
+    ),
     "shakespeare-128": Setting(
         "configs/shakespeare_char.yaml",
         "",

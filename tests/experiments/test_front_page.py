@@ -2,7 +2,20 @@
 results.
 """
 
+import dataclasses
+
 from experiments import front_page
+from experiments.quality.claim import claim
+from experiments.quality.worth import model_of
+from trix_jax.cli.train import Args
+from trix_jax.lm.presets import parse_preset
+
+ENGLISH = front_page.ROOT / "configs" / "english.yaml"
+
+
+def preset(arm=None):
+    argv = [str(ENGLISH), *(["--arm", arm] if arm else [])]
+    return parse_preset(Args, argv, "train").config.model
 
 
 def test_tables_are_those_of_the_committed_results():
@@ -17,5 +30,18 @@ def test_changed_result_changes_the_page(tmp_path, monkeypatch):
         text = path.read_text("utf-8").replace("3.630377952150859", "3.930377952150859")
         (tmp_path / path.name).write_text(text)
     monkeypatch.setattr(front_page, "RESULTS", tmp_path)
-    readme = front_page.PAGES[0].read_text("utf-8")
-    assert front_page.filled(readme) != readme
+    page = front_page.PAGES[1].read_text("utf-8")
+    assert front_page.filled(page) != page
+
+
+def test_the_recommended_configuration_is_that_of_the_claim_with_dense_twins():
+    model = preset()
+    (arm,) = claim(128).groups["best"]
+    assert model_of(claim(128), arm, 4096) == dataclasses.replace(
+        model, vocab_size=4096
+    )
+    read = preset("signatures")
+    assert (read.routing.source, read.routing.hold_after) == ("weights", 0.1)
+    twins = [preset(name) for name in ("dense", "dense-cost")]
+    assert [twin.ffn_width for twin in twins] == [2080, 289]
+    assert {(twin.ffn, twin.shared_width) for twin in twins} == {("dense", 0)}

@@ -218,7 +218,10 @@ def test_a_layer_with_a_table_needs_ids_and_cannot_be_steered():
     ("changes", "message"),
     [
         ({"router_input": "pair"}, "need router_input='embedding'.* Got 'pair'"),
-        ({"routing": RoutingConfig(source="hash")}, r"Got routing\.source='hash'"),
+        (
+            {"routing": RoutingConfig(source="hash"), "hidden_from": None},
+            r"Got routing\.source='hash'",
+        ),
     ],
 )
 def test_models_without_routes_of_single_tokens_get_no_table(changes, message):

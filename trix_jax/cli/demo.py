@@ -8,16 +8,16 @@ from trix_jax.lm.presets import parse
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Train a small TriX and its dense twin, compare, pack, generate and report. No
-    download.
+    """Train a small TriX, its dense twin and a dense model of its cost, compare, pack,
+    generate and report. No download.
     """
 
     workdir: str = "runs/demo"
     """Where everything goes; a demo that was stopped there goes on."""
-    steps: int = 800
+    steps: int = 600
     """Optimizer steps of each arm."""
     seed: int = 42
-    """Of both arms."""
+    """Of all arms."""
     json: bool = False
     """End standard output with the result as one line of JSON."""
 
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     report("")
     for arm, values in result["arms"].items():
         report(
-            f"{arm:<6} validation loss {values['val_loss']:.4f}  perplexity "
+            f"{arm:<7} validation loss {values['val_loss']:.4f}  perplexity "
             f"{values['val_ppl']:.3f}  bits per byte {values['val_bits_per_byte']:.4f}  "
             f"{values['params_total']:,} parameters, {values['ffn_active']:,} FFN "
             "multiply-accumulates a token"

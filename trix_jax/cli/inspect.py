@@ -133,7 +133,8 @@ def _signature(seen, question: Question) -> list[float]:
         )
     if not has_signatures(states[question.layer]):
         raise ValueError(
-            "--signature needs signatures: this export has a table of routes in their place."
+            "--signature needs signatures: this model has a hash or a table of routes in "
+            "their place."
         )
     return states[question.layer]["signature"][question.tile].tolist()
 

@@ -20,7 +20,7 @@ from trix_jax.lm.signals import (
 )
 
 VERBS = {
-    "demo": "train a small TriX and its dense twin, compare, pack, generate, report: minutes on a laptop, no download",
+    "demo": "train a small TriX and two dense models, compare, pack, generate, report: minutes on a laptop, no download",
     "prepare": "text to a tokenizer and a verified token store",
     "train": "train a preset, or go on with the run in --workdir",
     "experiment": "run sizes x arms x seeds side by side, or plan or render them",

@@ -33,7 +33,7 @@ class Costs(NamedTuple):
         ffn_bits: bits of the FFN weights as served: ternary at 2 plus scales,
             everything else at 16.
         ffn_active_training: `ffn_active` of a forward pass in training, where a balance
-            loss over all tiles needs their scores: with clusters `C + N`, by a hash N.
+            loss over all tiles needs their scores: with clusters `C + N`, by a hash none.
         routing_bits: bits that routing stores beside the FFN weights as served, at 16 a
             number: signatures, biases, clusters and, where scores are held, the copy of
             the embedding's rows. A hash stores nothing, a learned router's rows are
@@ -142,11 +142,9 @@ def _active(c: TransformerConfig, training: bool = False) -> int:
 
 
 def _scoring(c: TransformerConfig, training: bool = False) -> int:
-    """Multiply-accumulates of a layer's scores for a token; a hash has them for its
-    losses alone.
-    """
+    """Multiply-accumulates of a layer's scores for a token; a hash has none."""
     if c.routing.source == "hash":
-        return c.d_model * c.num_tiles if training else 0
+        return 0
     if c.ffn == "lookup" or c.ffn == "hierarchical":
         clusters = c.num_tiles // c.tiles_per_cluster
         scores_all = training and c.routing.balance_over == "all"

@@ -92,17 +92,22 @@ def flatten(
     """The tokens of a call, masked ones 0.
 
     Raises:
-        ValueError: something that comes with the input has another shape.
+        ValueError: something that comes with the input has another shape; token ids that
+            are no integers.
     """
     lead, d = x.shape[:-1], x.shape[-1]
     if router_input is not None and router_input.shape != x.shape:
         raise ValueError(
             f"router_input must be {list(x.shape)}, the shape of x. Got {list(router_input.shape)}."
         )
-    if token_ids is not None and token_ids.shape != lead:
-        raise ValueError(
-            f"token_ids must be {list(lead)}, an id a token. Got {list(token_ids.shape)}."
-        )
+    token_ids = None if token_ids is None else jnp.asarray(token_ids)
+    if token_ids is not None:
+        if token_ids.shape != lead:
+            raise ValueError(
+                f"token_ids must be {list(lead)}, an id a token. Got {list(token_ids.shape)}."
+            )
+        if not jnp.issubdtype(token_ids.dtype, jnp.integer):
+            raise ValueError(f"token_ids must be integers. Got {token_ids.dtype}.")
     mask = check_mask(mask, lead)
     if 0 in lead:
         x, mask = jnp.zeros((1, d), x.dtype), jnp.zeros(1, bool)
@@ -112,7 +117,7 @@ def flatten(
     if router_input is not None:
         router_input = as_floats(router_input, jnp.float32).reshape(-1, d)
         router_input = hide(router_input, flat)
-    ids = None if token_ids is None else jnp.asarray(token_ids).reshape(-1)
+    ids = None if token_ids is None else token_ids.reshape(-1)
     return Tokens(hide(x.reshape(-1, d), flat), router_input, ids, flat)
 
 

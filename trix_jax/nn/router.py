@@ -70,19 +70,14 @@ class Router(nn.Module):
         self._check_collection(train)
         signature, used, state = self._signatures(signature, train, progress)
         state |= {"mask": mask}
-        scores = routing.match(h, used, config.score_scale)
-        if config.source == "hash":
-            if self.has_variable(steering.STEERING, "tiles"):
-                raise ValueError(
-                    "steering must not be given to a layer whose routing source is 'hash'."
-                )
-            tiles = hash_tiles(token_ids, n, self.settings.tiles_per_token)
-            gates = jnp.ones(tiles.shape, jnp.float32)
-            seen = Seen(scores)
-        else:
-            tiles, gates, seen = self._select(scores, used, h, signature, state)
         if self._is_training():
-            state["signature"].value = jax.lax.stop_gradient(signature)
+            is_read = config.source != "hash"  # a hash has no addresses to show
+            seen = jax.lax.stop_gradient(signature)
+            state["signature"].value = seen if is_read else jnp.zeros_like(seen)
+        if config.source == "hash":
+            return self._by_hash(token_ids, mask)
+        scores = routing.match(h, used, config.score_scale)
+        tiles, gates, seen = self._select(scores, used, h, signature, state)
         counts = routing.count_tiles(tiles, n, mask)
         info = _info(tiles, gates, counts, seen.scores, used, mask)
         losses = self._losses(seen, used, counts, train, mask)
@@ -96,8 +91,22 @@ class Router(nn.Module):
             raise ValueError(misuse.NO_STATE)
         shape = jnp.shape(self.get_variable("routing", "bias"))
         misuse.check_state({"bias": shape}, self.settings.num_tiles)
-        if train and not self.is_mutable_collection("routing"):
+        is_balanced = self.settings.routing.source != "hash"
+        if train and is_balanced and not self.is_mutable_collection("routing"):
             misuse.warn_of_training_without_state()
+
+    def _by_hash(self, token_ids, mask):
+        """Routes from the token ids alone: without scores there is nothing to lose or to
+        steer.
+        """
+        if self.has_variable(steering.STEERING, "tiles"):
+            raise ValueError(
+                "steering must not be given to a layer whose routing source is 'hash'."
+            )
+        s = self.settings
+        tiles = hash_tiles(token_ids, s.num_tiles, s.tiles_per_token)
+        gates = jnp.ones(tiles.shape, jnp.float32)
+        return _without_scores(tiles, gates, s.num_tiles, mask)
 
     def _look_up(self, token_ids, mask):
         """Routes from the table that a frozen layer keeps (`trix_jax.nn.route_table`):
@@ -120,12 +129,7 @@ class Router(nn.Module):
         if self.has_variable(PACKED, "gates"):
             gates = self.get_variable(PACKED, "gates")
         gates = jnp.take(gates, token_ids, axis=0)  # as in `nn.Embed`, NaN for no token
-        counts = routing.count_tiles(tiles, n, mask)
-        none = jnp.zeros((1, n))
-        info = _info(tiles, gates, counts, none, none, None)
-        info = info._replace(tie_rate=none[0, 0], signature_cosine=none[0, 0])
-        losses = dict.fromkeys(("balance", "diversity", "total_aux"), none[0, 0])
-        return Route(tiles, gates), info, losses
+        return _without_scores(tiles, gates, n, mask)
 
     def _signatures(self, signature, train, progress):
         """What clusters are addressed by, what tokens are matched with, and the state;
@@ -264,6 +268,15 @@ class Router(nn.Module):
         total = config.balance_weight * balance_loss
         total = total + config.diversity_weight * diversity
         return {"balance": balance_loss, "diversity": diversity, "total_aux": total}
+
+
+def _without_scores(tiles, gates, num_tiles, mask):
+    counts = routing.count_tiles(tiles, num_tiles, mask)
+    none = jnp.zeros((1, num_tiles))
+    info = _info(tiles, gates, counts, none, none, None)
+    info = info._replace(tie_rate=none[0, 0], signature_cosine=none[0, 0])
+    losses = dict.fromkeys(("balance", "diversity", "total_aux"), none[0, 0])
+    return Route(tiles, gates), info, losses
 
 
 def _info(tiles, gates, counts, scores, signature, mask):

@@ -58,8 +58,8 @@ class SparseTriXFFN(TileArguments):
             train: dropout on; batch statistics over `axis_name`.
             progress: share of training done, for `TernaryConfig` schedules and
                 `RoutingConfig.hold_after`; None is the end.
-            token_ids: only for the routing control "hash"; of pairs of tokens,
-                `routing.pair_ids`.
+            token_ids: integers, for the routing source "hash" and for a table of
+                routes; of pairs of tokens, `routing.pair_ids`.
             router_input: what the signatures are matched with; None takes `x`. With a
                 token's row of the embedding table its tiles depend on nothing else.
             mask: True for real tokens. Others, whatever they hold, get 0 (with

@@ -43,6 +43,11 @@ def check_router_input(config: Any) -> None:
             f"hidden_from={first} must be at least 1 and below n_layers={c.n_layers}, "
             f"with a router_input by token. Got router_input={c.router_input!r}."
         )
+    if first is not None and c.routing.source == "hash":
+        raise ValueError(
+            "hidden_from must be None with routing.source 'hash', which looks at no "
+            f"hidden state. Got {first}."
+        )
     if by_hidden and c.routing.hold != "signatures":
         raise ValueError(
             f"routing.hold={c.routing.hold!r} needs a router_input by token, "
@@ -55,7 +60,7 @@ class ByToken(NamedTuple):
 
     Attributes:
         router_input: what signatures meet.
-        token_ids: what the control "hash" hashes: tokens, or pairs of them.
+        token_ids: what the source "hash" hashes: tokens, or pairs of them.
     """
 
     router_input: Float[Array, "B L D"]

@@ -100,7 +100,8 @@ def write_demo(
 ) -> dict[str, Any]:
     """The runs of a demo; returns its result."""
     write_run(workdir / "trix", trix, evals=evals)
-    write_run(workdir / "dense", dense, dense=True, evals=evals)
+    for arm in ("dense", "dense_w"):
+        write_run(workdir / arm, dense, dense=True, evals=evals)
     arms = {
         arm: {
             "val_loss": loss,
@@ -109,7 +110,11 @@ def write_demo(
             "params_total": 900,
             "ffn_active": active,
         }
-        for arm, loss, active in (("trix", trix, 40_000), ("dense", dense, 130_000))
+        for arm, loss, active in (
+            ("trix", trix, 40_000),
+            ("dense", dense, 130_000),
+            ("dense_w", dense, 41_000),
+        )
     }
     layer = {"entropy": 1.9, "max_load": 1.4, "dead_tiles": 0}
     return {
@@ -164,7 +169,8 @@ def check_page(path: Path, machine: Path) -> str:
             [
                 "**TriX wins** by 0.1000 nats",
                 "TriX is 0.905 times its twin's",
-                "Both are below the bigram floor of 2.480",
+                "ahead of the dense model of equal cost**: -0.1000",
+                "All are below the bigram floor of 2.480",
                 "No difference",
             ],
         ),
@@ -175,7 +181,8 @@ def check_page(path: Path, machine: Path) -> str:
             [
                 "**The dense twin wins** by 0.2000 nats",
                 "TriX is 1.221 times its twin's",
-                "The dense twin is below the bigram floor of 2.480, TriX **not**",
+                "behind the dense model of equal cost**: +0.2000",
+                "floor of 2.480: dense twin, dense of equal cost; **not**: TriX",
                 "is rounding.",
             ],
         ),
@@ -186,7 +193,7 @@ def check_page(path: Path, machine: Path) -> str:
             [
                 "**TriX wins** by 0.0060 nats",
                 "TriX is 0.994 times its twin's",
-                "TriX is below the bigram floor of 2.480, the dense twin **not**",
+                "floor of 2.480: TriX; **not**: dense twin, dense of equal cost",
             ],
         ),
         (
@@ -196,7 +203,8 @@ def check_page(path: Path, machine: Path) -> str:
             [
                 "**A tie.**",
                 "0.0030 nats per token apart (a perplexity ratio of 1.003)",
-                "**Neither is below the bigram floor** of 2.480",
+                "**level with the dense model of equal cost**: +0.0030",
+                "**None is below the bigram floor** of 2.480",
                 "is more than rounding.**",
             ],
         ),
@@ -221,7 +229,7 @@ def test_demo_report_of_one_evaluation_and_a_collapse(tmp_path):
     result = write_demo(tmp_path, 1.7, 1.8, evals=1)
     result["ngram"] = {int(order): loss for order, loss in FLOORS.items()}
     result["routing"][0] = {"entropy": 0.5, "max_load": 6.0, "dead_tiles": 3}
-    for arm in ("trix", "dense"):
+    for arm in demo.ARMS:
         (tmp_path / arm / "REPORT.md").touch()
     text = check_page(demo.write_demo_report(tmp_path, result), tmp_path)
     assert "(trix/REPORT.md)" in text

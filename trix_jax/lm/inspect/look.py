@@ -19,6 +19,7 @@ from trix_jax.lm.serve.load import load_run, resolve_step
 from trix_jax.lm.train import metrics
 from trix_jax.lm.train.exported import is_export
 from trix_jax.ops import PACKED
+from trix_jax.routing import Source
 from trix_jax.ternary import TernaryConfig, hard_ternary
 from trix_jax.typing import Variables
 
@@ -64,7 +65,7 @@ def look(
             {
                 "tiles": seen.tiles[i, shown].tolist(),
                 **_tiles(seen.tiles[i], ids, model.config.num_tiles, tokenizer),
-                **_routing(state),
+                **_routing(state, model.config.routing.source),
                 **_weights(model.config, variables, before, name),
             }
             for i, ((name, *_), state) in enumerate(layer_states(seen.routing).items())
@@ -74,7 +75,8 @@ def look(
 
 def _model(c, routing) -> dict[str, Any]:
     stored = [has_signatures(state) for state in layer_states(routing).values()]
-    cost = costs(c, "signatures" if all(stored) else "table")
+    is_table = c.routing.source != "hash" and not all(stored)
+    cost = costs(c, "table" if is_table else "signatures")
     return {
         "ffn": c.ffn,
         "d_model": c.d_model,
@@ -131,7 +133,8 @@ def _tiles(tiles, ids, count, tokenizer) -> dict[str, Any]:
     return {"usage": usage, "words": words}
 
 
-def _routing(state) -> dict[str, Any]:
+def _routing(state, source: Source) -> dict[str, Any]:
+    without = "hash" if source == "hash" else "table"
     signature = np.asarray(state["signature"], np.float32)
     unit = signature / np.maximum(
         np.linalg.norm(signature, axis=1, keepdims=True), 1e-6
@@ -141,7 +144,7 @@ def _routing(state) -> dict[str, Any]:
         "similarity": np.round(unit @ unit.T, 3).tolist()
         if has_signatures(state)
         else None,
-        "routes": "signatures" if has_signatures(state) else "table",
+        "routes": "signatures" if has_signatures(state) else without,
         "bias": np.round(np.asarray(state["bias"], np.float32), 4).tolist(),
         "clusters": members,
         "frozen": bool(state["frozen"]),

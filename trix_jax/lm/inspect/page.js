@@ -44,7 +44,7 @@ function drawHeader() {
   if (now) parts.push(`validation loss ${number(now.val_loss ?? NaN, 3)} at step ${number(now.step)}`);
   $("summary").textContent = parts.join(" · ");
   $("blocks").replaceChildren(...layers.map((layer, i) => element("button", {
-    textContent: `Block ${i}${layer.frozen ? " (held)" : layer.routes === "table" ? " (routes are a table)" : layer.held ? " (signatures held)" : ""}`,
+    textContent: `Block ${i}${layer.frozen ? " (held)" : layer.routes === "table" ? " (routes are a table)" : layer.routes === "hash" ? " (by a hash)" : layer.held ? " (signatures held)" : ""}`,
     ariaPressed: String(i === block),
     onclick: () => { block = i; kept = null; draw(); },
   })));
@@ -118,7 +118,8 @@ function heatmap(canvas, rows, scale) {
 }
 
 function drawSimilarity() {
-  $("similarity").hidden = !layers[block].similarity; // a table of routes has no signatures
+  // A table of routes has no signatures, nor has a hash.
+  $("similarity").parentElement.hidden = !layers[block].similarity;
   if (!layers[block].similarity) return;
   const rows = order().map((i) => order().map((j) => layers[block].similarity[i][j]));
   const canvas = $("similarity");

@@ -17,7 +17,9 @@ WINDOWS = 8  # in one call
 
 
 def has_signatures(state: dict[str, Any]) -> bool:
-    """Whether a layer's state has signatures: one that serves a table has none."""
+    """Whether a layer's state has signatures: one that serves a table has none, nor has
+    one by a hash.
+    """
     return bool(np.any(state["signature"]))
 
 

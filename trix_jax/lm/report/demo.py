@@ -1,4 +1,5 @@
-"""REPORT.md of the demo, which sets TriX beside a dense twin.
+"""REPORT.md of the demo, which sets TriX beside two dense models: its twin of as many
+parameters, and one of its cost.
 
 The words follow from the numbers, whoever wins.
 """
@@ -23,14 +24,14 @@ from trix_jax.lm.report.run import routing_section
 
 TIE = 0.005  # nats: a convention; within it no winner is named
 ROUNDING = 1e-4  # nats: float32 sums in another order stay below this
-ARMS = ("trix", "dense")
+ARMS = ("trix", "dense", "dense_w")
 
 
 def write_demo_report(workdir: str | Path, result: Mapping[str, Any]) -> Path:
     """Writes `plots/*.png` and `REPORT.md` of the demo; returns the report.
 
     Args:
-        workdir: holds the runs of the arms, `trix/` and `dense/`.
+        workdir: holds the runs of the arms, `trix/`, `dense/` and `dense_w/`.
         result: the contents of `demo --json` (`trix_jax.lm.demo.run_demo`).
 
     Raises:
@@ -45,16 +46,18 @@ def write_demo_report(workdir: str | Path, result: Mapping[str, Any]) -> Path:
         raise ValueError(f"{workdir / 'trix'} must be a run with routing. Got none.")
 
     parts = [
-        "# TriX beside a dense twin",
-        "Two small language models learn the same text with about the same number of "
-        "parameters. In TriX's feed-forward layers (FFNs) weights are -1, 0 or +1 and "
-        "each token uses only the tiles that match it best; the twin's are dense.",
-        f"{_verdict(arms)} {_below_bigram(arms, floors[2])}",
+        "# TriX beside dense models",
+        "Three small language models learn the same text. In TriX's feed-forward "
+        "layers (FFNs) weights are -1, 0 or +1 and each token uses a few tiles, with a "
+        "small real FFN beside them. Its dense twin has about as many parameters. The "
+        "dense model of equal cost computes as much, or stores as much when served, "
+        "whichever is more.",
+        f"{_verdict(arms)} {_of_equal_cost(arms)} {_below_bigram(arms, floors[2])}",
         "![Validation loss over training tokens](plots/val_loss.png)",
-        "> One seed, one learning rate tuned for neither arm, minutes of training: a "
-        "demonstration, not evidence. The comparison with tuned learning rates, "
-        "several seeds and a curve of dense widths is `experiments/quality` in the "
-        "repository.",
+        "> One seed and minutes of training, each model at the best of three learning "
+        "rates for the demo's own length: a demonstration, not evidence. The "
+        "comparison with several seeds and a curve of dense widths is "
+        "`experiments/quality` in the repository.",
         "## What TriX saves",
         *_saved(arms, runs, result),
         "## The numbers",
@@ -72,7 +75,8 @@ def write_demo_report(workdir: str | Path, result: Mapping[str, Any]) -> Path:
     ]
     if all((workdir / name / "REPORT.md").is_file() for name in arms):
         parts.append(
-            "The runs in full: [TriX](trix/REPORT.md), [dense](dense/REPORT.md)."
+            "The runs in full: [TriX](trix/REPORT.md), [dense twin](dense/REPORT.md), "
+            "[dense of equal cost](dense_w/REPORT.md)."
         )
     _draw(workdir / "plots", arms, runs, floors, result["bytes"])
     return write_page(workdir, parts)
@@ -92,7 +96,8 @@ def _saved(arms, runs: Mapping[str, RunRecord], result) -> list[str]:
         "![Multiply-accumulates and bytes](plots/savings.png)",
         "This counts arithmetic and bytes, not seconds: in this run TriX trained at "
         f"{runs['trix'].speed:,.0f} tokens per second, its twin at "
-        f"{runs['dense'].speed:,.0f}.",
+        f"{runs['dense'].speed:,.0f}, the dense model of equal cost at "
+        f"{runs['dense_w'].speed:,.0f}.",
     ]
 
 
@@ -109,7 +114,7 @@ def _origin(run: RunRecord, result: Mapping[str, Any]) -> list[str]:
 
 def _verdict(arms: Mapping[str, Mapping[str, Any]]) -> str:
     """Who wins and by how much, from the numbers alone."""
-    trix, dense = (arms[arm]["val_loss"] for arm in ARMS)
+    trix, dense = (arms[arm]["val_loss"] for arm in ARMS[:2])
     gap, ratio = trix - dense, f"{math.exp(trix - dense):.3f}"
     if abs(gap) <= TIE:
         return (
@@ -126,16 +131,27 @@ def _verdict(arms: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
+def _of_equal_cost(arms: Mapping[str, Mapping[str, Any]]) -> str:
+    gap = arms["trix"]["val_loss"] - arms["dense_w"]["val_loss"]
+    where = "level with" if abs(gap) <= TIE else "ahead of" if gap < 0 else "behind"
+    return (
+        f"TriX is **{where} the dense model of equal cost**: {gap:+.4f} nats, against "
+        f"{arms['dense_w']['val_loss']:.4f}."
+    )
+
+
 def _below_bigram(arms: Mapping[str, Mapping[str, Any]], bigram: float) -> str:
-    trix, dense = (arms[arm]["val_loss"] < bigram for arm in ARMS)
-    if trix and dense:
-        return f"Both are below the bigram floor of {bigram:.3f}."
-    if trix or dense:
-        pair = ("TriX", "the dense twin") if trix else ("The dense twin", "TriX")
+    names = {arm: plots.ARM_NAMES[arm] for arm in ARMS}
+    below = [names[arm] for arm in ARMS if arms[arm]["val_loss"] < bigram]
+    if len(below) == len(ARMS):
+        return f"All are below the bigram floor of {bigram:.3f}."
+    if below:
+        rest = [name for name in names.values() if name not in below]
         return (
-            f"{pair[0]} is below the bigram floor of {bigram:.3f}, {pair[1]} **not**."
+            f"Below the bigram floor of {bigram:.3f}: {', '.join(below)}; "
+            f"**not**: {', '.join(rest)}."
         )
-    return f"**Neither is below the bigram floor** of {bigram:.3f}: trained too little."
+    return f"**None is below the bigram floor** of {bigram:.3f}: trained too little."
 
 
 def _savings(active: Mapping[str, int], sizes: Mapping[str, int], config) -> str:
@@ -143,10 +159,11 @@ def _savings(active: Mapping[str, int], sizes: Mapping[str, int], config) -> str
     fewer = f"{ratio:.1f} times fewer" if ratio >= 1 else f"{1 / ratio:.1f} times more"
     packed = sizes["ffn_float32"] / sizes["ffn_packed"]
     return (
-        f"Each token uses {config['tiles_per_token']} of {config['num_tiles']} tiles: "
-        f"{active['trix']:,} multiply-accumulates in the FFNs, routing scores "
-        f"included, against {active['dense']:,} in the twin, **{fewer}**. Packed in "
-        f"two bits, scales included, the FFN weights take {sizes['ffn_packed']:,} "
+        f"Each token uses {config['tiles_per_token']} of {config['num_tiles']} tiles "
+        f"and the small real FFN: "
+        f"{active['trix']:,} multiply-accumulates in the FFNs, routing "
+        f"included, against {active['dense']:,} in the twin, **{fewer}**. With tiles "
+        f"in two bits and the small real FFN in float32, the FFN weights take {sizes['ffn_packed']:,} "
         f"bytes instead of {sizes['ffn_float32']:,} in float32, **{packed:.1f} times "
         f"fewer** ({packed / 2:.1f} times fewer than 16-bit weights)."
     )
@@ -160,13 +177,13 @@ def _compare(arms: Mapping[str, Mapping[str, Any]], runs) -> str:
         ("parameters", "params_total", ",d"),
         ("FFN multiply-accumulates per token", "ffn_active", ",d"),
     )
-    pairs = [(text, *(arms[a][key] for a in ARMS), form) for text, key, form in names]
-    pairs.append(("training tokens per second", *(runs[a].speed for a in ARMS), ",.0f"))
     rows = [
-        (text, f"{trix:{form}}", f"{dense:{form}}", f"{trix / dense:.3f}")
-        for text, trix, dense, form in pairs
+        (text, *(f"{arms[arm][key]:{form}}" for arm in ARMS))
+        for text, key, form in names
     ]
-    return table(("", "TriX", "dense twin", "TriX / dense"), rows)
+    speeds = (f"{runs[arm].speed:,.0f}" for arm in ARMS)
+    rows.append(("training tokens per second", *speeds))
+    return table(("", *(plots.ARM_NAMES[arm] for arm in ARMS)), rows)
 
 
 def _floors_table(arms, floors: Mapping[int, float]) -> str:
@@ -174,11 +191,12 @@ def _floors_table(arms, floors: Mapping[int, float]) -> str:
         (
             plots.GRAM_NAMES.get(order, f"{order}-gram"),
             f"{loss:.4f}",
-            *("yes" if arms[a]["val_loss"] < loss else "no" for a in arms),
+            *("yes" if arms[a]["val_loss"] < loss else "no" for a in ARMS),
         )
         for order, loss in floors.items()
     ]
-    return table(("", "loss", "TriX is below", "dense twin is below"), rows)
+    heads = (f"{plots.ARM_NAMES[arm]} is below" for arm in ARMS)
+    return table(("", "loss", *heads), rows)
 
 
 def _packed(trained: float, packed: float) -> str:

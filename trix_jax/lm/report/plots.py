@@ -18,8 +18,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
-ARM_COLOURS = {"trix": BLUE, "dense": ORANGE}
-ARM_NAMES = {"trix": "TriX", "dense": "dense twin"}
+ARM_COLOURS = {"trix": BLUE, "dense": ORANGE, "dense_w": GREEN}
+ARM_NAMES = {
+    "trix": "TriX",
+    "dense": "dense twin",
+    "dense_w": "dense of equal cost",
+}
 GRAM_NAMES = {1: "unigram", 2: "bigram", 3: "trigram", 4: "4-gram", 5: "5-gram"}
 HEALTHY_SHARE = 0.7  # of ln N: the entropy below which routing counts as collapsing
 DEAD = 0.1  # of an even share: below it a tile counts as dead
@@ -58,7 +62,7 @@ def val_losses(path: Path, arms: Mapping[str, Lines], floors: Mapping[int, float
 
 
 def savings(path: Path, active: Mapping[str, int], sizes: Mapping[str, int]):
-    """Multiply-accumulates of both arms; bytes of TriX before and after packing."""
+    """Multiply-accumulates of the arms; bytes of TriX before and after packing."""
     figure, axes = new_figure(1.7, columns=2)
     names = [ARM_NAMES[arm] for arm in active]
     colours = [ARM_COLOURS[arm] for arm in active]

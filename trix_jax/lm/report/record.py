@@ -19,7 +19,7 @@ KEYS = {
     "params": "total ffn ffn_active ffn_bits",
     "env": "python system cpu_count devices packages git_commit",
     "result": "seconds arms ngram routing bytes packed prompt sample config",
-    "arms": "trix dense",
+    "arms": "trix dense dense_w",
     "arm": "val_loss val_ppl val_bits_per_byte params_total ffn_active",
     "packed": "val_loss",
     "bytes": "ffn_float32 ffn_packed",

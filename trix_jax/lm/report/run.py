@@ -105,11 +105,17 @@ def routing_section(
     ]
     least = min(shares)
     dead = sum(layer["dead_tiles"] for layer in layers)
+    is_hash = run.config.model.routing.source == "hash"
     health = "Alive" if least >= HEALTHY_SHARE and not dead else "Not healthy"
+    begin = (
+        "A hash chooses, loads follow how often tokens come"
+        if is_hash
+        else f"**{health}**"
+    )
     words = (
-        f"**{health}**: {dead} of {tiles * len(layers)} tiles dead (below a tenth of "
-        f"an even share), and the entropy of tile use is at least {least:.3f} of its "
-        f"maximum ln {tiles} (collapsing below {HEALTHY_SHARE})."
+        f"{begin}: {dead} of {tiles * len(layers)} tiles dead (below a tenth of an even share), "
+        f"and the entropy of tile use is at least {least:.3f} of its maximum ln {tiles}"
+        f"{'' if is_hash else f' (collapsing below {HEALTHY_SHARE})'}."
     )
     head = ("layer", f"entropy / ln {tiles}", "largest load / even share", "dead tiles")
     return [
@@ -118,7 +124,7 @@ def routing_section(
         "![Load of each tile in each layer](plots/tile_usage.png)",
         table(head, rows),
         "![Entropy, stability and auxiliary losses](plots/routing.png)",
-        BALANCE,
+        *([] if is_hash else [BALANCE]),
     ]
 
 

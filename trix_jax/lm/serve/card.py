@@ -108,8 +108,14 @@ def _what(model: TransformerLM, variables: Variables) -> str:
     text += (
         f" These are cut into {c.num_tiles} tiles of which a token computes "
         f"{c.tiles_per_token}, an active width of {width:.0f}; "
-        f"{_addresses(c, variables)}. They take {stored:,} bytes"
+        f"{_addresses(c, variables)}. "
     )
+    if c.shared_width:
+        text += (
+            f"A real FFN of width {c.shared_width} beside them, counted with them, "
+            "computes for every token. "
+        )
+    text += f"They take {stored:,} bytes"
     if not _is_packed(variables):
         return f"{text}, in float32."
     return f"{text}, {4 * cost.ffn / stored:.1f} times fewer than in float32."

@@ -79,6 +79,8 @@ def ffn_text(model: TransformerConfig) -> str:
     if model.ffn == "dense":
         return f"dense FFN, {model.dense_width} wide"
     chosen = f"{model.tiles_per_token} a token"
+    chosen += " by hash" if model.routing.source == "hash" else ""
+    chosen += f", beside a real FFN of {model.shared_width}" * (model.shared_width > 0)
     if model.ffn == "lookup":
         return f"lookup FFN, {_tiles(model)}, {chosen}"
     return f"{model.ffn} FFN, {_tiles(model)} of {model.tile_width}, {chosen}"

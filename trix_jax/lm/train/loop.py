@@ -90,6 +90,11 @@ def train(
     allocator.keep_freed_memory()  # before JAX starts its threads
     devices = list(devices or jax.devices())
     parallel.check_spread(config.model, shard_tiles, devices)
+    if config.train.optimizer == "muon" and (shard_state or shard_tiles > 1):
+        raise ValueError(
+            "train.optimizer='muon' needs whole matrices: it does not go with "
+            "shard_state or shard_tiles."
+        )
     mapping = parallel.mapping_over(devices, shard_state, shard_tiles)
     start = Start(resume, init_from, other_data, devices, mapping)
     with Signals() as signals, contextlib.ExitStack() as lock:
