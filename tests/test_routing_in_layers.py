@@ -240,7 +240,7 @@ def test_hash_control_routes_equal_tokens_alike_and_needs_ids():
     assert len(np.unique(tiles)) == 8
     with pytest.raises(ValueError, match="token_ids must be given"):
         layer.apply(variables, X)
-    with pytest.raises(ValueError, match="token_ids must be integers. Got float32"):
+    with pytest.raises(ValueError, match=r"must be integers\. Got float32"):
         layer.apply(variables, X, token_ids=ids / 20)
     with pytest.raises(ValueError, match="hold_after must be None with source 'hash'"):
         RoutingConfig(source="hash", hold_after=0.1)
