@@ -162,10 +162,13 @@ def differences() -> str:
 
 def place_text(place: Worth) -> str:
     """The dense width of equal loss, and how many times the arm's own that is."""
-    return (
-        f"{estimate_text(place.equivalent, 0)}, **{estimate_text(place.multiplier, 2)} "
-        f"times the width that it takes**, {place.width.greater:.0f}; seeds {place.seeds}"
+    width, times = (
+        estimate_text(estimate, digits).replace("above", "beyond the curve")
+        for estimate, digits in ((place.equivalent, 0), (place.multiplier, 2))
     )
+    own = f"{place.width.greater:.0f}"
+    seeds = "one seed" if place.seeds == 1 else f"{place.seeds} seeds"
+    return f"{width}, **{times} times the width that it takes**, {own} ({seeds})"
 
 
 def seconds_of(setting: str, arm: str) -> str:
