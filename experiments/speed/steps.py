@@ -1,7 +1,7 @@
 """How long a training step takes on this machine: in the setting of the front page, and of
 a laptop's preset at width 128.
 
-    python -m experiments.speed.steps
+    python -m experiments.speed.steps [SETTING ...]
 
 times the whole step (forward, backward, optimizer, routing update) of each FFN, in float32
 on CPUs, in turn, and writes `experiments/speed/measured/steps.json`. Run it on an
@@ -13,7 +13,9 @@ import os
 import platform
 import shlex
 import statistics
+import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,7 +82,7 @@ SETTINGS = {
         "configs/shakespeare_char.yaml",
         "",
         65,
-        {"recommended": "", "dense-512": "--arm dense --model.ffn-width 512"},
+        {"sixteen-tiles": "", "dense-512": "--arm dense --model.ffn-width 512"},
     ),
 }
 
@@ -141,25 +143,28 @@ def measure(setting: Setting, rounds: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def main() -> None:
+def main(names: Sequence[str]) -> None:
+    """Measures the settings of these names, or all; what is measured of others stays."""
     allocator.keep_freed_memory()
-    result = {
+    measured = json.loads(PATH.read_text("utf-8"))["settings"]
+    made = {
         "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
-        "command": "python -m experiments.speed.steps",
         "git_commit": git_commit(),
         "rounds": ROUNDS,
-        "settings": {
-            name: {
-                "preset": f"{setting.preset} {setting.flags}".strip(),
-                "arms": measure(setting, ROUNDS),
-            }
-            for name, setting in SETTINGS.items()
-        },
+    }
+    for name in names or SETTINGS:
+        setting = SETTINGS[name]
+        preset = f"{setting.preset} {setting.flags}".strip()
+        arms = measure(setting, ROUNDS)
+        measured[name] = {"preset": preset, **made, "arms": arms}
+        print(name, json.dumps(arms, indent=1))
+    result = {
+        "command": "python -m experiments.speed.steps [SETTING ...]",
+        "settings": {name: measured[name] for name in SETTINGS},
     }
     PATH.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    print(json.dumps(result["settings"], indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

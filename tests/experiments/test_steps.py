@@ -44,8 +44,15 @@ def shown(row):
 
 def test_the_speed_page_has_the_committed_ratios():
     arms = json.loads(steps.PATH.read_text("utf-8"))["settings"]["shakespeare-128"]
-    (line,) = (x for x in speed_page() if x.startswith("| a training step of the rec"))
+    (line,) = (
+        x for x in speed_page() if x.startswith("| a training step of four of sixteen")
+    )
     assert shown(arms["arms"]["dense-512"]["first_is"]) in line
+    new = json.loads(steps.PATH.read_text("utf-8"))["settings"]["wikipedia-128"]
+    for width in ("1,024", "2,048"):
+        (line,) = (x for x in speed_page() if f"with dense FFNs {width} wide" in x)
+        first_is = new["arms"][f"dense-{width.replace(',', '')}"]["first_is"]
+        assert shown(first_is) in line
     as_train_sets_it, huge = json.loads(original.PATH.read_text("utf-8"))
     details = (steps.PATH.parents[1] / "DETAILS.md").read_text("utf-8")
     for row in as_train_sets_it["rows"]:
