@@ -283,6 +283,7 @@ def claim(d_model: int) -> Setting:
             "balanced-hash": balanced(64)[:2],
             "balanced": balanced(64),
             "best": together(64, d_model)[:1],
+            "widest": (dense(16 * d_model, 8e-3),),
             "together": together(64, d_model),
         },
         order=(
@@ -292,6 +293,8 @@ def claim(d_model: int) -> Setting:
             Step("best", 2),
             Step("dense-around", 4),
             Step("best", 4),
+            # Where the best tiles' interval goes beyond the curve.
+            *((Step("widest", 4),) if d_model == 128 else ()),
             Step("together", 0),
             Step("activation", 0),
             Step("together", 1),
