@@ -4,10 +4,13 @@ results.
 
 import dataclasses
 
+import pytest
+
 from experiments import front_page
 from experiments.quality.claim import claim
 from experiments.quality.worth import model_of
 from trix_jax.cli.train import Args
+from trix_jax.lm.experiment import results
 from trix_jax.lm.presets import parse_preset
 
 ENGLISH = front_page.ROOT / "configs" / "english.yaml"
@@ -25,13 +28,24 @@ def test_tables_are_those_of_the_committed_results():
         assert front_page.filled(page) == page, "run python -m experiments.front_page"
 
 
-def test_changed_result_changes_the_page(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("page", "setting", "arm"),
+    [
+        (0, "wikipedia-128", "tiles-64-hash-eighth-shared"),
+        (1, "english-256-muon", front_page.TRIX),
+    ],
+)
+def test_changed_result_changes_the_page(page, setting, arm, tmp_path, monkeypatch):
+    runs = results.read(front_page.RESULTS / f"{setting}.json")
+    losses = {str(run.val_loss) for run in runs if run.arm == arm and run.seed == 43}
     for path in front_page.RESULTS.glob("*.json"):
-        text = path.read_text("utf-8").replace("3.630377952150859", "3.930377952150859")
+        text = path.read_text("utf-8")
+        for loss in losses:
+            text = text.replace(loss, str(float(loss) + 0.3))
         (tmp_path / path.name).write_text(text)
     monkeypatch.setattr(front_page, "RESULTS", tmp_path)
-    page = front_page.PAGES[1].read_text("utf-8")
-    assert front_page.filled(page) != page
+    text = front_page.PAGES[page].read_text("utf-8")
+    assert front_page.filled(text) != text
 
 
 def test_the_recommended_configuration_is_that_of_the_claim_with_dense_twins():

@@ -51,7 +51,7 @@ PRESET = RunConfig(
     train=TrainConfig(steps=600, batch_size=12, optimizer="muon", eval_every=200),
 )
 # The best for each arm of rates a factor of two apart, with a worse one on either side,
-# with the default seed and steps: 3.622, 3.665 and 3.706 nats.
+# with the default seed and steps (`dense_w` at a width of 288): 3.622, 3.665, 3.706 nats.
 RATES = {"trix": 4e-3, "dense": 8e-3, "dense_w": 4e-3}
 
 
