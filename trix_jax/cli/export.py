@@ -20,6 +20,8 @@ class Args:
     """latest (the newest good one), best, or a number."""
     routes: Literal["signatures", "table"] = "signatures"
     """A table of each token's tiles and gates scores nothing; it needs routes by token."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the real weights in the file. bfloat16 halves their bytes and rounds them."""
     card: bool = False
     """Evaluate the packed model and write a model card, README.md, from it and the run."""
     stablehlo: bool = False
@@ -42,12 +44,15 @@ def main(argv: list[str]) -> None:
     number = resolve_step(args.checkpoint, args.step)
     step = args.step if number is None else number
     model, variables, tokenizer = load_run(args.checkpoint, step)
-    sizes = export(model, variables, tokenizer, args.output, args.routes)
+    sizes = export(model, variables, tokenizer, args.output, args.routes, args.dtype)
     weights = f"FFN weights {sizes['ffn_float32']:,} bytes in float32"
     ratio = sizes["ffn_float32"] / sizes["ffn_packed"]
     if model.config.has_ternary_weights:
         weights += f", {sizes['ffn_packed']:,} packed with their scales, {ratio:.2f} times fewer"
-    report(f"{args.output}: {weights}; routing {sizes['routes']:,} bytes")
+    elif args.dtype != "float32":
+        weights += f", {sizes['ffn_packed']:,} in {args.dtype}"
+    weights += f"; routing {sizes['routes']:,} bytes"
+    report(f"{args.output}: {weights}")
     more = _change(args, model, variables, report)
     if args.card:
         from trix_jax.lm.report.record import read_run
@@ -84,21 +89,29 @@ def _about(
 
 
 def _change(args: Args, model, variables, report) -> dict[str, Any]:
-    """What packing does to the validation loss of weights that trained unquantized to
-    the end; nothing for others, whose numbers stay.
+    """What the export does to the validation loss: packing weights that trained
+    unquantized to the end, rounding real ones. Nothing where all numbers stay.
     """
-    from trix_jax.lm.serve.load import open_run_data
+    from trix_jax.lm.serve.load import load_run, open_run_data
     from trix_jax.lm.train.evaluate import evaluate, trains_as_served
 
-    if trains_as_served(model.config, 1.0):
+    causes = []
+    if not trains_as_served(model.config, 1.0):
+        mode = model.config.ternary.mode
+        causes += [f"mode {mode!r} trained with real weights and is packed ternary"]
+    if args.dtype != "float32":
+        causes += [f"real weights are rounded to {args.dtype}"]
+    if not causes:
         return {}
-    what = f"mode {model.config.ternary.mode!r} trained with real weights and is packed ternary"
+    what = ", ".join(causes)
     try:
         store = open_run_data(args.checkpoint)
     except (ValueError, OSError) as error:
         report(f"{what}: its numbers change. By how much is not known: {error}")
         return {}
-    result = evaluate(model, variables, store)
-    before, after = result.val_loss_unquantized, result.val_loss
-    report(f"{what}: validation loss {before:.4f} becomes {after:.4f}")
+    trained = evaluate(model, variables, store)
+    before = trained.val_loss_unquantized or trained.val_loss
+    exported, packed, _ = load_run(args.output)
+    after = evaluate(exported, packed, store).val_loss
+    report(f"{what}: validation loss {before:.5f} becomes {after:.5f}")
     return {"val_loss": after, "val_loss_unquantized": before}

@@ -3,13 +3,13 @@
 A ternary kernel is a tensor `NAME.bits`, uint8 `[..., out, ceil(in / 4)]` as
 `trix_kernels.packing` defines it, with `NAME.scale`, bfloat16. Everything else is
 stored under its own name. Names are paths joined by dots and start with their
-collection. The file's metadata holds the format's name and version and, as `columns`,
-the unpacked row length of every kernel.
+collection; parameters may be bfloat16. The file's metadata holds the format's name and
+version and, as `columns`, the unpacked row length of every kernel.
 """
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -37,10 +37,26 @@ from trix_kernels import packing
 
 LOOKED_UP = ("tile_read", "tile_write")  # kernels of which layers take single rows
 
+RealDtype = Literal["float32", "bfloat16"]
 
-def write(path: Path, model: TransformerLM, variables: Variables) -> dict[str, int]:
-    """Writes frozen variables; returns the bytes of every tensor by name."""
+
+def write(
+    path: Path,
+    model: TransformerLM,
+    variables: Variables,
+    dtype: RealDtype = "float32",
+) -> dict[str, int]:
+    """Writes frozen variables; returns the bytes of every tensor by name.
+
+    Args:
+        dtype: of the parameters in the file. bfloat16 rounds them.
+    """
     tensors, columns = to_tensors(model, variables)
+    if dtype == "bfloat16":
+        tensors = {
+            name: value.astype(jnp.bfloat16) if name.startswith("params.") else value
+            for name, value in tensors.items()
+        }
     metadata = {
         "format": packing.FORMAT_NAME,
         "version": str(packing.FORMAT_VERSION),
@@ -50,16 +66,21 @@ def write(path: Path, model: TransformerLM, variables: Variables) -> dict[str, i
     return {name: tensor.nbytes for name, tensor in tensors.items()}
 
 
+def stored(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors of a file as they are stored, by name, and its metadata."""
+    with safe_open(path, "numpy") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, file.metadata() or {}
+
+
 def read(path: Path, model: TransformerLM) -> dict[str, Any]:
-    """Reads variables that fit the model.
+    """Reads variables that fit the model, parameters in its own dtype.
 
     Raises:
         ValueError: a file that is damaged, of another version, or of another model.
     """
     try:
-        with safe_open(path, "numpy") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors, metadata = stored(path)
         wanted = (packing.FORMAT_NAME, str(packing.FORMAT_VERSION))
         if (found := (metadata.get("format"), metadata.get("version"))) != wanted:
             raise ValueError(f"format and version must be {wanted}. Got {found}.")
@@ -190,6 +211,9 @@ def _complete(model, flat):
     )
     need: dict = flatten_dict(abstract)
     _expect_tables(need, flat, model)
+    for path in need.keys() & flat.keys():
+        if path[0] == "params" and flat[path].dtype == jnp.bfloat16:
+            flat[path] = flat[path].astype(need[path].dtype)
     for path in sorted(need.keys() - flat.keys()):
         if path[0] == "routing" and _is_idle(path, flat, model):
             flat[path] = jnp.zeros(need[path].shape, need[path].dtype)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from trix_jax.interop.safetensors import to_tensors
+from trix_jax.interop.safetensors import stored
 from trix_jax.lm import ngram
 from trix_jax.lm.accounting import active_width, costs
 from trix_jax.lm.data import Store, Tokenizer
@@ -24,6 +24,8 @@ from trix_jax.nn.route_table import layers_by_token, tables_in
 from trix_jax.nn.transformer import TransformerConfig, TransformerLM
 from trix_jax.ops import PACKED
 from trix_jax.typing import Variables
+
+Tensors = dict[str, np.ndarray]  # as stored, by name
 
 CARD = "README.md"
 HEAD = """---
@@ -61,9 +63,10 @@ def write_card(directory: str | Path, store: Store, about: dict[str, Any]) -> Pa
         name: (directory / name).stat().st_size for name in (WEIGHTS, CONFIG, TOKENIZER)
     }
     is_packed = _is_packed(variables)
+    tensors, _ = stored(directory / WEIGHTS)
     parts = [
         _head(model.config.ffn, is_packed),
-        _what(model, variables),
+        _what(model, variables, tensors),
         "## Results",
         _results(result, floors, is_packed),
         "## Data and training",
@@ -71,7 +74,7 @@ def write_card(directory: str | Path, store: Store, about: dict[str, Any]) -> Pa
         "## Limits",
         _limits(result, floors, model.config, about),
         "## Use",
-        _use(store.tokenizer, is_packed),
+        _use(store.tokenizer, is_packed, _real_dtype(tensors)),
         "## Files",
         "\n".join(f"- `{name}`, {size:,} bytes" for name, size in files.items()),
     ]
@@ -92,7 +95,13 @@ def _is_packed(variables: Variables) -> bool:
     return any(path[-1] == "bits" for path in flatten_dict(variables.get(PACKED, {})))
 
 
-def _what(model: TransformerLM, variables: Variables) -> str:
+def _real_dtype(tensors: Tensors) -> str:
+    """The dtype of the parameters in the file."""
+    (name,) = {str(v.dtype) for k, v in tensors.items() if k.startswith("params.")}
+    return name
+
+
+def _what(model: TransformerLM, variables: Variables, tensors: Tensors) -> str:
     c = model.config
     cost = costs(c)
     text = (
@@ -103,7 +112,6 @@ def _what(model: TransformerLM, variables: Variables) -> str:
         return f"{text} These are dense."
     tables = tables_in(flatten_dict(variables))
     width = active_width(c, "table" if tables else "signatures")
-    tensors, _ = to_tensors(model, variables)
     stored = part_bytes({name: value.nbytes for name, value in tensors.items()})["ffn"]
     text += (
         f" These are cut into {c.num_tiles} tiles of which a token computes "
@@ -117,7 +125,7 @@ def _what(model: TransformerLM, variables: Variables) -> str:
         )
     text += f"They take {stored:,} bytes"
     if not _is_packed(variables):
-        return f"{text}, in float32."
+        return f"{text}, in {_real_dtype(tensors)}."
     return f"{text}, {4 * cost.ffn / stored:.1f} times fewer than in float32."
 
 
@@ -189,15 +197,15 @@ def _orders(orders: list[int]) -> str:
     return ", ".join(f"{order}-grams" for order in orders)
 
 
-def _use(tokenizer: Tokenizer, is_packed: bool) -> str:
+def _use(tokenizer: Tokenizer, is_packed: bool, dtype: str) -> str:
     has_text = tokenizer.kind != "none"
     ids = 'tokenizer.encode("the ")' if has_text else "[0, 1, 2]"
     prompt = "--prompt TEXT" if has_text else "--prompt-ids 0 1 2"
     weights = (
         "Ternary weights are two bits\neach, in the format that trix_jax documents in "
-        "`trix_kernels/packing.py`, and all others\nfloat32."
+        f"`trix_kernels/packing.py`, and all others\n{dtype}."
         if is_packed
-        else "The weights are float32."
+        else f"The weights are {dtype}."
     )
     return f"""```python
 import jax.numpy as jnp

@@ -27,14 +27,17 @@ def export(
     tokenizer: Any,
     directory: str | Path,
     routes: Routes = "signatures",
+    dtype: safetensors.RealDtype = "float32",
 ) -> dict[str, int]:
-    """Packs a trained model, real weights as they are, and writes `model.safetensors`,
-    `config.json` and `tokenizer.json`.
+    """Packs a trained model and writes `model.safetensors`, `config.json` and
+    `tokenizer.json`.
 
     Args:
         directory: made if missing; files of these names are replaced.
         routes: "table" stores the tiles and gates of each token (`tabulate_routes`);
             "signatures" leaves the variables as they are.
+        dtype: of the parameters that are not packed. bfloat16 rounds them, the embedding
+            with them; what routing stores stays as it is.
 
     Returns:
         bytes of the FFN weights: `ffn_float32` as trained, `ffn_packed` as written,
@@ -50,7 +53,7 @@ def export(
     frozen = variables if is_done else freeze(model, variables, sample)
     if routes == "table":
         frozen = tabulate_routes(model, frozen)
-    sizes = safetensors.write(directory / WEIGHTS, model, frozen)
+    sizes = safetensors.write(directory / WEIGHTS, model, frozen, dtype)
     shape = run_config.to_tree(run_config.RunConfig(model=model.config))["model"]
     tree = {"model_type": "trix_jax", "model": shape}
     write_json(directory / CONFIG, tree)
@@ -79,7 +82,7 @@ def part_bytes(sizes: Mapping[str, int]) -> dict[str, int]:
 
 def load(directory: str | Path) -> tuple[TransformerLM, dict[str, Any], Any]:
     """Reads what `export` wrote; the variables are packed, and evaluate as the trained
-    ones did.
+    ones did, up to the rounding of parameters in bfloat16.
 
     Raises:
         ValueError: a file that is damaged, of another version, or does not fit its
