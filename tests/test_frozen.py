@@ -19,6 +19,7 @@ from trix_jax import (
     TransformerLM,
     TriXLinear,
     freeze,
+    ternary_once,
     widen,
 )
 from trix_jax.interop.safetensors import to_tensors
@@ -261,6 +262,51 @@ def test_frozen_scanned_layers_equal_the_jitted_ones(kind, make):
     frozen = freeze(model, variables, x)
     assert_packed(frozen, {f"steps/ffn/{name}" for name in KERNELS[kind]})
     assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(frozen["packed"]))
+    assert_equal(jit(model.apply)(frozen, x), jit(model.apply)(variables, x))
+
+
+class Block(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+        return x + SparseTriXFFN(16, 4, self.width, 2, name="ffn")(nn.LayerNorm()(x))[0]
+
+
+class BlockJittedInside(nn.Module):
+    width: int
+
+    @nn.jit
+    @nn.compact
+    def __call__(self, x):
+        return x + SparseTriXFFN(16, 4, self.width, 2, name="ffn")(nn.LayerNorm()(x))[0]
+
+
+class EqualBlocks(nn.Module):
+    """Three blocks of two configurations: `nn.jit` traces two of them."""
+
+    make: object
+
+    @nn.compact
+    def __call__(self, x):
+        for number, width in enumerate((2, 4, 2)):
+            x = self.make(width, name=f"block_{number}")(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    "make", [nn.jit(Block), BlockJittedInside], ids=["class", "call"]
+)
+def test_of_equal_blocks_under_jit_every_one_is_packed(make):
+    model, x = EqualBlocks(make), X[0, :, :16]
+    variables = random_variables(model, x)
+    frozen = freeze(model, variables, x)
+    made = ternary_once(model, variables, x)["ternary"]
+    for number in range(3):
+        tiles = frozen["packed"][f"block_{number}"]["ffn"]["tiles"]
+        assert {"up", "down", "signature_sums"} == set(tiles)
+        assert set(made[f"block_{number}"]["ffn"]["tiles"]) == {"up", "down"}
+    assert not [p for p in flatten_dict(frozen["params"]) if p[-1] == "kernel"]
     assert_equal(jit(model.apply)(frozen, x), jit(model.apply)(variables, x))
 
 

@@ -122,16 +122,24 @@ def _boxed(packed, kernel):
 
 def modules_with(method: str, model, variables, args, kwargs) -> dict[Path, Any]:
     """Every module that has this method, by its path; found by tracing one call."""
-    found = {}
+    found, called = {}, set()
 
     def note(call, call_args, call_kwargs, context):
+        called.add(context.module.path)
         if context.method_name == "__call__" and hasattr(context.module, method):
             found[context.module.path] = context.module
         return call(*call_args, **call_kwargs)
 
-    with nn.intercept_methods(note), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # nothing is computed, least of all trained
-        trace(model.apply, variables, args, kwargs)
+    def look():
+        with nn.intercept_methods(note), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # nothing is computed, least of all trained
+            trace(model.apply, variables, args, kwargs)
+
+    look()
+    params = flatten_dict(unfreeze(variables["params"]))
+    if not {path[:-1] for path in params} <= called:
+        with jax.disable_jit():  # `nn.jit` traces the first of equal modules alone
+            look()
     return found
 
 

@@ -258,6 +258,27 @@ def together(number: int, d_model: int) -> tuple[Arm, ...]:
     return tuple(dataclasses.replace(arm, start=8e-3) for arm in arms)
 
 
+def fixed(number: int, d_model: int) -> tuple[Arm, ...]:
+    """What the hash has and held signatures do not: routes that stay, and gates of one.
+    With both, tokens are spread over tiles once, by likeness in place of chance.
+    """
+    base = together(number, d_model)[1]
+    routes, ungated = "--model.routing.hold routes", "--model.routing.gate none"
+    early = "--model.routing.hold-after 0.02"
+    changes = {
+        "routes": (routes,),
+        "ungated": (ungated,),
+        "table": (routes, ungated),
+        "early-table": (routes, ungated, early),
+    }
+    return tuple(
+        dataclasses.replace(
+            base, name=f"{base.name}-{name}", flags=" ".join((base.flags, *flags))
+        )
+        for name, flags in changes.items()
+    )
+
+
 def claim(d_model: int) -> Setting:
     """The claim at one width of the model."""
     curve = curve_of(d_model)
@@ -285,6 +306,7 @@ def claim(d_model: int) -> Setting:
             "best": together(64, d_model)[:1],
             "widest": (dense(16 * d_model, 8e-3),),
             "together": together(64, d_model),
+            "fixed": fixed(64, d_model),
         },
         order=(
             Step("dense-around", 1),
@@ -295,6 +317,7 @@ def claim(d_model: int) -> Setting:
             Step("best", 4),
             # Where the best tiles' interval goes beyond the curve.
             *((Step("widest", 4),) if d_model == 128 else ()),
+            *((Step("fixed", 0),) if d_model == 64 else ()),
             Step("together", 0),
             Step("activation", 0),
             Step("together", 1),
