@@ -128,6 +128,14 @@ def test_saved_and_loaded_model_computes_the_same(kind, tmp_path):
     assert loaded.settings == imported.settings
     before, after = (from_torch.apply(m, wanted["x"]) for m in (imported, loaded))
     jax.tree.map(np.testing.assert_array_equal, before, after)
+    from_torch.save(loaded, tmp_path / "again")
+    once, twice = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path, tmp_path / "again")
+    )
+    assert once.keys() == twice.keys()
+    for name, value in once.items():
+        np.testing.assert_array_equal(twice[name], value)
 
 
 @pytest.mark.slow

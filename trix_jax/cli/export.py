@@ -37,10 +37,6 @@ def main(argv: list[str]) -> None:
 
     args = parse(Args, argv, "export")
     report = say(args.json)
-    if (Path(args.output) / "config.yaml").exists():
-        raise ValueError(
-            f"output must be a folder of its own, not that of a run. Got {args.output}."
-        )
     number = resolve_step(args.checkpoint, args.step)
     step = args.step if number is None else number
     model, variables, tokenizer = load_run(args.checkpoint, step)
@@ -110,8 +106,10 @@ def _change(args: Args, model, variables, report) -> dict[str, Any]:
         report(f"{what}: its numbers change. By how much is not known: {error}")
         return {}
     trained = evaluate(model, variables, store)
-    before = trained.val_loss_unquantized or trained.val_loss
+    before = trained.val_loss_unquantized
+    if before is None:
+        before = trained.val_loss
     exported, packed, _ = load_run(args.output)
     after = evaluate(exported, packed, store).val_loss
     report(f"{what}: validation loss {before:.5f} becomes {after:.5f}")
-    return {"val_loss": after, "val_loss_unquantized": before}
+    return {"val_loss": after, "val_loss_before": before}

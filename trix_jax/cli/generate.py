@@ -78,14 +78,14 @@ def texts(
     small letters), so that the prompt stays as it was typed. A character whose last
     bytes are still to come is not shown.
     """
-    head = tokenizer.decode(ids)
-    prompt = shown = head if prompt is None else prompt
+    decoded = tokenizer.decode(ids)
+    head, prompt = (0, "") if prompt is None else (len(decoded), prompt)
+    whole = prompt + decoded[head:]
+    shown = whole.rstrip("\ufffd")
     yield shown
-    whole = shown
     for token in tokens:
         ids.append(token)
-        text = tokenizer.decode(ids)
-        whole = prompt + text[len(head) :]
+        whole = prompt + tokenizer.decode(ids)[head:]
         if not whole.endswith("\ufffd") and whole.startswith(shown):
             shown = whole
             yield shown

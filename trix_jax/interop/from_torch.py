@@ -217,16 +217,17 @@ def _signatures(imported):
     """Signatures that the original reads off latent weights, which packing leaves
     behind.
     """
-    kept = {}
+    read, num_tiles = {}, imported.settings.get("num_tiles")
     for name, value in imported.arrays.items():
         prefix = name.rpartition(".")[0]
         if name.endswith("up_proj.weight") or name == "weight":
             key = f"{prefix}.cached_signatures".removeprefix(".")
-            kept[key] = original.row_signatures(value, imported.settings["num_tiles"])
+            read[key] = original.row_signatures(value, num_tiles)
         elif name.endswith("tiles.up_weight"):
             key = f"{prefix.removesuffix('tiles')}ema_tile_signatures"
-            kept[key] = imported.arrays.get(key, original.tile_signatures(value))
-    return kept
+            read[key] = original.tile_signatures(value)
+    kept = {key: imported.arrays[key] for key in read if key in imported.arrays}
+    return read | kept  # what was loaded has no latent weights to read them off
 
 
 def _threshold(name, arrays):

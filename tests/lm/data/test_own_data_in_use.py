@@ -52,6 +52,11 @@ def test_generated_text_that_ends_inside_a_character_says_so():
     ids = [104]
     assert list(texts(ByteTokenizer(), "h", ids, [0xC3])) == ["h", "h\ufffd"]
     assert list(texts(ByteTokenizer(), "h", [104], [0xC3, 0xA9])) == ["h", "hé"]
+    assert list(texts(ByteTokenizer(), None, [104, 0xC3], [])) == ["h", "h\ufffd"]
+    shown = texts(ByteTokenizer(), None, [104, 0xC3], [0xA9, 0x21])
+    assert list(shown) == ["h", "hé", "hé!"]
+    shown = texts(ByteTokenizer(), None, [0xF0, 0x9F, 0x98], [0x80])
+    assert list(shown) == ["", "😀"]
     assert list(texts(IdTokenizer(9), None, [1, 2], [3])) == ["1 2", "1 2 3"]
 
 

@@ -116,7 +116,7 @@ def test_a_rounded_export_and_its_card_say_what_it_holds_and_loses(run_dir, fold
         evaluate(*load_run(each)[:2], store).val_loss
         for each in (run_dir, folders / "bfloat16")
     )
-    assert (rounded["val_loss_unquantized"], rounded["val_loss"]) == (before, after)
+    assert (rounded["val_loss_before"], rounded["val_loss"]) == (before, after)
     assert "val_loss" not in exact  # its numbers stay
     assert before != after
     assert abs(before - after) < 1e-3

@@ -342,9 +342,13 @@ def test_data_that_were_made_again_since_are_no_longer_the_runs_own(run_dir, tmp
 def test_export_into_a_run_and_a_step_of_an_export_are_refused(
     run_dir, exported, capsys
 ):
-    argv = ["export", "--checkpoint", str(run_dir), "--output", str(run_dir)]
-    assert main(argv) == 2
-    assert "a folder of its own" in capsys.readouterr().err
+    of_run = ["--checkpoint", str(run_dir)]
+    for argv in (
+        ["export", *of_run, "--output", str(run_dir)],
+        ["inspect", *of_run, "--freeze", str(run_dir)],
+    ):
+        assert main(argv) == 2
+        assert "a folder of its own" in capsys.readouterr().err
     assert not (run_dir / "model.safetensors").exists()
     with pytest.raises(ValueError, match="has no steps"):
         load_run(exported[0], "best")

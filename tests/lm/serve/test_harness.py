@@ -148,6 +148,21 @@ def test_answer_ends_at_the_end_of_text_and_at_every_given_string(
     assert adapter.generate_until([request]) == [answer]
 
 
+def test_a_request_that_comes_again_is_sampled_with_the_next_seed(adapter, monkeypatch):
+    from lm_eval.api.instance import Instance
+
+    from trix_jax.lm.serve import harness
+
+    seeds = []
+    monkeypatch.setattr(
+        harness, "generate", lambda *a: iter(seeds.append(a[4].seed) or [])
+    )
+    options = {"do_sample": True, "temperature": 1.0}
+    asked = [Instance("x", {}, (text, options), 0) for text in ("the", "tile", "the")]
+    adapter.generate_until(asked)
+    assert seeds == [42, 42, 43]
+
+
 def test_long_context_is_cut_from_the_left_with_room_for_the_answer(
     adapter, monkeypatch
 ):

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -105,6 +106,25 @@ def test_push_uploads_the_export_and_nothing_else(exported, hub):
     for name, content in sent.items():
         assert content == (exported / name).read_bytes()
     assert ("/api/models/someone/tiny/commit/main", "Bearer hf_local") in hub.calls
+
+
+def test_push_refuses_a_card_of_other_weights(
+    run_dir, exported, small_store, hub, tmp_path
+):
+    folder = tmp_path / "model"
+    shutil.copytree(exported, folder)
+    about = read_run(run_dir).summary
+    write_card(folder, open_run_data(run_dir), about)
+    push(folder, "someone/tiny", endpoint=hub.address)
+    (folder / "model.stablehlo").write_bytes(b"of the weights before")
+    model, variables, tokenizer = load_run(run_dir)
+    variables["params"]["embed"]["embedding"] += 1.0
+    export(model, variables, tokenizer, folder)
+    assert not (folder / "model.stablehlo").exists()
+    with pytest.raises(ValueError, match="tells of other weights"):
+        push(folder, "someone/tiny", endpoint=hub.address)
+    (folder / "README.md").write_text("words of one's own")
+    push(folder, "someone/tiny", endpoint=hub.address)
 
 
 def test_push_refuses_what_is_no_export(run_dir, hub):

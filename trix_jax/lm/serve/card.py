@@ -5,7 +5,9 @@ that are exported. What is stated was measured on the exported model at the time
 export; the floors are n-grams counted on the same split.
 """
 
+import hashlib
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from trix_jax.typing import Variables
 Tensors = dict[str, np.ndarray]  # as stored, by name
 
 CARD = "README.md"
+SHA256 = f"sha256 of `{WEIGHTS}`: "
 HEAD = """---
 library_name: trix-jax
 pipeline_tag: text-generation
@@ -77,10 +80,33 @@ def write_card(directory: str | Path, store: Store, about: dict[str, Any]) -> Pa
         _use(store.tokenizer, is_packed, _real_dtype(tensors)),
         "## Files",
         "\n".join(f"- `{name}`, {size:,} bytes" for name, size in files.items()),
+        f"{SHA256}{_sha256(directory / WEIGHTS)}",
     ]
     path = directory / CARD
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path
+
+
+def check_card(directory: str | Path) -> None:
+    """Compares the card of an export, where there is one, with its weights.
+
+    Raises:
+        ValueError: the card tells of other weights.
+    """
+    directory = Path(directory)
+    card = directory / CARD
+    text = card.read_text(encoding="utf-8") if card.exists() else ""
+    told = re.search(rf"{re.escape(SHA256)}([0-9a-f]+)", text)
+    if told and told[1] != _sha256(directory / WEIGHTS):
+        raise ValueError(
+            f"{card} tells of other weights than {WEIGHTS}: `trix-jax export --card` "
+            "writes it anew."
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _head(ffn: str, is_packed: bool) -> str:

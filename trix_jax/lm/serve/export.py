@@ -12,7 +12,13 @@ from trix_jax.interop import safetensors
 from trix_jax.lm import config as run_config
 from trix_jax.lm.accounting import Routes, costs
 from trix_jax.lm.data import load_tokenizer
-from trix_jax.lm.train.exported import CONFIG, TOKENIZER, WEIGHTS, read_model_config
+from trix_jax.lm.train.exported import (
+    CONFIG,
+    PROGRAM,
+    TOKENIZER,
+    WEIGHTS,
+    read_model_config,
+)
 from trix_jax.nn.route_table import tabulate_routes
 from trix_jax.nn.transformer import TransformerLM
 from trix_jax.ops import PACKED
@@ -33,7 +39,8 @@ def export(
     `tokenizer.json`.
 
     Args:
-        directory: made if missing; files of these names are replaced.
+        directory: made if missing; files of these names are replaced, and the StableHLO
+            program of what it held before goes.
         routes: "table" stores the tiles and gates of each token (`tabulate_routes`);
             "signatures" leaves the variables as they are.
         dtype: of the parameters that are not packed. bfloat16 rounds them, the embedding
@@ -44,15 +51,21 @@ def export(
             scales included in both; and `routes`, of what routing has in the file.
 
     Raises:
-        ValueError: a table for a model that does not route by single tokens.
+        ValueError: a table for a model that does not route by single tokens; the
+            directory of a run.
     """
     directory = Path(directory)
+    if (directory / "config.yaml").exists():
+        raise ValueError(
+            f"output must be a folder of its own, not that of a run. Got {directory}."
+        )
     directory.mkdir(parents=True, exist_ok=True)
     is_done = PACKED in variables or not model.config.has_ternary_weights
     sample = jnp.zeros((1, 1), jnp.int32)
     frozen = variables if is_done else freeze(model, variables, sample)
     if routes == "table":
         frozen = tabulate_routes(model, frozen)
+    (directory / PROGRAM).unlink(missing_ok=True)
     sizes = safetensors.write(directory / WEIGHTS, model, frozen, dtype)
     shape = run_config.to_tree(run_config.RunConfig(model=model.config))["model"]
     tree = {"model_type": "trix_jax", "model": shape}
@@ -85,8 +98,8 @@ def load(directory: str | Path) -> tuple[TransformerLM, dict[str, Any], Any]:
     ones did, up to the rounding of parameters in bfloat16.
 
     Raises:
-        ValueError: a file that is damaged, of another version, or does not fit its
-            config; says which.
+        ValueError: a file that is cut short, of another version, or does not fit its
+            config; says which. A changed number is not noticed.
     """
     directory = Path(directory)
     model = TransformerLM(read_model_config(directory / CONFIG).on_any_device())

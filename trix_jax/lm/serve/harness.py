@@ -11,6 +11,7 @@ tokenizer without one has nothing to condition the first token on, which then is
 scored.
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from trix_jax.lm.serve.generate import SamplingConfig, generate
 from trix_jax.lm.serve.load import load_run
 
 NEW_TOKENS = 256  # the harness' own default for tasks that do not say
+SEED = SamplingConfig.seed  # of a request that comes once
 
 
 class TrixLM(TemplateLM):
@@ -77,11 +79,18 @@ class TrixLM(TemplateLM):
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """Continues texts until the end-of-text mark, or one of the strings that end
-        them; neither is part of the answer.
+        them; neither is part of the answer. A request that comes again (`repeats`) is
+        sampled with the next seed.
         """
-        return [self._continue(*request.args) for request in requests]
+        times, answers = Counter(), []
+        for request in requests:
+            context, options = request.args
+            asked = context, repr(options)
+            answers.append(self._continue(context, options, SEED + times[asked]))
+            times[asked] += 1
+        return answers
 
-    def _continue(self, context: str, options: dict[str, Any]) -> str:
+    def _continue(self, context: str, options: dict[str, Any], seed: int) -> str:
         until = options.get("until") or []
         until = [until] if isinstance(until, str) else until
         count = options.get("max_gen_toks") or NEW_TOKENS
@@ -91,7 +100,7 @@ class TrixLM(TemplateLM):
         prompt = np.asarray(ids, np.int32)
         new: list[int] = []
         text = ""
-        sampling, end = _sampling(options), self._tokenizer.eot
+        sampling, end = _sampling(options, seed), self._tokenizer.eot
         how = self._model, self._variables, prompt, count, sampling, end
         for token in generate(*how):
             if token == end:
@@ -158,12 +167,12 @@ class TrixLM(TemplateLM):
         )
 
 
-def _sampling(options: dict[str, Any]) -> SamplingConfig:
+def _sampling(options: dict[str, Any], seed: int) -> SamplingConfig:
     """A task's own options; greedy unless it asks for a temperature."""
     greedy = options.get("do_sample") is False
     temperature = 0.0 if greedy else float(options.get("temperature") or 0.0)
     top_k, top_p = options.get("top_k") or 0, options.get("top_p") or 1.0
-    return SamplingConfig(temperature, int(top_k), float(top_p))
+    return SamplingConfig(temperature, int(top_k), float(top_p), seed)
 
 
 def run(

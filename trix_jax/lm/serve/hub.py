@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from trix_jax.lm.serve.card import CARD
+from trix_jax.lm.serve.card import CARD, check_card
 from trix_jax.lm.serve.export import load
 from trix_jax.lm.train.exported import CONFIG, TOKENIZER, WEIGHTS, is_export
 
@@ -27,7 +27,7 @@ def push(
         The address of the commit.
 
     Raises:
-        ValueError: not an export, or a damaged one.
+        ValueError: not an export, or one that does not load; a card of other weights.
     """
     from huggingface_hub import HfApi
 
@@ -36,7 +36,8 @@ def push(
         raise ValueError(
             f"{directory} must be an export: `trix-jax export` writes one. It has no {WEIGHTS} or {CONFIG}."
         )
-    load(directory)  # refuses a damaged one
+    load(directory)  # refuses what does not fit together
+    check_card(directory)
     api = HfApi(endpoint=endpoint)
     api.create_repo(repo, private=private, exist_ok=True)
     done = api.upload_folder(

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import export as jax_export
 
+from trix_jax.lm.train.exported import PROGRAM
 from trix_jax.nn.transformer import TransformerLM
 from trix_jax.typing import Variables
 
-PROGRAM = "model.stablehlo"
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 

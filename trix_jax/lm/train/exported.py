@@ -9,6 +9,7 @@ from trix_jax.lm import config as run_config
 from trix_jax.nn.transformer import TransformerConfig
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
+PROGRAM = "model.stablehlo"
 
 
 def is_export(directory: Path) -> bool:
