@@ -364,6 +364,14 @@ def test_freezing_a_layer_with_real_weights_is_refused(kind):
         freeze(model, random_variables(model, X), X)
 
 
+def test_freezing_weights_that_never_are_ternary_is_warned_of():
+    layer = TriXLinear(16, ternary=TernaryConfig(mode="soft"))
+    x = X[0, :, :16]
+    variables = layer.init(jax.random.key(0), x)
+    with pytest.warns(UserWarning, match="training ends between the ternary values"):
+        freeze(layer, variables, x)
+
+
 def test_freezing_a_model_without_ternary_weights_is_refused():
     dense = language_model("dense")
     with pytest.raises(ValueError, match="TransformerLM holds no ternary weights"):

@@ -52,3 +52,10 @@ def test_pairs_are_spread_evenly():
     assert len(sets) == 28
     expected = 64 * 64 / 28  # binomial: five standard deviations
     assert abs(counts - expected).max() < 5 * expected**0.5
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int32, np.int64])
+def test_a_number_of_tiles_from_numpy_gives_the_same_tiles(kind, no_type_hook):
+    ids = jnp.arange(20)
+    expected = hash_tiles(ids, 8, 3)
+    np.testing.assert_array_equal(hash_tiles(ids, kind(8), 3), expected)

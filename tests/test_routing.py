@@ -295,6 +295,10 @@ def test_stability_ignores_the_order_of_a_tokens_tiles():
     after = jnp.asarray([[1, 0], [2, 1], [3, 1]])
     assert routing.stability(before, after) == 0.5
     assert routing.stability(before, before) == 1
+    masked = jnp.full((5, 2), -1)
+    padded = (jnp.concatenate([tiles, masked]) for tiles in (before, after))
+    assert routing.stability(*padded) == 0.5
+    assert routing.stability(masked, masked) == 0
 
 
 def test_signature_cosine_of_opposite_tiles_is_one():

@@ -176,6 +176,16 @@ def test_freeze_routing_holds_routes_while_weights_change_until_released():
     assert (tiles(other) != tiles(before)).any()
 
 
+def test_freeze_routing_holds_a_learned_router():
+    layer = control("learned", tiles_per_token=2)
+    before = initialized(layer)
+    other = {**before, "params": jax.tree.map(jnp.negative, before["params"])}
+    tiles = functools.partial(tiles_of(layer), x=X)
+    assert (tiles(other) != tiles(before)).any()
+    held = {**other, "routing": routing.freeze_routing(before["routing"])}
+    np.testing.assert_array_equal(tiles(held), tiles(before))
+
+
 def test_apply_with_mutable_routing_adds_margins_and_remembers_the_signature():
     layer = SparseTriXFFN(16, num_tiles=8)
     variables = initialized(layer)
@@ -300,6 +310,11 @@ def test_learned_control_is_the_only_one_with_a_routing_parameter():
         )
         has_router = "router" in variables["params"]["tiles"]
         assert has_router == (source == "learned")
+    narrow = control("learned", param_dtype=jnp.bfloat16)
+    variables = jax.eval_shape(narrow.init, jax.random.key(0), x)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables["params"])} == {
+        jnp.dtype(jnp.bfloat16)
+    }
 
 
 def test_training_that_scores_open_tiles_alone_moves_as_that_which_scores_all():

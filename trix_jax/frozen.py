@@ -30,7 +30,8 @@ def freeze(
 
     Works on any model that holds TriX layers. The latent weights leave `"params"`; the
     packed ones and their bfloat16 scales come in a collection `"packed"`. In float32
-    the outputs are equal bit for bit to those of a model that trained to the end. What
+    the outputs are equal bit for bit to those of a model that trained to the end, but
+    for mode "soft", whose weights are never ternary in training: that is warned of. What
     the packed weights multiply is the module's `TernaryConfig.activations`, which may
     be changed after training.
 

@@ -30,8 +30,8 @@ def hash_tiles(
             "token_ids must be given to a layer whose routing source is 'hash'. Got None."
         )
     tiles = jnp.arange(num_tiles, dtype=jnp.uint32)
-    pairs_TN = token_ids[:, None].astype(jnp.uint32) * num_tiles + tiles[None]
-    return jax.lax.top_k(_mix(pairs_TN), k)[1]
+    first = token_ids[:, None].astype(jnp.uint32) * jnp.uint32(num_tiles)
+    return jax.lax.top_k(_mix(first + tiles[None]), k)[1]
 
 
 def pair_ids(

@@ -323,9 +323,11 @@ def stability(
     before: Integer[Array, "*B K"], after: Integer[Array, "*B K"]
 ) -> Float[Array, ""]:
     """Share of assignments in `after` that the same token had in `before`; with K = 1,
-    tokens that kept their tile.
+    tokens that kept their tile. Masked tokens, which have the tile -1, are left out.
     """
-    return jnp.mean((after[..., :, None] == before[..., None, :]).any(axis=-1))
+    kept = (after[..., :, None] == before[..., None, :]).any(axis=-1)
+    real = after >= 0
+    return (kept & real).sum() / jnp.maximum(real.sum(), 1)
 
 
 def _cosines(signature):

@@ -42,10 +42,24 @@ def update(
     return _each_layer(routing, lambda state: _update_layer(state, rate))
 
 
-def reduce(routing: Variables, axis_name: AxisName) -> Variables:
+def reduce(
+    routing: Variables, axis_name: AxisName, *, since: Variables | None = None
+) -> Variables:
     """Sums the margins of every layer over a mapped axis; the rest of the state is the
     same on all devices.
+
+    Args:
+        since: the collection that the call was given, if it holds margins that are sums
+            over the axis already, as with accumulated gradients. Those are counted once:
+            `since + psum(routing - since)`. None takes them as empty.
     """
+    if since is not None:
+
+        def added(path, now, before):
+            is_sum = getattr(path[-1], "key", "") in MARGINS
+            return before + jax.lax.psum(now - before, axis_name) if is_sum else now
+
+        return jax.tree_util.tree_map_with_path(added, routing, since)
     return _each_layer(
         routing,
         lambda state: {

@@ -171,7 +171,8 @@ def with_gradient(
 def hard_ternary(
     w: Float[Array, "*N I O"], config: TernaryConfig = TernaryConfig()
 ) -> Ternary:
-    """The ternary weights that training with `config` ends at: what `freeze` stores.
+    """The ternary weights that training with `config` ends at, but for mode "soft",
+    which ends between them: what `freeze` stores.
 
     Raises:
         ValueError: mode "none" has no ternary weights.

@@ -70,8 +70,8 @@ class HashedWithGates(ByTokenRouter):
     signatures would give those tiles.
     """
 
-    def _select(self, scores, used, h, signature, state):
-        del used, h, signature, state
+    def _select(self, scores, h, signature, state):
+        del h, signature, state
         s = self.settings
         chosen = hashing.hash_tiles(self.ids, s.num_tiles, s.tiles_per_token)
         gates = routing.gates(scores, chosen, s.routing.gate)
@@ -81,8 +81,8 @@ class HashedWithGates(ByTokenRouter):
 class HalfHashed(ByTokenRouter):
     """Half of the tiles by token id, without a gate, the others by signature."""
 
-    def _select(self, scores, used, h, signature, state):
-        del used, h, signature
+    def _select(self, scores, h, signature, state):
+        del h, signature
         s = self.settings
         half = s.tiles_per_token // 2
         hashed = hashing.hash_tiles(self.ids, s.num_tiles, half)

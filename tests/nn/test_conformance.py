@@ -74,6 +74,16 @@ def output_type(shapes):
     return str(first.dtype)
 
 
+@pytest.mark.parametrize("name", ["sparse", "dense_block"])
+def test_lists_are_taken_as_arrays(name, no_type_hook):
+    layer, variables, mask = MODULES[name], variables_of(name), np.arange(6) < 4
+    call = jax.jit(lambda v, x, m: output(layer.apply(v, x, mask=m)))
+    expected = call(variables, X, np.broadcast_to(mask, X.shape[:-1]))
+    given = X.tolist(), [[bool(m) for m in mask] for _ in X]
+    got = jax.jit(lambda v: output(layer.apply(v, given[0], mask=given[1])))(variables)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_complex_numbers_are_refused(no_type_hook):
     for layer in (LAYERS["sparse"], LAYERS["linear"], BLOCKS["dense_block"]):
         with pytest.raises(ValueError, match=r"real numbers\. Got complex64"):

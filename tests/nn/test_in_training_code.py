@@ -375,3 +375,16 @@ def test_state_of_a_vmapped_call_is_refused_and_reduces_inside():
     )
     reduced, whole = jax.jit(lambda x: (shared(x), one(x)))(X)
     assert_near(reduced, whole)
+
+    def again(state, x):
+        """A micro-batch more, its examples apart."""
+
+        def own(example):
+            given = {**variables, "routing": state}
+            _, new = layer.apply(given, example, True, mutable=["routing"])
+            return routing.reduce(new["routing"], "batch", since=state)
+
+        return jax.vmap(own, axis_name="batch", out_axes=None)(x)
+
+    twice = jax.jit(again)(reduced, X)["tiles"]["router"]["margins"]
+    np.testing.assert_array_equal(twice, 2 * reduced["tiles"]["router"]["margins"])

@@ -136,3 +136,17 @@ def test_paths_of_variables_stay_what_saved_runs_have(ffn):
     assert set(flatten_dict(shapes["params"], sep="/")) == expected
     found = set(flatten_dict(shapes.get("routing", {}), sep="/"))
     assert found == {f"block_00/ffn/{path}" for path in state}
+
+
+def test_a_hash_takes_as_many_tiles_as_there_are_whatever_the_clusters():
+    clusters = {"num_tiles": 8, "tiles_per_cluster": 2, "tiles_per_token": 7}
+    config = {"ffn": "hierarchical", "d_model": D, "n_heads": 2, **clusters}
+    hashed = TransformerConfig(**config, routing=RoutingConfig(source="hash"))
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    model = TransformerLM(dataclasses.replace(hashed, vocab_size=8, context=4))
+    (_, infos, _), _ = jax.eval_shape(
+        lambda: model.init_with_output(jax.random.key(0), tokens)
+    )
+    assert infos[0].tiles.shape == (1, 4, 7)
+    with pytest.raises(ValueError, match="top_k_clusters \\* tiles_per_cluster=2"):
+        TransformerConfig(**config)

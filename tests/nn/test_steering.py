@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from trix_jax import HierarchicalTriXFFN, RoutingConfig, SparseTriXFFN, freeze
 from trix_jax.nn.steering import forbid, layer_states, pin
@@ -55,6 +56,43 @@ def test_whole_cluster_forbidden_opens_another():
     for tile in (0, 1):
         variables = forbid(variables, LAYER, tile, everyone)
     assert jax.jit(layer.apply)(variables, X)[1].tiles.min() >= 2
+
+
+@pytest.mark.slow
+def test_a_tile_of_another_cluster_has_a_gate_of_its_own():
+    config = RoutingConfig(gate="softmax")
+    layer = HierarchicalTriXFFN(16, num_tiles=8, tiles_per_cluster=2, routing=config)
+    variables = jax.jit(layer.init)(jax.random.key(1), X)
+    _, before, _ = jax.jit(layer.apply)(variables, X)
+    members = variables["routing"]["tiles"]["router"]["members"]
+    cluster = next(c for c in members if before.tiles[0, 0, 0] in c)
+    everyone, given = jnp.ones(X.shape[:2], bool), variables
+    for tile in cluster:
+        given = forbid(given, LAYER, int(tile), everyone)
+    y, after, _ = jax.jit(layer.apply)(given, X)
+    assert after.tiles[0, 0, 0] not in cluster
+    assert 0 < after.gates[0, 0, 0] < 3  # its share of three tiles, times three
+    assert np.abs(y[0, 0]).max() > 0
+
+
+class Scanned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        class Step(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return SparseTriXFFN(16, num_tiles=8, name="ffn")(x)[0], None
+
+        axes = {"params": 0, "routing": 0, "packed": 0}
+        scan = nn.scan(Step, variable_axes=axes, split_rngs={"params": True}, length=2)
+        return scan(name="steps")(x, None)[0]
+
+
+def test_layers_that_share_a_state_take_no_orders():
+    variables = jax.eval_shape(Scanned().init, jax.random.key(1), X)
+    layer = ("steps", "ffn", *LAYER)
+    with pytest.raises(ValueError, match="whose state is that of 2 layers"):
+        pin(variables, layer, 3, jnp.ones(X.shape[:2], bool))
 
 
 @pytest.mark.slow

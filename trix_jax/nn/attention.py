@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from trix_jax import ops
 from trix_jax.nn import cudnn
+from trix_jax.nn.cache import keep
 from trix_jax.nn.inputs import as_floats, check_mask, hide
 from trix_jax.nn.positions import positions_of, rotate
 from trix_jax.nn.segments import check_segments
@@ -153,15 +154,15 @@ class CausalSelfAttention(nn.Module):
         check_room(start, length, self.cache_length)
         # Inside a jit that is not known: what does not fit is NaN, and all that sees it.
         v = jnp.where(start + length <= self.cache_length, v, jnp.nan)
-        keys.value = jax.lax.dynamic_update_slice(keys.value, k, (0, start, 0, 0))
-        values.value = jax.lax.dynamic_update_slice(values.value, v, (0, start, 0, 0))
-        index.value = start + length
+        k = jax.lax.dynamic_update_slice(keys.value, k, (0, start, 0, 0))
+        v = jax.lax.dynamic_update_slice(values.value, v, (0, start, 0, 0))
+        keep(self, keys=k, values=v, index=start + length)
         now = start + jnp.arange(length)
         seen = (jnp.arange(self.cache_length)[None] <= now[:, None])[None]
         is_one = mask is None and segment_ids is None
         if not is_one or self.has_variable("cache", "segments"):
             seen &= self._append_segments((batch, length), start, mask, segment_ids)
-        return keys.value, values.value, seen[:, None]
+        return k, v, seen[:, None]
 
     def _append_segments(self, shape, start, mask, segment_ids):
         """Writes the call's segments behind those of earlier calls, of which tokens
@@ -177,8 +178,9 @@ class CausalSelfAttention(nn.Module):
             segment_ids = jnp.broadcast_to(last, shape)
         ids = segment_ids.astype(jnp.int32)
         ids = ids if mask is None else jnp.where(mask, ids, HIDDEN)
-        kept.value = jax.lax.dynamic_update_slice(kept.value, ids, (0, start))
-        return ids[:, :, None] == kept.value[:, None, :]
+        written = jax.lax.dynamic_update_slice(kept.value, ids, (0, start))
+        keep(self, segments=written)
+        return ids[:, :, None] == written[:, None, :]
 
 
 def rewind(cache: Any, length: Integer[Array, ""]) -> Any:
@@ -287,6 +289,7 @@ def check_sequence(
     Raises:
         ValueError: it is not `[..., length, d_model]`.
     """
+    x = jnp.asarray(x)
     if x.ndim < 2 or x.shape[-1] != d_model:
         raise ValueError(
             f"x must be [..., length, {d_model}], with d_model as its last axis. Got {list(x.shape)}."

@@ -48,6 +48,7 @@ def check_input(
     Raises:
         ValueError: its last axis is not `d_model`.
     """
+    x = jnp.asarray(x)
     if x.ndim < 1 or x.shape[-1] != d_model:
         raise ValueError(
             f"x must be [..., {d_model}], with d_model as its last axis. Got {list(x.shape)}."
@@ -65,6 +66,7 @@ def check_mask(
     """
     if mask is None:
         return None
+    mask = jnp.asarray(mask)
     if mask.shape != lead:
         raise ValueError(
             f"mask must be {list(lead)}, a value a token. Got {list(mask.shape)}."
@@ -73,7 +75,7 @@ def check_mask(
         raise ValueError(
             f"mask must be bool, True for real tokens; write mask != 0. Got {mask.dtype}."
         )
-    return jnp.asarray(mask)
+    return mask
 
 
 def hide(
@@ -96,6 +98,7 @@ def flatten(
             are no integers.
     """
     lead, d = x.shape[:-1], x.shape[-1]
+    router_input = None if router_input is None else jnp.asarray(router_input)
     if router_input is not None and router_input.shape != x.shape:
         raise ValueError(
             f"router_input must be {list(x.shape)}, the shape of x. Got {list(router_input.shape)}."

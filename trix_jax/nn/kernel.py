@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from trix_jax import ops
+from trix_jax.nn import misuse
 from trix_jax.ops import PACKED
 from trix_jax.ternary import (
     TERNARY,
@@ -105,7 +106,8 @@ class TernaryKernel(nn.Module):
         if len(self.shape) > 2 and not isinstance(init, Whole):
             init = per_tile(init)
         kernel = self.param("kernel", init, self.shape, self.param_dtype)
-        weights = self._ternary(kernel.astype(jnp.float32), progress)
+        wide = jnp.promote_types(kernel.dtype, jnp.float32)
+        weights = self._ternary(kernel.astype(wide), progress)
         return (
             weights._replace(scale=self._scale())
             if fixed and self.learn_scale
@@ -129,13 +131,14 @@ class TernaryKernel(nn.Module):
         return {"q": q.astype(jnp.int8) if is_ternary else q, "scale": scale}
 
     def latent(self) -> Float[Array, "..."] | None:
-        """The float32 parameter, where gradients of `q * scale` go to it as they are;
+        """The parameter in float32 or wider, where gradients of `q * scale` go to it as they are;
         None where they do not, and in a frozen model.
         """
         is_frozen = not self.has_variable("params", "kernel")
         if is_frozen or not is_straight_through(self.config):
             return None
-        return nn.unbox(self.get_variable("params", "kernel")).astype(jnp.float32)
+        kernel = nn.unbox(self.get_variable("params", "kernel"))
+        return kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
 
     def pack(self, params: dict, packed: dict) -> dict:
         """The kernel in two bits; leading axes (scanned layers) pass through.
@@ -144,6 +147,8 @@ class TernaryKernel(nn.Module):
             ValueError: the mode is "none".
         """
         del packed
+        if self.config.mode == "soft":
+            misuse.warn_of_soft_weights()
         weights = hard_ternary(jnp.asarray(params["kernel"], jnp.float32), self.config)
         if "scale" in params:
             weights = Ternary(weights.q, round_scale(params["scale"]))

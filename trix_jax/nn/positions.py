@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from trix_jax.nn.cache import keep
 from trix_jax.typing import Array, Bool, Float, Integer
 
 ROTARY_BASE = 10_000.0  # RoFormer's
@@ -38,9 +39,10 @@ def positions_of(
     batch = shape[:1]
     start = module.variable("cache", "position", jnp.zeros, batch, jnp.int32)
     last = module.variable("cache", "segment", jnp.zeros, batch, jnp.int32)
-    numbers, start.value, last.value = _number(
+    numbers, position, segment = _number(
         shape, mask, segment_ids, start.value, last.value
     )
+    keep(module, position=position, segment=segment)
     return numbers
 
 
@@ -83,7 +85,7 @@ def documents(
         return numbers
     seen = module.variable("cache", "document", jnp.zeros, tokens.shape[:1], jnp.int32)
     numbers = numbers + seen.value[:, None]
-    seen.value = seen.value + marks.sum(axis=1, dtype=jnp.int32)
+    keep(module, document=seen.value + marks.sum(axis=1, dtype=jnp.int32))
     return numbers
 
 

@@ -1,5 +1,5 @@
 """`Router`: holds the routing state of a layer and calls `trix_jax.routing`. It has no
-parameters.
+parameters, but for the rows of the source "learned".
 
 Collection `"routing"`: `bias` [N], `margins` [N, bins] (since the last
 `routing.update`, see `trix_jax.balance`), `signature` [N, D] (as last seen in
@@ -68,7 +68,7 @@ class Router(nn.Module):
         if self.has_variable(PACKED, "tiles"):
             return self._look_up(token_ids, mask)
         self._check_collection(train)
-        signature, used, state = self._signatures(signature, train, progress)
+        signature, state = self._signatures(signature, train, progress)
         state |= {"mask": mask}
         if self._is_training():
             is_read = config.source != "hash"  # a hash has no addresses to show
@@ -76,11 +76,11 @@ class Router(nn.Module):
             state["signature"].value = seen if is_read else jnp.zeros_like(seen)
         if config.source == "hash":
             return self._by_hash(token_ids, mask)
-        scores = routing.match(h, used, config.score_scale)
-        tiles, gates, seen = self._select(scores, used, h, signature, state)
+        scores = routing.match(h, signature, config.score_scale)
+        tiles, gates, seen = self._select(scores, h, signature, state)
         counts = routing.count_tiles(tiles, n, mask)
-        info = _info(tiles, gates, counts, seen.scores, used, mask)
-        losses = self._losses(seen, used, counts, train, mask)
+        info = _info(tiles, gates, counts, seen.scores, signature, mask)
+        losses = self._losses(seen, signature, counts, train, mask)
         return Route(tiles, gates), info, losses
 
     def _check_collection(self, train):
@@ -132,23 +132,21 @@ class Router(nn.Module):
         return _without_scores(tiles, gates, n, mask)
 
     def _signatures(self, signature, train, progress):
-        """What clusters are addressed by, what tokens are matched with, and the state;
-        a learned router has rows of its own for the second, and for both if it is held.
+        """What tokens and clusters are addressed by, and the state; a learned router has
+        rows of its own.
         """
-        config, learned = self.settings.routing, None
+        config = self.settings.routing
         if config.source == "learned":
-            init = nn.initializers.normal(1.0)
-            learned = self.param("router", init, signature.shape)
-            signature = learned if config.holds else signature
+            init, dtype = nn.initializers.normal(1.0), self.settings.param_dtype
+            learned = self.param("router", init, signature.shape, dtype)
+            signature = learned.astype(jnp.promote_types(dtype, jnp.float32))
         state = self._variables(signature)
         if config.source == "random":
             signature = state["signature"].value
         was_frozen = state["frozen"].value
         if config.holds:
             signature = self._hold(signature, state, train, progress)
-        signature = jnp.where(was_frozen, state["signature"].value, signature)
-        matched = learned if learned is not None and not config.holds else signature
-        return signature, matched, state
+        return jnp.where(was_frozen, state["signature"].value, signature), state
 
     def _hold(self, signature, state, train, progress):
         """The signature, held if it was or if it is time; the state says so from now
@@ -198,7 +196,7 @@ class Router(nn.Module):
     def _is_training(self):
         return not self.is_initializing() and self.is_mutable_collection("routing")
 
-    def _select(self, scores, used, h, signature, state):
+    def _select(self, scores, h, signature, state):
         s, config = self.settings, self.settings.routing
         if not s.num_clusters:
             return self._of_all(scores, None, state)
@@ -213,7 +211,7 @@ class Router(nn.Module):
         if needs_all or steered or s.top_k_clusters == s.num_clusters:
             allowed = routing.open_tiles(clusters, members)
             return self._of_all(scores, allowed, state)
-        tiles, gates, seen = self._of_clusters(h, used, clusters, state)
+        tiles, gates, seen = self._of_clusters(h, signature, clusters, state)
         return tiles, gates, seen if config.balance_over == "open" else Seen(scores)
 
     def _of_all(self, scores, allowed, state):
@@ -221,20 +219,23 @@ class Router(nn.Module):
         biased = jax.lax.stop_gradient(scores) + state["bias"].value[None]
         if allowed is not None:
             biased = jnp.where(allowed, biased, -jnp.inf)
-        if self.has_variable(steering.STEERING, "tiles"):
+        is_steered = self.has_variable(steering.STEERING, "tiles")
+        if is_steered:
             orders = self.get_variable(steering.STEERING, "tiles")
             biased = steering.obey(biased, orders)
-            allowed = None if allowed is None else allowed | (orders > 0)
         tiles = routing.select_tiles(biased, self.settings.tiles_per_token)
+        if is_steered and allowed is not None:  # a tile of a closed cluster is taken
+            taken = jax.nn.one_hot(tiles, self.settings.num_tiles, dtype=bool)
+            allowed |= taken.any(axis=-2)
         self._add_margins(state, "margins", biased, tiles)
         gates = routing.gates(scores, tiles, self.settings.routing.gate, allowed)
         return tiles, gates, Seen(scores)
 
-    def _of_clusters(self, h, used, clusters, state):
+    def _of_clusters(self, h, signature, clusters, state):
         """Tiles and gates from the scores of the tiles in the chosen clusters alone."""
         config, members = self.settings.routing, state["members"].value
         scores, tiles = routing.match_inside(
-            h, used, clusters, members, config.score_scale, state["mask"]
+            h, signature, clusters, members, config.score_scale, state["mask"]
         )
         biased = jax.lax.stop_gradient(scores) + state["bias"].value[tiles]
         columns = routing.select_among(biased, tiles, self.settings.tiles_per_token)

@@ -17,13 +17,14 @@ def check_segments(
     """
     if segment_ids is None:
         return None
+    segment_ids = jnp.asarray(segment_ids)
     if segment_ids.shape != lead:
         raise ValueError(
             f"segment_ids must be {list(lead)}, a number a token. Got {list(segment_ids.shape)}."
         )
     if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
         raise ValueError(f"segment_ids must be integers. Got {segment_ids.dtype}.")
-    return jnp.asarray(segment_ids)
+    return segment_ids
 
 
 def segments_of(

@@ -88,8 +88,9 @@ class TileSettings:
                 raise ValueError(
                     f"top_k_clusters={top_k} must be at least 1 and at most the {clusters} clusters."
                 )
-            choice = top_k * self.tiles_per_cluster
-            what = "top_k_clusters * tiles_per_cluster"
+            if self.routing.source != "hash":  # which looks at no cluster
+                choice = top_k * self.tiles_per_cluster
+                what = "top_k_clusters * tiles_per_cluster"
         if not 1 <= self.tiles_per_token <= choice:
             raise ValueError(
                 f"tiles_per_token={self.tiles_per_token} must be at least 1 and at most {what}={choice}."

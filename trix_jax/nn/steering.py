@@ -53,7 +53,7 @@ def pin(
         tokens: of the shape of the call's tokens.
 
     Raises:
-        ValueError: no such layer or tile.
+        ValueError: no such layer or tile; layers under `nn.scan`, which share a state.
     """
     return _order(variables, layer, tile, tokens, 1)
 
@@ -86,7 +86,12 @@ def _order(variables, layer, tile, tokens, sign):
     states = layer_states(variables["routing"])
     if layer not in states:
         raise ValueError(f"layer must be one of {sorted(states)}. Got {layer}.")
-    count = states[layer]["margins"].shape[-2]
+    *stacked, count, _ = states[layer]["margins"].shape
+    if stacked:
+        raise ValueError(
+            f"layer must have a state of its own to take orders. Got {layer}, whose state "
+            f"is that of {stacked[0]} layers under nn.scan."
+        )
     if not 0 <= tile < count:
         raise ValueError(f"tile must be at least 0 and below {count}. Got {tile}.")
     flat: dict = flatten_dict(variables.get(STEERING, {}))

@@ -21,6 +21,7 @@ from flax import linen as nn
 from trix_jax import routing
 from trix_jax.hashing import NONE_BEFORE
 from trix_jax.nn import misuse
+from trix_jax.nn.cache import keep
 from trix_jax.routing import RoutingConfig
 from trix_jax.typing import Array, Bool, Float, Integer, Scalar
 
@@ -136,7 +137,7 @@ class TokenInput(nn.Module):
         segment = self.variable("cache", "segment", lambda: start.segment)
         last = Last(token.value, segment.value)
         before, last = tokens_before(tokens, last, mask, segment_ids)
-        token.value, segment.value = last
+        keep(self, before=last.token, segment=last.segment)
         return before
 
 

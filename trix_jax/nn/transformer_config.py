@@ -1,7 +1,7 @@
 """What a `TransformerLM` is made from."""
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from trix_jax.grouped_ffn import Implementation
 from trix_jax.nn.activations import activation
@@ -163,7 +163,8 @@ class TransformerConfig:
             check_divides("expansion * d_model", width, "num_tiles", n)
         if self.ffn == "sparse":
             TileSettings(num_tiles=n, tiles_per_token=k, implementation=how)
-        clusters = {"tiles_per_cluster": m, "top_k_clusters": self.top_k_clusters}
+        clusters: dict[str, Any] = {"tiles_per_cluster": m, "routing": self.routing}
+        clusters["top_k_clusters"] = self.top_k_clusters
         if self.ffn == "hierarchical":
             TileSettings(num_tiles=n, tiles_per_token=k, implementation=how, **clusters)
         if self.ffn == "lookup":
