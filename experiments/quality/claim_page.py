@@ -5,7 +5,7 @@ the results of `claim.py`; and `claim.json`. The whole ladder is the appendix's.
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 from matplotlib.figure import Figure
 
@@ -37,6 +37,7 @@ NOTE = (
     "W: the greater of the compute width (multiply-accumulates a token as served over 2 D, routing included) "
     "and the memory width (served FFN bits, and what routing stores, over 16 bits a weight). Equivalent width: "
     "the dense width of equal loss, read off the dense curve, 95% by bootstrap over seeds, never extrapolated. "
+    "Seconds: the median step, on cores that other work may have shared. "
     f"Seed {SEEDS[0]} chose the rates; where others have run, they alone conclude. A star marks a rate whose "
     "neighbours have not both been run.\n"
 )
@@ -135,7 +136,11 @@ def rows_of(d: int, runs: Sequence[Result]) -> list[list[str]]:
         places(d, runs), key=lambda row: -row[2].multiplier.value
     ):
         losses = list(concluding(one).values())
-        seconds = [run.seconds / run.steps for run in one.runs.values() if run.seconds]
+        seconds = [
+            run.tokens / run.steps / run.tokens_per_second
+            for run in one.runs.values()
+            if run.tokens and run.tokens_per_second
+        ]
         rows.append(
             [
                 arm.name,
@@ -147,7 +152,7 @@ def rows_of(d: int, runs: Sequence[Result]) -> list[list[str]]:
                 f"{place.width.memory:.0f}",
                 estimate_text(place.equivalent, 0),
                 estimate_text(place.multiplier, 2),
-                f"{fmean(seconds):.2f}" if seconds else "",
+                f"{median(seconds):.2f}" if seconds else "",
             ]
         )
     return rows

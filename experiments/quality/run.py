@@ -120,7 +120,10 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--flags", default="", help="for every run: a shrunken copy, to try this out"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.flags and args.results.resolve() == RESULTS:
+        parser.error("--flags makes other runs: give them --results of their own")
+    return args
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.quality import run
 from experiments.quality.arms import Arm
 from experiments.quality.design import SEEDS, SETTINGS, Setting, Step
 from experiments.quality.run import RESULTS, placed
@@ -18,6 +19,13 @@ from trix_jax.lm.experiment.tuning import at_rate, best_rate, sweep
 A, B = Arm("a", ""), Arm("b", "", start=1e-3)
 LIKE_A = Arm("like-a", "", rate_of="a")
 GROUPS = {"first": (A, B), "second": (LIKE_A,)}
+
+
+def test_a_shrunken_copy_needs_results_of_its_own(tmp_path, capsys):
+    argv = ["wikipedia-64", "--data", "x", "--flags", "--train.steps 5"]
+    with pytest.raises(SystemExit):
+        run.main(argv)
+    assert "give them --results of their own" in capsys.readouterr().err
 
 
 def next_run(setting, done):

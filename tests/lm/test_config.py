@@ -39,6 +39,17 @@ def test_read_yaml_not_a_mapping_raises_naming_the_file(tmp_path, text):
         cfg.read_yaml(path)
 
 
+@pytest.mark.parametrize(
+    "text", ["train: {steps: 1}\ntrain: {clip: 1}\n", "train:\n  clip: 1\n  clip: 2\n"]
+)
+def test_read_yaml_a_key_given_twice_raises_naming_it_and_the_line(tmp_path, text):
+    path = tmp_path / "twice.yaml"
+    path.write_text(text)
+    key = "train" if text.count("train") == 2 else "clip"
+    with pytest.raises(ValueError, match=f"(?s)it has {key} twice.*line [23]"):
+        cfg.read_yaml(path)
+
+
 def test_read_yaml_missing_file_raises(tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
         cfg.read_yaml(tmp_path / "none.yaml")

@@ -9,6 +9,7 @@ import jax
 import pytest
 import yaml
 
+from trix_jax.cli.experiment import parse_run
 from trix_jax.cli.train import Args
 from trix_jax.lm.accounting import costs
 from trix_jax.lm.config import resolve
@@ -64,6 +65,14 @@ def cases():
             if arm in TRAINED.get(path.stem, {"lookup"}):
                 name = f"{path.stem}-{arm or 'base'}"
                 yield pytest.param(path, arm, id=name, marks=pytest.mark.slow)
+
+
+def test_of_a_flag_given_twice_the_last_holds(tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_text("arms: {dense: {model.ffn: dense}, sparse: {model.ffn: sparse}}\n")
+    argv = [str(path), "--arm", "dense", "--arm=sparse", "--seed", "1", "--seed", "2"]
+    config = parse_run(argv)
+    assert (config.arm, config.model.ffn, config.seed) == ("sparse", "sparse", 2)
 
 
 def preset(path, arm, *flags):

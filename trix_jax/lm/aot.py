@@ -104,6 +104,7 @@ def compile_case(
     batch_size: int,
     accumulate: int,
     devices: int,
+    optimizer: str = "adamw",
 ) -> dict[str, Any]:
     """Compiles the train step of one config, in a process of its own.
 
@@ -114,11 +115,13 @@ def compile_case(
         batch_size: over all devices and micro-batches.
         accumulate: micro-batches.
         devices: data parallel.
+        optimizer: see `TrainConfig`.
 
     Raises:
         RuntimeError: the compilation failed; the message ends with what it printed.
     """
     case = {
+        "optimizer": optimizer,
         "model": dataclasses.asdict(model),
         "batch_size": batch_size,
         "accumulate": accumulate,
@@ -170,6 +173,7 @@ def compile_train_step(
     mapping: parallel.Mapping = "shard_map",
     batch_size: int | None = None,
     accumulate: int = 1,
+    optimizer: Any = "adamw",
 ) -> dict[str, Any]:
     """Compiles one step as the training lane maps it, and reads what it needs.
 
@@ -185,11 +189,13 @@ def compile_train_step(
     )
     sizes = parallel.axis_sizes(devices, mapping)
     mesh = topologies.make_mesh(topology, tuple(sizes.values()), tuple(sizes))
-    config = TrainConfig(steps=1000, batch_size=batch_size, accumulate=accumulate)
-    lm, optimizer = TransformerLM(model), make_optimizer(config)
-    make = partial(make_train_step, lm, optimizer, config)
+    config = TrainConfig(
+        steps=1000, batch_size=batch_size, accumulate=accumulate, optimizer=optimizer
+    )
+    lm, transform = TransformerLM(model), make_optimizer(config)
+    make = partial(make_train_step, lm, transform, config)
     with device.assumed(GPUS[target]):
-        state = jax.eval_shape(lambda: init_state(lm, optimizer, 0))
+        state = jax.eval_shape(lambda: init_state(lm, transform, 0))
 
     def place(x, spec):
         return jax.ShapeDtypeStruct(

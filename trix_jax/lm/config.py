@@ -147,7 +147,19 @@ class RunConfig:
 
 
 class _Loader(yaml.SafeLoader):
-    """Without aliases: a page of them can stand for more text than there is memory."""
+    """Without aliases: a page of them can stand for more text than there is memory. And
+    without a key given twice, of which the first would be lost.
+    """
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"it has {key.value} twice", key.start_mark
+                )
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return super().construct_mapping(node, deep)
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.events.AliasEvent):

@@ -151,13 +151,14 @@ def _with_model(args: Any, model: TransformerConfig) -> Any:
 
 
 def value_of(name: str, flags: list[str]) -> str | None:
-    """What a flag is given, before the flags are parsed; None if it is not there."""
+    """What a flag is given last, before the flags are parsed; None if it is not there."""
+    found = None
     for i, flag in enumerate(flags):
         if flag.startswith(f"{name}="):
-            return flag.partition("=")[2]
-        if flag == name and i + 1 < len(flags):
-            return flags[i + 1]
-    return None
+            found = flag.partition("=")[2]
+        elif flag == name and i + 1 < len(flags):
+            found = flags[i + 1]
+    return found
 
 
 def _pairs(flags: list[str]) -> list[list[str]]:

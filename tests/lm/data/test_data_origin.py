@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
@@ -73,6 +74,21 @@ def test_changed_corpus_is_refused_by_prepare_and_rebuilt_when_asked(
     assert result["train_tokens"] == len(fresh.train)
     assert result["val_tokens"] == len(fresh.val)
     assert main(argv) == 0
+
+
+def test_the_same_text_elsewhere_is_the_same_and_other_text_is_not(
+    config, corpus_folder, tmp_path, monkeypatch
+):
+    before = prepare(config, tmp_path / "store", quiet).fingerprint
+    monkeypatch.chdir(tmp_path)
+    moved = shutil.copytree(corpus_folder, tmp_path / "moved")
+    for path in ("corpus", f"./{corpus_folder.name}", str(moved)):
+        again = dataclasses.replace(config, path=path)
+        assert prepare(again, tmp_path / "store", quiet).fingerprint == before
+    (moved / "0" / "00.txt").write_text("something else\n")
+    for path in ("moved", "nowhere"):
+        with pytest.raises(ValueError, match="store of another config: path="):
+            prepare(dataclasses.replace(config, path=path), tmp_path / "store", quiet)
 
 
 @pytest.mark.parametrize("said", CHANGES)

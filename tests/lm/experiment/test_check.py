@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import yaml
@@ -10,8 +11,9 @@ from trix_jax.cli import experiment as cli
 from trix_jax.cli.experiment import parse_run
 from trix_jax.lm.config import resolve, to_tree
 from trix_jax.lm.data import prepare
+from trix_jax.lm.experiment import results
 from trix_jax.lm.experiment.check import check_ended
-from trix_jax.lm.experiment.spec import read_experiment, write_notes
+from trix_jax.lm.experiment.spec import public_command, read_experiment, write_notes
 
 DIVERGED = "validation loss (nan) is not finite after step 3: stopped, and not saved."
 
@@ -82,6 +84,21 @@ def test_a_diverged_run_of_other_settings_is_refused(small, ended):
     small.write_text(yaml.safe_dump(tree))
     with pytest.raises(ValueError, match=r"dense/seed-1 .* was 0\.002 and is 0\.001"):
         check_ended(read_experiment(small, parse_run), ended)
+
+
+def test_a_record_of_another_command_is_refused_once_its_directory_is_gone(
+    small, ended
+):
+    experiment = read_experiment(small, parse_run)
+    spec = experiment.specs[0]
+    tree = {**spec._asdict(), "val_loss": 1.5, "command": public_command(spec)}
+    results.write(ended / "metrics.json", [results.from_tree(tree)])
+    shutil.rmtree(ended / "runs" / spec.name)
+    check_ended(experiment, ended)
+    shutil.rmtree(ended / "runs")
+    other = changed(small, **{"train.weight_decay": 0.3})
+    with pytest.raises(ValueError, match=r"holds s/lookup/seed-1, made by .* is gone"):
+        check_ended(other, ended)
 
 
 def test_a_run_that_goes_on_is_left_to_its_training(small, ended):

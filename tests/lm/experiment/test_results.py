@@ -21,6 +21,7 @@ from trix_jax.lm.experiment.results import (
     twin,
     twin_widths,
 )
+from trix_jax.lm.experiment.tables import rate_of
 from trix_jax.lm.experiment.tuning import at_rate, best_rate, sweep, tuned
 
 ROOT = Path(__file__).parents[3]
@@ -145,6 +146,12 @@ def test_twin_is_the_dense_run_of_the_same_cost_or_none(models, write_run, tmp_p
     other_size = dense[0]._replace(size="m", params_total=lookup.params_total)
     assert twin(lookup, [*dense, other_size], "params_total", 0.02) == dense[0]
     assert twin(lookup, dense, "ffn_active", 0.02) is None
+    # Embeddings make models alike, whatever their FFNs are.
+    vast = [
+        one._replace(params_total=one.params_total + 10**8) for one in (lookup, *dense)
+    ]
+    assert twin(vast[0], vast[2:], "params_total", 0.02) is None
+    assert twin(vast[0], vast[1:], "params_total", 0.02) == vast[1]
     assert twin_widths(lookup, dense[0])["parameters"] == pytest.approx(102, abs=0.5)
     own = twin_widths(dense[1], dense[0])
     assert own == pytest.approx(dict.fromkeys(own, models["dense-4d"].dense_width))
@@ -173,6 +180,10 @@ def test_tuned_is_an_arm_at_its_best_finite_rate_and_says_whether_it_is_brackete
     found = tuned(results, "a")
     assert (found.rate, found.losses) == (1e-3, {42: 1.5, 43: 1.6})
     assert found.is_bracketed
+    assert (found.diverged, rate_of(found)) == ((), "0.001")
+    lost = tuned([*results, made_up(arm="a", seed=44, val_loss=None)], "a")
+    assert (lost.losses, lost.diverged) == (found.losses, (44,))
+    assert rate_of(lost) == "0.001 (1 diverged)"
     assert not tuned(results, "b").is_bracketed
     inherited = tuned(results, "b", like="a")
     assert inherited.rate == 1e-3

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from trix_jax.lm.checkpoint import checkpoint
+from trix_jax.lm.serve.load import load_run
 from trix_jax.lm.train import metrics
 from trix_jax.lm.train.loop import train
 
@@ -93,11 +94,17 @@ def test_train_same_config_twice_gives_bit_identical_losses_and_state(
 def test_train_interrupted_after_five_steps_goes_on_bit_for_bit(
     tiny_config, one_device, run_dir, tmp_path
 ):
+    """And with another batch of evaluations, of which no step depends."""
     half = tmp_path / "half"
     shutil.copytree(run_dir, half)
     shutil.rmtree(half / "checkpoints" / "00000010")
     messages = []
-    train(tiny_config, half, devices=one_device, report=messages.append)
+    small = dataclasses.replace(tiny_config.train, eval_batch_size=2, max_skipped=3)
+    config = dataclasses.replace(tiny_config, train=small)
+    train(config, half, devices=one_device, report=messages.append)
+    assert "eval_batch_size: 2" in (half / "config.yaml").read_text()
+    load_run(half)  # the checkpoints of before are of the same run
+    load_run(half, 5)
     assert any("resuming" in message and "step 5" in message for message in messages)
     assert losses(half) == losses(run_dir)
     assert_same_arrays(arrays(half, 10), arrays(run_dir, 10))

@@ -151,9 +151,25 @@ def recipe(config: DataConfig) -> dict[str, Any]:
     return found
 
 
-def check_same(directory: Path, wanted: dict[str, Any]) -> None:
-    """Raises a ValueError that names what the store there was made with instead."""
+def is_elsewhere(directory: Path, wanted: dict[str, Any]) -> bool:
+    """Whether the text that is asked for lies, or is called, elsewhere than that which a
+    store noted.
+    """
+    manifest = read_manifest(directory)
+    path = wanted.get("path")
+    is_other = path is not None and manifest["config"].get("path") != path
+    return is_other and bool(manifest.get("sources")) and Path(path).exists()
+
+
+def check_same(directory: Path, wanted: dict[str, Any], *, moved: bool = False) -> None:
+    """Raises a ValueError that names what the store there was made with instead.
+
+    Args:
+        moved: the text is the same one in another place.
+    """
     found = read_manifest(directory)["config"]
+    if moved:
+        found = found | {"path": wanted.get("path")}
     names = sorted(
         name for name in found | wanted if found.get(name) != wanted.get(name)
     )

@@ -26,6 +26,7 @@ from trix_jax.lm.data.config import (
     check_same,
     check_source,
     for_tokens,
+    is_elsewhere,
     recipe,
 )
 from trix_jax.lm.data.corpus import Corpus, corpus_of
@@ -112,8 +113,11 @@ def prepare(
         except OSError:
             if changed == "rebuild" or not is_store(directory):
                 raise  # else another process prepared it meanwhile
-    check_same(directory, recipe(config))
-    if is_kept and (found := _changes(config, directory, report)):
+    wanted = recipe(config)
+    moved = is_kept and is_elsewhere(directory, wanted)
+    moved = moved and not _changes(config, directory, lambda _: None)
+    check_same(directory, wanted, moved=moved)
+    if is_kept and not moved and (found := _changes(config, directory, report)):
         said = f"{directory} was prepared from other text than there is now: {found}"
         if changed == "refuse":
             raise ValueError(

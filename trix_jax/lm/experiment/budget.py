@@ -134,6 +134,7 @@ def peak_bytes(
     if train.batch_size % (train.accumulate * devices):
         return None
     case = [dataclasses.asdict(config.model), train.batch_size, train.accumulate]
+    case += [] if train.optimizer == "adamw" else [train.optimizer]
     key = [case, devices, jax.__version__, _code()]
     name = f"{json_sha256(key)}.json"
     if (kept := _kept(name)) is not None:
@@ -141,7 +142,13 @@ def peak_bytes(
     if python is None:
         return None
     done = train_steps.compile_case(
-        python, "h100", config.model, train.batch_size, train.accumulate, devices
+        python,
+        "h100",
+        config.model,
+        train.batch_size,
+        train.accumulate,
+        devices,
+        train.optimizer,
     )
     try:
         place = cache_folder() / "aot" / name

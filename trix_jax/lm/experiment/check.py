@@ -10,18 +10,28 @@ from trix_jax.lm.config import RunConfig, load
 from trix_jax.lm.data import is_store
 from trix_jax.lm.data.store import read_manifest
 from trix_jax.lm.experiment.directory import has_ended
-from trix_jax.lm.experiment.spec import Experiment
+from trix_jax.lm.experiment.results import read
+from trix_jax.lm.experiment.spec import RESULTS, Experiment, public_command
 from trix_jax.lm.train.provenance import check_settings
 
 
 def check_ended(experiment: Experiment, workdir: Path) -> None:
-    """Compares every run that has ended to what is asked for now; reads alone.
+    """Compares every run that has ended to what is asked for now; reads alone. Of a run
+    whose directory is gone the record tells the command.
 
     Raises:
         ValueError: one has other settings or other data; names it and them.
     """
-    folder = workdir / "runs"
+    folder, path = workdir / "runs", workdir / RESULTS
+    known = {one.name: one for one in read(path)}
     for spec in experiment.specs:
+        is_gone = spec.name in known and not (folder / spec.name).exists()
+        if is_gone and known[spec.name].command != public_command(spec):
+            raise ValueError(
+                f"{path} holds {spec.name}, made by `{known[spec.name].command}`, and "
+                f"its directory is gone. Now it would be `{public_command(spec)}`. Use "
+                "another workdir, or delete that file too."
+            )
         if has_ended(spec, folder):
             directory = folder / spec.name
             asked = experiment.configs[spec.size, spec.arm]

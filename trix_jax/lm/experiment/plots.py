@@ -28,7 +28,7 @@ COSTS = {
     "params_total": "parameters",
     "ffn_active": "FFN multiply-accumulates a token",
     "ffn_bits": "FFN bits as served",
-    "seconds": "seconds of training",
+    "seconds": "seconds of training, evaluations and compilation included",
 }
 FLOOR_NAMES = {1: "unigram", 2: "bigram", 3: "trigram"}
 

@@ -146,18 +146,23 @@ def by_sampler(results: Iterable[Result]) -> dict[str, list[Result]]:
 def twin(
     arm: Result, others: Iterable[Result], cost: str, within: float
 ) -> Result | None:
-    """The dense run of the same size and sampler whose cost is nearest, if it is near
-    enough.
+    """The dense run of the same size and sampler whose FFN's cost is nearest, if it is
+    near enough.
 
     Args:
-        cost: the name of a field.
+        cost: the name of a field; "params_total" is compared without what both models
+            have beside their FFNs.
         within: the share by which it may be off.
     """
     alike = [one for one in others if one.sampler == arm.sampler]
     dense = [one for one in alike if one.is_dense and one.size == arm.size]
 
     def distance(one: Result) -> float:
-        return abs(getattr(one, cost) / getattr(arm, cost) - 1)
+        beside = 0
+        if cost == "params_total" and one.ffn_active is not None:
+            # A dense FFN computes with every parameter once.
+            beside = one.params_total - one.ffn_active
+        return abs((getattr(one, cost) - beside) / (getattr(arm, cost) - beside) - 1)
 
     nearest = min(dense, key=distance, default=None)
     return nearest if nearest and distance(nearest) <= within else None

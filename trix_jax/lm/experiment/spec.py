@@ -8,7 +8,7 @@ DIR/metrics.json              the results
 ```
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -234,6 +234,13 @@ def _checked(tree: dict[str, Any], path: Path) -> dict[str, Any]:
     for key in BY_ARM:
         if odd := sorted(set(tree.get(key) or {}) - set(tree["arms"])):
             raise ValueError(f"{key} in {path} must name arms. Got {odd[0]!r}.")
+    for where, given in _settings_of(tree):
+        own = {"seed": "seeds or arm_seeds"}
+        own |= {} if where.startswith("arm_set") else {"arm": "arms"}
+        for name in own.keys() & given.keys():
+            raise ValueError(
+                f"{where}.{name} in {path} must be left out: {own[name]} says what runs."
+            )
     lists = {"arms": tree["arms"], "seeds": tree["seeds"]}
     lists |= {f"arm_seeds.{a}": v for a, v in (tree.get("arm_seeds") or {}).items()}
     for key, given in lists.items():
@@ -242,6 +249,15 @@ def _checked(tree: dict[str, Any], path: Path) -> dict[str, Any]:
                 f"{key} in {path} must be a list of different entries. Got {given!r}."
             )
     return tree
+
+
+def _settings_of(tree: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where an experiment's file sets flags, and which."""
+    yield "set", tree.get("set") or {}
+    for key in ("sizes", "arm_set"):
+        for name, given in (tree.get(key) or {}).items():
+            if isinstance(given, dict):
+                yield f"{key}.{name}", given
 
 
 def _find(config: str, experiment: Path) -> str:

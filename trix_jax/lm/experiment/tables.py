@@ -85,8 +85,10 @@ def sweep_table(results: Sequence[Result], arms: Sequence[str], seed: int) -> st
 
 
 def rate_of(arm: Tuned) -> str:
-    """Its rate, with a star where it is not bracketed."""
-    return f"{arm.rate:g}" + ("" if arm.is_bracketed else "*")
+    """Its rate, with a star where it is not bracketed, and how many seeds diverged."""
+    star = "" if arm.is_bracketed else "*"
+    lost = f" ({len(arm.diverged)} diverged)" if arm.diverged else ""
+    return f"{arm.rate:g}{star}{lost}"
 
 
 def _bits(values: Sequence[float | None]) -> str:

@@ -14,12 +14,14 @@ class Tuned(NamedTuple):
         runs: seed to run.
         is_bracketed: whether the rates a factor of two away have been run, with this
             arm, and are worse. A rate that another arm chose needs them too.
+        diverged: seeds that have no loss at that rate.
     """
 
     arm: str
     rate: float
     runs: dict[int, Result]
     is_bracketed: bool
+    diverged: tuple[int, ...] = ()
 
     @property
     def one(self) -> Result:
@@ -64,7 +66,9 @@ def tuned(results: Sequence[Result], arm: str, like: str | None = None) -> Tuned
     rate = best_rate({r: loss for r, loss in losses.items() if math.isfinite(loss)})
     if rate is None:
         return None
-    runs = {s: r for s, r in at_rate(results, arm, rate).items() if r.is_finite}
+    every = at_rate(results, arm, rate)
+    runs = {s: r for s, r in every.items() if r.is_finite}
+    diverged = tuple(sorted(every.keys() - runs.keys()))
     own = sweep(results, arm, seed)
     is_bracketed = {rate / 2, rate * 2} <= set(own) and best_rate(own) == rate
-    return Tuned(arm, rate, runs, is_bracketed) if runs else None
+    return Tuned(arm, rate, runs, is_bracketed, diverged) if runs else None

@@ -6,6 +6,7 @@ A checkpoint's own files are under its manifest; those beside it, `config.yaml` 
 text. So every checkpoint notes what it was trained with.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ from trix_jax.lm.data import Store
 from trix_jax.lm.train.extend import is_part_of
 
 DATA = "data."  # how a store was made; its fingerprint says whether it is the same
+# How a run is looked at, which may change while it trains: no step depends on it.
+WATCHING = {
+    f"train.{name}"
+    for name in "log_every eval_every eval_batch_size checkpoint_every max_skipped".split()
+}
 
 
 def notes(config: RunConfig, store: Store) -> dict[str, Any]:
@@ -55,6 +61,7 @@ def check(
         steps = before.get("train.steps", config.train.steps)
         if is_part_of(step, steps, config):
             before["train.steps"] = config.train.steps
+        before = {n: v for n, v in before.items() if n not in WATCHING}
     if lines := changes(before, now):
         raise ValueError(f"{what} was trained with other settings: {'; '.join(lines)}.")
     wanted = meta.get("tokenizer_sha256")
@@ -75,11 +82,18 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
-def check_settings(workdir: Path, before: RunConfig, now: RunConfig) -> None:
+def check_settings(
+    workdir: Path, before: RunConfig, now: RunConfig, free: Collection[str] = ()
+) -> None:
     """Raises a ValueError that names the settings unless a run that is there has those
     that are asked for.
+
+    Args:
+        free: settings that may differ.
     """
-    if lines := changes(*(flat(to_tree(config)) for config in (before, now))):
+    trees = (flat(to_tree(config)) for config in (before, now))
+    kept = ({n: v for n, v in tree.items() if n not in free} for tree in trees)
+    if lines := changes(*kept):
         raise ValueError(
             f"{workdir} holds a run with other settings: {'; '.join(lines)}. Use "
             "another workdir, or the same settings."

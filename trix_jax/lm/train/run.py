@@ -151,7 +151,7 @@ def held(workdir: Path, report: Report) -> Iterator[None]:
 def check_same(config: RunConfig, workdir: Path, store: Store) -> None:
     """Raises a ValueError unless a run that is there has the same config and
     tokenizer, since without it nobody can read its steps again. It may have had fewer
-    steps.
+    steps, and looked at itself otherwise (`provenance.WATCHING`).
     """
     path, own = workdir / "config.yaml", workdir / "tokenizer.json"
     tokenizer = (store.directory / "tokenizer.json").read_bytes()
@@ -165,7 +165,7 @@ def check_same(config: RunConfig, workdir: Path, store: Store) -> None:
     written, steps = run_config.load(path), config.train.steps
     if steps > written.train.steps:
         written = extend.with_steps(written, steps)
-    provenance.check_settings(workdir, written, config)
+    provenance.check_settings(workdir, written, config, provenance.WATCHING)
 
 
 def finished(run: Run, step: int | None) -> dict[str, Any] | None:
