@@ -23,7 +23,14 @@ from experiments.quality import curve
 from experiments.quality.arms import Arm
 from experiments.quality.claim import claim, together
 from experiments.quality.claim_page import VOCABULARY, estimate_text
-from experiments.quality.worth import Worth, concluding, model_of, width_of, worth
+from experiments.quality.worth import (
+    Worth,
+    concluding,
+    difference,
+    model_of,
+    width_of,
+    worth,
+)
 from trix_jax.lm.experiment import results
 from trix_jax.lm.experiment.stats import interval
 from trix_jax.lm.experiment.tables import table
@@ -157,7 +164,27 @@ def differences() -> str:
             f"At width {d} of the model TriX reaches the loss of a dense FFN of width "
             f"{place_text(place)}.\n"
         )
+    lines.append(neighbours())
     return "".join(lines)
+
+
+def neighbours() -> str:
+    """The differences to the dense FFNs that the newest setting's curve is made of, which
+    decide less than the curve does.
+    """
+    runs, (ours, *dense) = claim_runs(NEWEST), newest_arms()
+    one, said = tuned(runs, ours.name), []
+    assert one is not None
+    for arm in dense:
+        other = tuned(runs, arm.name, arm.rate_of)
+        found = difference(one, other) if other else None
+        if found is not None:
+            width = arm.name.rpartition("-")[2]
+            said.append(f"{found.mean:+.3f} ± {found.half:.3f} of {width}")
+    return (
+        f"The curve at width {NEWEST} has {len(said)} dense FFNs. Paired by seed, the loss "
+        f"of TriX less theirs is {' and '.join(said)}.\n"
+    )
 
 
 def place_text(place: Worth) -> str:

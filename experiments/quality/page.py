@@ -22,7 +22,12 @@ from experiments.quality.widths import (
     on_curve,
     twins,
 )
-from experiments.quality.worth import concluding, dense_curve, difference
+from experiments.quality.worth import (
+    concluding,
+    dense_curve,
+    difference,
+    signatures_and_hash,
+)
 from trix_jax.lm.experiment import results
 from trix_jax.lm.experiment.results import Result
 from trix_jax.lm.experiment.stats import Interval, paired, spread, verdict
@@ -85,6 +90,14 @@ QUESTIONS = (
         "tiles-64-hash-eighth",
         "`shared`: seven tiles and a real FFN of a tile's width that is always on, by the "
         "hash or by held signatures of signs.",
+    ),
+    Question(
+        "And with routes that stay?",
+        "fixed",
+        "tiles-64-hash-eighth-shared",
+        "Signs as signatures, held after a tenth of the training. `routes`: each token's "
+        "tiles and gates stay as they were then; `ungated`: gates are one, as the hash "
+        "has them; `table`: both; `early-table`: after a fiftieth.",
     ),
     Question(
         "Do tiles want a rate of their own?",
@@ -168,17 +181,15 @@ def _verdict(claims: Sequence[Found]) -> str:
     said = []
     for one in claims:
         said += _worth(one)
-        ours, theirs = one.arm("tiles-64-held"), one.arm("tiles-64-hash")
-        if ours is None or theirs is None:
-            continue
-        found = one.difference(ours, theirs)
-        if found is None:
+        pair = signatures_and_hash(one.runs)
+        found = one.difference(*pair) if pair else None
+        if pair is None or found is None:
             continue
         side = "behind" if found.mean > 0 else "ahead of"
         word = verdict(found, "decided", "decided", "undecided")
         said.append(
-            f"**{one.setting.name}: 64 tiles whose signatures are read and held end "
-            f"{abs(found.mean):.4f} nats {side} a hash of the token; {_seeds(found)}, {word}.**"
+            f"**{one.setting.name}: `{pair[0].arm}`, whose signatures are read and held, "
+            f"ends {abs(found.mean):.4f} nats {side} a hash of the token; {_seeds(found)}, {word}.**"
         )
     return " ".join(said) or "The claim has no runs yet."
 
@@ -218,20 +229,22 @@ def _seeds(found: Interval) -> str:
 def _against_hash(all_found: Sequence[Found]) -> list[str]:
     rows = []
     for one in all_found:
-        is_claim = one.setting.name in claim.SETTINGS
-        before = best.name, by_hash.name
-        names = ("tiles-64-held", "tiles-64-hash") if is_claim else before
-        ours, theirs = map(one.arm, names)
+        if one.setting.name in claim.SETTINGS:
+            pair = signatures_and_hash(one.runs) or (None, None)
+        else:
+            pair = one.arm(best.name), one.arm(by_hash.name)
+        ours, theirs = pair
         if ours is not None and theirs is not None:
-            rows.append([one.name, ours.arm, *_against(one, ours, theirs)])
+            names = [ours.arm, theirs.arm]
+            rows.append([one.name, *names, *_against(one, ours, theirs)])
     if not rows:
         return []
-    head = "setting,signatures,rate,loss,less the hash,95%,seeds,verdict"
+    head = "setting,signatures,hash,rate,loss,less the hash,95%,seeds,verdict"
     return [
         "## Is reading signatures better than hashing tokens?\n",
         "The hash gives each token id a fixed set of tiles and has no gate; it looks at "
         "no weight. The signatures look at the token's row of the embedding table.\n",
-        table(head.split(","), rows, left=2),
+        table(head.split(","), rows, left=3),
     ]
 
 
@@ -247,7 +260,7 @@ def _against(one: Found, arm: Tuned, base: Tuned) -> list[str]:
 
 
 def _question(what: Question, found: Sequence[Found]) -> list[str]:
-    rows, left = [], []
+    rows, left = [], dict[str, None]()
     for one in found:
         base = one.arm(what.base)
         if base is None:
@@ -257,12 +270,13 @@ def _question(what: Question, found: Sequence[Found]) -> list[str]:
                 continue
             there = one.arm(arm.name)
             if there is None:
-                left.append(f"`{arm.name}`")
+                left[f"`{arm.name}`"] = None
             else:
                 rows.append([there.arm, one.setting.name, *_against(one, there, base)])
     if not rows and not left:
         return []
     head = "arm,setting,rate,loss,difference,95%,seeds,verdict"
+    left = [name for name in left if name.strip("`") not in {row[0] for row in rows}]
     shown = [table(head.split(","), rows, left=2)] if rows else []
     waiting = [f"Planned and not run: {', '.join(left)}.\n"] if left else []
     intro = f"{what.about} Differences are to `{what.base}`.\n"

@@ -24,6 +24,7 @@ from experiments.quality.claim import (
     LADDER,
     balanced,
     claim,
+    fixed,
     held,
     tiles,
     together,
@@ -46,6 +47,8 @@ OTHERS = ("hash", "random", "learned")  # who choose tiles without reading their
 FORMS = ("-eighth-shared", "-shared", "-eighth", "-fine", "-late", "-later", "-float")
 FORMS += ("-channel", "-progressive", "-threshold", "-ffn-2", "-ffn-0.5", "-ffn-0.25")
 FORMS += ("-gelu",)
+# How routes are held, which changes who chooses and no tile.
+HELD_AS = ("-routes", "-ungated", "-early-table", "-table")
 
 
 class Width(NamedTuple):
@@ -184,7 +187,8 @@ def candidates(d_model: int) -> tuple[Arm, ...]:
     and memory are weighed.
     """
     hashed, moving = tiles(64, "hash", HASH), tiles(64, "moving")
-    others = hashed, *balanced(64), moving, *together(64, d_model)
+    ways = *together(64, d_model), *fixed(64, d_model)
+    others = hashed, *balanced(64), moving, *ways
     return (*map(held, LADDER), *others)
 
 
@@ -215,9 +219,24 @@ def best_at_all_widths(
 
 
 def signatures_less_hash(runs: Sequence[Result]) -> dict[str, Any] | None:
-    """The paired difference at 64 tiles of the best arm that reads its addresses off the
-    weights and the best hash of the same tiles, of the seeds that conclude; the seed that
-    chooses decides which are best. None before both sides have an arm of three seeds.
+    """The paired difference of `signatures_and_hash`, of the seeds that conclude; None
+    before both have three.
+    """
+    found = signatures_and_hash(runs, LEAST_SEEDS)
+    less = difference(*found) if found else None
+    if less is None or less.n < LEAST_SEEDS:
+        return None
+    return {"mean": less.mean, "half_width": less.half, "seeds": less.n}
+
+
+def signatures_and_hash(
+    runs: Sequence[Result], least: int = 1
+) -> tuple[Tuned, Tuned] | None:
+    """At 64 tiles the best arm that reads its addresses off the weights, and the best
+    hash of the same tiles; the seed that chooses decides which are best.
+
+    Args:
+        least: seeds that conclude for either.
     """
     arms = {arm.name: arm for group in claim(64).groups.values() for arm in group}
     names = [name for name in arms if name.startswith("tiles-64-")]
@@ -227,33 +246,27 @@ def signatures_less_hash(runs: Sequence[Result]) -> dict[str, Any] | None:
         hashes = [name for name in alike if "-hash" in name]
         read = [name for name in alike if not any(word in name for word in OTHERS)]
         ours, theirs = (
-            _best([tuned(runs, name, arms[name].rate_of) for name in group])
+            _best([tuned(runs, name, arms[name].rate_of) for name in group], least)
             for group in (read, hashes)
         )
         if ours is not None and theirs is not None:
             best.append((ours, theirs))
-    if not best:
-        return None
-    ours, theirs = min(best, key=lambda pair: pair[0].losses[SEEDS[0]])
-    found = paired(concluding(ours), concluding(theirs))
-    if found is None or found.n < LEAST_SEEDS:
-        return None
-    return {"mean": found.mean, "half_width": found.half, "seeds": found.n}
+    return min(best, key=lambda pair: pair[0].losses[SEEDS[0]], default=None)
 
 
 def form_of(name: str) -> str:
     """What an arm's name says of its tiles, whoever chooses them."""
+    for how in HELD_AS:
+        name = name.removesuffix(how)
     return next((form for form in FORMS if name.endswith(form)), "")
 
 
-def _best(arms: Sequence[Tuned | None]) -> Tuned | None:
-    """The best by the seed that chooses, of those that have enough others."""
+def _best(arms: Sequence[Tuned | None], least: int) -> Tuned | None:
+    """The best by the seed that chooses, of those that have so many others."""
     found = [
         arm
         for arm in arms
-        if arm is not None
-        and SEEDS[0] in arm.losses
-        and len(concluding(arm)) >= LEAST_SEEDS
+        if arm is not None and SEEDS[0] in arm.losses and len(concluding(arm)) >= least
     ]
     return min(found, key=lambda arm: arm.losses[SEEDS[0]], default=None)
 
