@@ -31,12 +31,12 @@ def test_no_results_make_a_page_that_says_so(tmp_path):
 def test_the_first_sentence_has_the_sign_the_seeds_and_whether_it_is_decided(tmp_path):
     names = ("tiles-64-hash", "tiles-64-held")
     one = page_of(tmp_path, dict(zip(names, [(0.0,), (0.0172,)], strict=True)))
-    assert "end 0.0172 nats behind a hash of the token; one seed, undecided.**" in one
+    assert "ends 0.0172 nats behind a hash of the token; one seed, undecided.**" in one
     # The first seed chose the rates: it concludes nothing where others have run.
     gaps = [(0.0, 0.0, 0.0, 0.0), (9.0, -0.01, -0.02, -0.03)]
     three = page_of(tmp_path, dict(zip(names, gaps, strict=True)))
     assert (
-        "end 0.0200 nats ahead of a hash of the token; ± 0.0248, 3 seeds, undecided"
+        "ends 0.0200 nats ahead of a hash of the token; ± 0.0248, 3 seeds, undecided"
         in three
     )
     assert "| -0.0200 | ± 0.0248 | 3 | undecided |" in three  # less the hash

@@ -124,6 +124,8 @@ def test_the_hash_is_compared_by_seed_without_the_one_that_chose():
     found = worth.signatures_less_hash([*runs, *better])
     assert found["mean"] == pytest.approx(0.44)
     # More tiles a token cost otherwise: they are compared with their own hash alone.
+    for how in ("routes", "ungated", "table", "early-table"):
+        assert worth.form_of(f"tiles-64-held-eighth-shared-{how}") == "-eighth-shared"
     twins = [setting.arm(f"tiles-64-{who}-eighth-shared") for who in ("held", "hash")]
     more = [run_of(setting, twins[1], 4.3, seed) for seed in SEEDS]
     assert worth.signatures_less_hash([*runs, *better, *more]) == found
@@ -183,7 +185,12 @@ def test_the_page_opens_with_a_figure_and_a_table_of_what_is_there(tmp_path):
     for d in (64, 128):
         runs = [
             run._replace(
-                steps=10, seconds=5.0, params_total=1, ffn_active=1, ffn_bits=1
+                steps=10,
+                tokens=100,
+                tokens_per_second=20.0,
+                params_total=1,
+                ffn_active=1,
+                ffn_bits=1,
             )
             for run in runs_at(d, {64: 4.7, 32: 4.85})
         ]

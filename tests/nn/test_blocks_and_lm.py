@@ -280,22 +280,6 @@ def test_changing_a_token_leaves_earlier_logits(ffn):
     assert (np.abs(after - before)[:, 6:].max(axis=-1) > bound).all()
 
 
-def test_a_cache_from_init_is_empty():
-    """As that of `nn.MultiHeadDotProductAttention`."""
-    more = {"positions": "rotary", "router_input": "pair", "document_mask": True}
-    model = TransformerLM(config("sparse", end_token=0, **more))
-    made = jax.jit(functools.partial(model.init, decode=True))(
-        jax.random.key(0), TOKENS[:, :1]
-    )
-    step = jax.jit(functools.partial(model.apply, decode=True, mutable=["cache"]))
-    cache, tokens = {"cache": made.pop("cache")}, TOKENS[:, :3]
-    logits, _ = step({**made, **cache}, tokens)
-    expected, _ = step(made, tokens)
-    jax.tree.map(np.testing.assert_array_equal, logits[0], expected[0])
-    names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(cache)}
-    assert names >= {"index", "keys", "position", "segment", "document", "before"}
-
-
 @most_ffns
 def test_cached_decoding_gives_the_logits_of_one_call(ffn):
     model, variables = TransformerLM(config(ffn)), initialized(ffn)

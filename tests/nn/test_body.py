@@ -76,6 +76,22 @@ def test_documents_decoded_piece_by_piece_have_the_logits_of_one_call(body):
     assert_near(decoded(body, LINE, [3, 1, 1, 1, 1, 5]), whole)
 
 
+def test_a_cache_from_init_is_empty():
+    """As that of `nn.MultiHeadDotProductAttention`."""
+    how = {"router_input": "pair", "document_mask": True, "end_token": END}
+    model = TransformerLM(TransformerConfig(**SIZES, **BODIES["sparse"], **how))
+    made = jax.jit(functools.partial(model.init, decode=True))(
+        jax.random.key(0), LINE[:, :1]
+    )
+    step = jax.jit(functools.partial(model.apply, decode=True, mutable=["cache"]))
+    cache, tokens = {"cache": made.pop("cache")}, LINE[:, :3]
+    given, _ = step({**made, **cache}, tokens)
+    expected, _ = step(made, tokens)
+    np.testing.assert_array_equal(given[0], expected[0])
+    names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(cache)}
+    assert names >= {"index", "keys", "position", "segment", "document", "before"}
+
+
 @most_bodies
 def test_a_padded_prompt_decodes_as_the_prompts_without_padding(body):
     prompts = [[END, 3, 1, 4, 1], [END, 5, 9]]
