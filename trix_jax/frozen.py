@@ -16,10 +16,14 @@ from flax.core import FrozenDict, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from trix_jax.ops import PACKED, in_bytes
-from trix_jax.ternary import TERNARY
+from trix_jax.ternary import TERNARY, TernaryConfig
 from trix_jax.typing import Variables
 
 Path = tuple[str, ...]
+SOFT = (
+    "freeze of TernaryConfig(mode='soft'): training ends between the ternary values, and "
+    "frozen weights are ternary, so that outputs change. 'progressive' ends ternary."
+)
 
 
 def freeze(
@@ -64,6 +68,13 @@ def freeze(
         raise ValueError(
             f"{type(model).__name__} holds no ternary weights: there is nothing to freeze."
         )
+    modes = {
+        module.config.mode
+        for module in modules.values()
+        if isinstance(getattr(module, "config", None), TernaryConfig)
+    }
+    if "soft" in modes:
+        warnings.warn(SOFT, stacklevel=2)
     for path, module in sorted(modules.items(), key=lambda item: -len(item[0])):
         own = {key[-1]: params.pop(key) for key in list(params) if key[:-1] == path}
         inside = {

@@ -26,7 +26,7 @@ from experiments.quality.worth import (
     concluding,
     dense_curve,
     difference,
-    signatures_and_hash,
+    shown_pair,
 )
 from trix_jax.lm.experiment import results
 from trix_jax.lm.experiment.results import Result
@@ -181,7 +181,7 @@ def _verdict(claims: Sequence[Found]) -> str:
     said = []
     for one in claims:
         said += _worth(one)
-        pair = signatures_and_hash(one.runs)
+        pair = shown_pair(one.runs)
         found = one.difference(*pair) if pair else None
         if pair is None or found is None:
             continue
@@ -230,7 +230,7 @@ def _against_hash(all_found: Sequence[Found]) -> list[str]:
     rows = []
     for one in all_found:
         if one.setting.name in claim.SETTINGS:
-            pair = signatures_and_hash(one.runs) or (None, None)
+            pair = shown_pair(one.runs) or (None, None)
         else:
             pair = one.arm(best.name), one.arm(by_hash.name)
         ours, theirs = pair

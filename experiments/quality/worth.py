@@ -229,6 +229,11 @@ def signatures_less_hash(runs: Sequence[Result]) -> dict[str, Any] | None:
     return {"mean": less.mean, "half_width": less.half, "seeds": less.n}
 
 
+def shown_pair(runs: Sequence[Result]) -> tuple[Tuned, Tuned] | None:
+    """The pair that `claim.json` is about; before there is one, the best of any seeds."""
+    return signatures_and_hash(runs, LEAST_SEEDS) or signatures_and_hash(runs)
+
+
 def signatures_and_hash(
     runs: Sequence[Result], least: int = 1
 ) -> tuple[Tuned, Tuned] | None:

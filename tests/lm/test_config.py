@@ -31,7 +31,9 @@ def test_to_flags_list_value_raises():
         presets.to_flags({"model": {"d_model": [1, 2]}})
 
 
-@pytest.mark.parametrize("text", ["- 1\n", "a: [1\n", "1: 2\n", "\x00"])
+@pytest.mark.parametrize(
+    "text", ["- 1\n", "a: [1\n", "1: 2\n", "\x00", "!!map [a]", "model: !!map [x]\n"]
+)
 def test_read_yaml_not_a_mapping_raises_naming_the_file(tmp_path, text):
     path = tmp_path / "bad.yaml"
     path.write_text(text)

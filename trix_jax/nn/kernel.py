@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from trix_jax import ops
-from trix_jax.nn import misuse
 from trix_jax.ops import PACKED
 from trix_jax.ternary import (
     TERNARY,
@@ -147,8 +146,6 @@ class TernaryKernel(nn.Module):
             ValueError: the mode is "none".
         """
         del packed
-        if self.config.mode == "soft":
-            misuse.warn_of_soft_weights()
         weights = hard_ternary(jnp.asarray(params["kernel"], jnp.float32), self.config)
         if "scale" in params:
             weights = Ternary(weights.q, round_scale(params["scale"]))

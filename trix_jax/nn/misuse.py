@@ -99,15 +99,6 @@ def warn_of_training_without_state() -> None:
     )
 
 
-def warn_of_soft_weights() -> None:
-    """Warns of frozen weights that training never computed with."""
-    warnings.warn(
-        "freeze of TernaryConfig(mode='soft'): training ends between the ternary values, "
-        "and frozen weights are ternary, so that outputs change. 'progressive' ends ternary.",
-        stacklevel=2,
-    )
-
-
 def warn_of_missing_progress(config: TernaryConfig) -> None:
     """Warns of a schedule without progress where nothing tells training from
     evaluation.

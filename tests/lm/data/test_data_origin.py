@@ -85,6 +85,10 @@ def test_the_same_text_elsewhere_is_the_same_and_other_text_is_not(
     for path in ("corpus", f"./{corpus_folder.name}", str(moved)):
         again = dataclasses.replace(config, path=path)
         assert prepare(again, tmp_path / "store", quiet).fingerprint == before
+    own = dataclasses.replace(config, source="stdlib", path=None, max_bytes=20_000)
+    prepare(own, tmp_path / "library", quiet)
+    with pytest.raises(ValueError, match=r"store of another config: .*path=None there"):
+        prepare(dataclasses.replace(own, path="moved"), tmp_path / "library", quiet)
     (moved / "0" / "00.txt").write_text("something else\n")
     for path in ("moved", "nowhere"):
         with pytest.raises(ValueError, match="store of another config: path="):

@@ -96,6 +96,10 @@ def test_a_record_of_another_command_is_refused_once_its_directory_is_gone(
     shutil.rmtree(ended / "runs" / spec.name)
     check_ended(experiment, ended)
     shutil.rmtree(ended / "runs")
+    tree = yaml.safe_load(small.read_text())
+    tree["set"] = dict(reversed(tree["set"].items()))
+    small.write_text(yaml.safe_dump(tree, sort_keys=False))
+    check_ended(read_experiment(small, parse_run), ended)
     other = changed(small, **{"train.weight_decay": 0.3})
     with pytest.raises(ValueError, match=r"holds s/lookup/seed-1, made by .* is gone"):
         check_ended(other, ended)

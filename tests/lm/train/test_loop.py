@@ -122,9 +122,11 @@ def test_train_again_leaves_what_a_finished_run_says_of_its_origin(
     ):
         tree = json.loads((done / name).read_text()) | values
         (done / name).write_text(json.dumps(tree))
-    names = ("env.json", "summary.json", "metrics.jsonl")
+    names = ("env.json", "summary.json", "metrics.jsonl", "config.yaml")
     before = {name: (done / name).read_bytes() for name in names}
-    summary = train(tiny_config, done, devices=one_device, report=quiet)
+    often = dataclasses.replace(tiny_config.train, eval_every=3)
+    asked = dataclasses.replace(tiny_config, train=often)
+    summary = train(asked, done, devices=one_device, report=quiet)
     assert summary["git_commit"] == "another commit"
     assert {name: (done / name).read_bytes() for name in names} == before
     (done / "summary.json").unlink()  # a kill before it: this process ends the run

@@ -152,13 +152,16 @@ def recipe(config: DataConfig) -> dict[str, Any]:
 
 
 def is_elsewhere(directory: Path, wanted: dict[str, Any]) -> bool:
-    """Whether the text that is asked for lies, or is called, elsewhere than that which a
-    store noted.
+    """Whether the text that is asked for lies, or is called, elsewhere than that whose
+    files a store noted, so that they can be compared.
     """
     manifest = read_manifest(directory)
-    path = wanted.get("path")
-    is_other = path is not None and manifest["config"].get("path") != path
-    return is_other and bool(manifest.get("sources")) and Path(path).exists()
+    before, path = manifest["config"].get("path"), wanted.get("path")
+    if before is None or path is None or before == path:
+        return False
+    noted = manifest.get("sources", {}).get("files")
+    places = [path, *filter(None, [wanted.get("val_path")])]
+    return bool(noted) and all(Path(place).exists() for place in places)
 
 
 def check_same(directory: Path, wanted: dict[str, Any], *, moved: bool = False) -> None:

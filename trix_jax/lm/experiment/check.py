@@ -3,6 +3,7 @@ says size, arm and seed, and nothing of `set`.
 """
 
 import dataclasses
+import shlex
 from pathlib import Path
 
 from trix_jax.lm.checkpoint import checkpoint
@@ -25,13 +26,15 @@ def check_ended(experiment: Experiment, workdir: Path) -> None:
     folder, path = workdir / "runs", workdir / RESULTS
     known = {one.name: one for one in read(path)}
     for spec in experiment.specs:
-        is_gone = spec.name in known and not (folder / spec.name).exists()
-        if is_gone and known[spec.name].command != public_command(spec):
-            raise ValueError(
-                f"{path} holds {spec.name}, made by `{known[spec.name].command}`, and "
-                f"its directory is gone. Now it would be `{public_command(spec)}`. Use "
-                "another workdir, or delete that file too."
-            )
+        before = known[spec.name].command if spec.name in known else None
+        if before and not (folder / spec.name).exists():
+            now = public_command(spec)
+            if _flags(before) != _flags(now):
+                raise ValueError(
+                    f"{path} holds {spec.name}, made by `{before}`, and its directory is "
+                    f"gone. Now it would be `{now}`. Use another workdir, or delete that "
+                    "file too."
+                )
         if has_ended(spec, folder):
             directory = folder / spec.name
             asked = experiment.configs[spec.size, spec.arm]
@@ -39,6 +42,17 @@ def check_ended(experiment: Experiment, workdir: Path) -> None:
             written = load(directory / "config.yaml")
             check_settings(directory, written, _filled_in(asked, written))
             _check_data(directory, workdir / spec.store)
+
+
+def _flags(command: str) -> list[str]:
+    """A command's flags and the name of its preset, in whatever order and place."""
+    found: list[str] = []
+    for word in shlex.split(command):
+        if found and found[-1].startswith("--") and not word.startswith("--"):
+            found[-1] += f" {word}"
+        else:
+            found.append(Path(word).name)
+    return sorted(found)
 
 
 def _filled_in(asked: RunConfig, written: RunConfig) -> RunConfig:

@@ -25,7 +25,9 @@ DATA = "data."  # how a store was made; its fingerprint says whether it is the s
 # How a run is looked at, which may change while it trains: no step depends on it.
 WATCHING = {
     f"train.{name}"
-    for name in "log_every eval_every eval_batch_size checkpoint_every max_skipped".split()
+    for name in (
+        "log_every eval_every eval_epochs eval_batch_size checkpoint_every max_skipped"
+    ).split()
 }
 
 

@@ -178,16 +178,18 @@ def finished(run: Run, step: int | None) -> dict[str, Any] | None:
 
 
 def settle(run: Run, step: int | None) -> None:
-    """Writes the resolved config, the tokenizer and the environment; that of a run
-    which is finished stays, since it says where its numbers come from.
+    """Writes the resolved config, the tokenizer and the environment; those of a run
+    which is finished stay, since they say where its numbers come from.
     """
     workdir, tree = run.workdir, to_tree(run.config)
     tokenizer = (run.store.directory / "tokenizer.json").read_bytes()
     workdir.mkdir(parents=True, exist_ok=True)
-    write_whole(workdir / "config.yaml", yaml.safe_dump(tree, sort_keys=False))
+    is_finished = bool(finished(run, step))
+    if not is_finished or not (workdir / "config.yaml").exists():
+        write_whole(workdir / "config.yaml", yaml.safe_dump(tree, sort_keys=False))
     write_whole(workdir / "tokenizer.json", tokenizer)
     path = workdir / "env.json"
-    if not finished(run, step) or not _read(path):
+    if not is_finished or not _read(path):
         write_json(path, metrics.environment(run.devices))
 
 
