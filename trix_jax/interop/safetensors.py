@@ -3,12 +3,13 @@
 A ternary kernel is a tensor `NAME.bits`, uint8 `[..., out, ceil(in / 4)]` as
 `trix_kernels.packing` defines it, with `NAME.scale`, bfloat16. Everything else is
 stored under its own name. Names are paths joined by dots and start with their
-collection; parameters may be bfloat16. The file's metadata holds the format's name and
+collection; parameters, and gates in a table of routes, may be bfloat16. The file's metadata holds the format's name and
 version and, as `columns`, the unpacked row length of every kernel.
 """
 
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from trix_jax import ops
 from trix_jax.files import write_whole
 from trix_jax.frozen import freeze
 from trix_jax.nn.route_table import (
+    GATES,
     TILES,
     layers_by_token,
     table_shapes,
@@ -50,12 +52,13 @@ def write(
     """Writes frozen variables; returns the bytes of every tensor by name.
 
     Args:
-        dtype: of the parameters in the file. bfloat16 rounds them.
+        dtype: of the parameters in the file, and of the gates of a table of routes.
+            bfloat16 rounds them.
     """
     tensors, columns = to_tensors(model, variables)
     if dtype == "bfloat16":
         tensors = {
-            name: value.astype(jnp.bfloat16) if name.startswith("params.") else value
+            name: value.astype(jnp.bfloat16) if _is_rounded(name.split(".")) else value
             for name, value in tensors.items()
         }
     metadata = {
@@ -65,6 +68,11 @@ def write(
     }
     write_whole(path, save(tensors, metadata=metadata))
     return {name: tensor.nbytes for name, tensor in tensors.items()}
+
+
+def _is_rounded(path: Sequence[str]) -> bool:
+    """Whether a file may hold this array in bfloat16."""
+    return path[0] == "params" or tuple(path[-2:]) == ("router", GATES)
 
 
 def stored(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -214,7 +222,7 @@ def _complete(model, flat):
     need: dict = flatten_dict(want)
     _expect_tables(need, flat, model)
     for path in need.keys() & flat.keys():
-        if path[0] == "params" and flat[path].dtype == jnp.bfloat16:
+        if _is_rounded(path) and flat[path].dtype == jnp.bfloat16:
             flat[path] = flat[path].astype(need[path].dtype)
     for path in sorted(need.keys() - flat.keys()):
         if path[0] == "routing" and _is_idle(path, flat, model):

@@ -37,8 +37,8 @@ class Costs(NamedTuple):
         routing_bits: bits that routing stores beside the FFN weights as served, at 16 a
             number: signatures, biases, clusters and, where scores are held, the copy of
             the embedding's rows. A hash stores nothing, a learned router's rows are
-            FFN weights. With tables of routes their bits as stored, in place of the
-            signatures and rows.
+            FFN weights. Tables of routes stand in place of the signatures and rows, with
+            the bits of their whole numbers as stored.
     """
 
     total: int
@@ -161,9 +161,7 @@ def _routing_bits(c: TransformerConfig, tables: int) -> int:
     """
     if c.ffn == "dense" or c.routing.source == "hash":
         return 0
-    table = sum(
-        8 * shape.dtype.itemsize * shape.size for shape in table_shapes(c).values()
-    )
+    table = sum(_stored_bits(shape) for shape in table_shapes(c).values())
     n, has_clusters = c.num_tiles, c.ffn in ("hierarchical", "lookup")
     # A lookup's signatures are rows of its directions, or of what its tiles read by,
     # which are FFN weights.
@@ -175,6 +173,11 @@ def _routing_bits(c: TransformerConfig, tables: int) -> int:
     copied = c.routing.hold != "signatures" and not tables
     rows = (c.vocab_size or 0) * c.d_model if copied else 0
     return tables * table + FLOAT_BITS * ((c.n_layers - tables) * layer + rows)
+
+
+def _stored_bits(shape: jax.ShapeDtypeStruct) -> int:
+    is_real = jnp.issubdtype(shape.dtype, jnp.floating)
+    return shape.size * (FLOAT_BITS if is_real else 8 * shape.dtype.itemsize)
 
 
 def _bits(layer, c: TransformerConfig) -> int:

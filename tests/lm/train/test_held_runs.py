@@ -232,8 +232,8 @@ def test_a_table_costs_its_bytes_and_saves_the_scores_of_its_layers(tiny_config)
     assert scored.ffn_active - tabled.ffn_active == 2 * n * d
     assert tabled.ffn_active_training == scored.ffn_active_training
     assert tabled.ffn_bits == scored.ffn_bits
-    # Two tables of a byte and a float a tile, and the last layer's signatures.
-    assert tabled.routing_bits == 2 * v * k * (8 + 32) + 16 * (n * d + n)
+    # Two tables of a byte and a number a tile, and the last layer's signatures.
+    assert tabled.routing_bits == 2 * v * k * (8 + 16) + 16 * (n * d + n)
     widths = active_width(base), active_width(base, "table")
     assert widths[0] - widths[1] == pytest.approx(2 / 3 * n / 2)
     no_gates = dataclasses.replace(base, routing=RoutingConfig(gate="none"))
@@ -267,7 +267,16 @@ def test_an_export_with_a_table_serves_as_the_scores_do(by_token, tmp_path):
     router = packed["packed"]["block_00"]["ffn"]["tiles"]
     assert router.keys() == {"up", "down", "router"}
     table = sum(leaf.nbytes for leaf in router["router"].values())
-    assert 8 * table == costs(model.config, "table").routing_bits
+    gates = router["router"]["gates"]
+    assert 8 * table - 16 * gates.size == costs(model.config, "table").routing_bits
+    half = export(
+        model, variables, ByteTokenizer(), tmp_path / "half", "table", "bfloat16"
+    )
+    assert sizes["routes"] - half["routes"] == 2 * gates.size
+    rounded = load_run(tmp_path / "half")[1]["packed"]["block_00"]["ffn"]["tiles"]
+    near = gates.astype(jnp.bfloat16).astype(jnp.float32)
+    np.testing.assert_array_equal(rounded["router"]["gates"], near)
+    np.testing.assert_array_equal(rounded["router"]["tiles"], router["router"]["tiles"])
     names = tensors_of(tmp_path / WEIGHTS)[0]
     assert not {n for n in names if n.endswith(("signature", ".rows", "_sums"))}
     # What is there beside the table: biases and two flags a layer, one of the rows.

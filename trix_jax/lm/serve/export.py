@@ -43,8 +43,8 @@ def export(
             program of what it held before goes.
         routes: "table" stores the tiles and gates of each token (`tabulate_routes`);
             "signatures" leaves the variables as they are.
-        dtype: of the parameters that are not packed. bfloat16 rounds them, the embedding
-            with them; what routing stores stays as it is.
+        dtype: of the parameters that are not packed, and of a table's gates. bfloat16
+            rounds them, the embedding with them; what chooses tiles stays as it is.
 
     Returns:
         bytes of the FFN weights: `ffn_float32` as trained, `ffn_packed` as written,
