@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from experiments.quality import curve
 from experiments.quality.arms import Arm
-from experiments.quality.claim import claim, together
+from experiments.quality.claim import claim, fixed, together
 from experiments.quality.claim_page import VOCABULARY, estimate_text
 from experiments.quality.worth import (
     Worth,
@@ -120,17 +120,25 @@ def less(arms: Mapping[str, Tuned], name: str, sign: str = "+") -> str:
 
 
 def comparison() -> str:
-    """TriX in the setting of the claim, and the dense FFNs that its loss lies among."""
+    """TriX in the setting of the claim, by the hash and by signatures whose routes stay,
+    and the dense FFNs that its loss lies among.
+    """
     setting, runs = claim(NEWEST), claim_runs(NEWEST)
-    found = {a.name: tuned(runs, a.name, a.rate_of) for a in newest_arms()}
+    ours, *dense = newest_arms()
+    read = fixed(64, NEWEST)[0]
+    names = {
+        ours.name: "**TriX, recommended**",
+        read.name: "TriX, routes read and held",
+    }
+    arms = [ours, read, *dense]
+    found = {a.name: tuned(runs, a.name, a.rate_of) for a in arms}
     reference, rows = found["dense-512"], []
     assert reference is not None
-    for arm in newest_arms():
+    for arm in arms:
         one = found[arm.name]
         if one is not None:
             width = width_of(model_of(setting, arm, VOCABULARY))
-            is_dense = arm.name.startswith("dense")
-            what = arm.name.replace("-", " ") if is_dense else "**TriX, recommended**"
+            what = names.get(arm.name, arm.name.replace("-", " "))
             losses = list(concluding(one).values())
             sizes = [f"{width.compute:,.0f}", f"{width.memory:,.0f}"]
             memory = f"{training_megabytes(one.one, reference.one):.1f}"
