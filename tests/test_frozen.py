@@ -294,9 +294,7 @@ class EqualBlocks(nn.Module):
         return x
 
 
-@pytest.mark.parametrize(
-    "make", [nn.jit(Block), BlockJittedInside], ids=["class", "call"]
-)
+@pytest.mark.parametrize("make", [BlockJittedInside, *slowly([(nn.jit(Block),)])])
 def test_of_equal_blocks_under_jit_every_one_is_packed(make):
     model, x = EqualBlocks(make), X[0, :, :16]
     variables = random_variables(model, x)

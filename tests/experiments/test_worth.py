@@ -41,7 +41,7 @@ def test_widths_are_those_counted_by_hand():
         assert found.memory == pytest.approx(memory, rel=0.01)
     table = worth.forms(model)["table"]
     assert table.compute == 128
-    assert table.memory == pytest.approx(256 + 4096 * 4 * (8 + 32) / 16 / 256, rel=0.01)
+    assert table.memory == pytest.approx(256 + 4096 * 4 * (8 + 16) / 16 / 256, rel=0.01)
     hashed = worth.model_of(setting, setting.groups["hash"][1], VOCABULARY)
     assert set(worth.forms(hashed)) == {"scored"}
     assert worth.width_of(hashed).compute == 128

@@ -32,11 +32,12 @@ class Args:
 
 def main(argv: list[str]) -> None:
     """Exports a run."""
-    from trix_jax.lm.serve.export import export
+    from trix_jax.lm.serve.export import check_output, export
     from trix_jax.lm.serve.load import load_run, resolve_step
 
     args = parse(Args, argv, "export")
     report = say(args.json)
+    check_output(args.output)
     number = resolve_step(args.checkpoint, args.step)
     step = args.step if number is None else number
     model, variables, tokenizer = load_run(args.checkpoint, step)

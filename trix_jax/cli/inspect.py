@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from trix_jax import routing
 from trix_jax.cli.common import print_json, say
 from trix_jax.lm.presets import parse
-from trix_jax.lm.serve.export import export
+from trix_jax.lm.serve.export import check_output, export
 from trix_jax.nn.steering import layer_states
 
 
@@ -53,6 +53,8 @@ def main(argv: list[str]) -> None:
     """Writes the page and answers the questions."""
     args = parse(Args, argv, "inspect")
     asked = _read(args)
+    if args.freeze:
+        check_output(args.freeze)
     from trix_jax.lm.inspect import look, write_page
     from trix_jax.lm.serve.load import open_run_data
 

@@ -55,10 +55,7 @@ def export(
             directory of a run.
     """
     directory = Path(directory)
-    if (directory / "config.yaml").exists():
-        raise ValueError(
-            f"output must be a folder of its own, not that of a run. Got {directory}."
-        )
+    check_output(directory)
     directory.mkdir(parents=True, exist_ok=True)
     is_done = PACKED in variables or not model.config.has_ternary_weights
     sample = jnp.zeros((1, 1), jnp.int32)
@@ -77,6 +74,14 @@ def export(
         "ffn_packed": written["ffn"],
         "routes": written["routes"],
     }
+
+
+def check_output(directory: str | Path) -> None:
+    """Raises a ValueError for the directory of a run, which an export would stand for."""
+    if (Path(directory) / "config.yaml").exists():
+        raise ValueError(
+            f"output must be a folder of its own, not that of a run. Got {directory}."
+        )
 
 
 def part_bytes(sizes: Mapping[str, int]) -> dict[str, int]:
