@@ -307,6 +307,7 @@ def claim(d_model: int) -> Setting:
             "widest": (dense(16 * d_model, 8e-3),),
             "together": together(64, d_model),
             "fixed": fixed(64, d_model),
+            "read": fixed(64, d_model)[:1],
         },
         order=(
             Step("dense-around", 1),
@@ -315,9 +316,19 @@ def claim(d_model: int) -> Setting:
             Step("best", 2),
             Step("dense-around", 4),
             Step("best", 4),
+            # Signatures whose routes stay against the hash: two seeds more, and rates.
+            *(
+                (Step("read", 1), Step("best", 6), Step("read", 6))
+                if d_model == 128
+                else ()
+            ),
             # Where the best tiles' interval goes beyond the curve.
             *((Step("widest", 4),) if d_model == 128 else ()),
-            *((Step("fixed", 0),) if d_model == 64 else ()),
+            *(
+                (Step("fixed", 0), Step("read", 1), Step("read", 4))
+                if d_model == 64
+                else ()
+            ),
             Step("together", 0),
             Step("activation", 0),
             Step("together", 1),
