@@ -3,8 +3,9 @@
 A ternary kernel is a tensor `NAME.bits`, uint8 `[..., out, ceil(in / 4)]` as
 `trix_kernels.packing` defines it, with `NAME.scale`, bfloat16. Everything else is
 stored under its own name. Names are paths joined by dots and start with their
-collection; parameters, and gates in a table of routes, may be bfloat16. The file's metadata holds the format's name and
-version and, as `columns`, the unpacked row length of every kernel.
+collection; parameters, and gates in a table of routes, may be bfloat16. The file's
+metadata holds the format's name and version and, as `columns`, the unpacked row length
+of every kernel.
 """
 
 import json
