@@ -28,6 +28,7 @@ from experiments.quality.worth import (
     concluding,
     difference,
     model_of,
+    shown_pair,
     width_of,
     worth,
 )
@@ -191,7 +192,19 @@ def neighbours() -> str:
             said.append(f"{found.mean:+.3f} ± {found.half:.3f} of {width}")
     return (
         f"The curve at width {NEWEST} has {len(said)} dense FFNs. Paired by seed, the loss "
-        f"of TriX less theirs is {' and '.join(said)}.\n"
+        f"of TriX less theirs is {' and '.join(said)}.\n{read_and_held()}"
+    )
+
+
+def read_and_held() -> str:
+    """Signatures whose routes stay less the hash of the same tiles."""
+    pair = shown_pair(claim_runs(NEWEST))
+    found = difference(*pair) if pair else None
+    if found is None:
+        return ""
+    return (
+        f"Routes read and held, less the hash: {found.mean:+.3f} ± {found.half:.3f} "
+        f"({found.n} seeds).\n"
     )
 
 
