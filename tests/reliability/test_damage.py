@@ -158,12 +158,28 @@ def test_run_whose_checkpoints_were_all_set_aside_is_not_restarted(
         train(tiny_config, run, devices=one_device, report=quiet)
 
 
+def test_finished_run_whose_checkpoints_are_gone_is_not_written_over(
+    tiny_config, one_device, run_dir, tmp_path
+):
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    shutil.rmtree(run / "checkpoints")
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    other = dataclasses.replace(tiny_config, seed=7)
+    for config in (tiny_config, other):
+        with pytest.raises(ValueError, match="a finished run whose checkpoints are"):
+            train(config, run, devices=one_device, report=quiet)
+    after = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    assert after | {".lock": b""} == before | {".lock": b""}
+
+
 def test_run_without_a_checkpoint_yet_starts_at_0_and_says_so(
     tiny_config, one_device, run_dir, tmp_path
 ):
     run, messages = tmp_path / "run", []
     shutil.copytree(run_dir, run)
     shutil.rmtree(run / "checkpoints")
+    (run / "summary.json").unlink()  # written at the end
     train(tiny_config, run, devices=one_device, report=messages.append)
     assert any("it starts at step 0" in message for message in messages)
     assert_same_step(run, run_dir, 10)

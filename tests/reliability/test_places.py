@@ -120,6 +120,17 @@ def test_second_process_in_a_run_directory_is_refused_and_a_dead_one_holds_nothi
         assert (run_dir / ".lock").exists()
 
 
+def test_of_two_runs_in_a_new_directory_the_second_changes_nothing(
+    tiny_config, one_device, tmp_path
+):
+    new = tmp_path / "runs" / "new"
+    with held(new, print):
+        with pytest.raises(RuntimeError, match="another process trains in"):
+            train(tiny_config, new, devices=one_device, report=lambda _: None)
+        assert [path.name for path in new.iterdir()] == [".lock"]
+    assert not new.exists()  # nothing was written in it
+
+
 def test_file_system_that_cannot_sync_folders_is_taken(monkeypatch, tmp_path):
     sync = os.fsync
 

@@ -12,6 +12,9 @@ from trix_jax.lm.checkpoint import checkpoint
 from trix_jax.lm.serve.load import load_run
 from trix_jax.lm.train import metrics
 from trix_jax.lm.train.loop import train
+from trix_jax.lm.train.optimizer import make_optimizer
+from trix_jax.lm.train.step import init_state, make_train_step
+from trix_jax.nn.transformer import TransformerLM
 
 
 def quiet(_):
@@ -171,6 +174,26 @@ def test_train_accumulated_micro_batches_match_one_batch(
     np.testing.assert_allclose(
         losses(tmp_path / "parts"), losses(tmp_path / "whole"), rtol=2e-5
     )
+
+
+@pytest.mark.slow
+def test_accumulated_gradients_are_held_once(tiny_config):
+    size = {"vocab_size": 64, "d_model": 64, "expansion": 16, "ffn": "dense"}
+    model = TransformerLM(dataclasses.replace(tiny_config.model, **size))
+
+    def taken(parts):
+        config = changed(tiny_config, "train", batch_size=32, accumulate=parts).train
+        optimizer = make_optimizer(config)
+        state = jax.eval_shape(lambda: init_state(model, optimizer, 0))
+        batch = jax.ShapeDtypeStruct((parts, 32 // parts, 17), jax.numpy.int32)
+        step = jax.jit(make_train_step(model, optimizer, config), donate_argnums=0)
+        analysis = step.lower(state, batch).compile().memory_analysis()
+        assert analysis is not None
+        leaves = jax.tree.leaves(state.params)
+        return analysis.temp_size_in_bytes, 4 * sum(leaf.size for leaf in leaves)
+
+    (few, one_copy), (many, _) = taken(4), taken(32)
+    assert many < few + one_copy
 
 
 @pytest.mark.slow

@@ -130,8 +130,7 @@ def _begin(
     """Everything before the first step. What is wrong is said before anything of a run
     that is there changes; `lock` keeps other processes out of it.
     """
-    is_there = workdir.is_dir()
-    if is_there and hosts.is_first():
+    if hosts.is_first():
         lock.enter_context(held(workdir, report))
     step = _resume_step(config, workdir, start, report)
     is_new = step is None
@@ -141,8 +140,6 @@ def _begin(
     weights = initial.weights(source, run.config, run.store, report) if source else None
     if hosts.is_first():
         _settle(run, step, source, start.other_data, report)
-        if not is_there:
-            lock.enter_context(held(workdir, report))
     hosts.wait_for_all("the run directory is settled")
     run = run._replace(init_from=initial.read_record(workdir))
     return run, restore(run, step, report, weights)

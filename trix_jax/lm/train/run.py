@@ -94,6 +94,11 @@ def resume_step(workdir: Path, resume: Resume, report: Report) -> int | None:
             f"{workdir} has no checkpoint but one that was set aside, {aside[-1].name}, "
             "and a run is never restarted silently: use another workdir."
         )
+    if not steps and (workdir / "summary.json").exists():
+        raise ValueError(
+            f"{workdir} holds a finished run whose checkpoints are gone, and it is never "
+            "written over: use another workdir."
+        )
     if not steps and (workdir / "config.yaml").exists():
         report(f"{workdir} holds a run without a checkpoint: it starts at step 0")
     good = checkpoint.newest_good(checkpoints, report=lambda _: None) if steps else None
@@ -128,12 +133,16 @@ def read_config(workdir: Path) -> RunConfig | None:
 @contextlib.contextmanager
 def held(workdir: Path, report: Report) -> Iterator[None]:
     """Keeps other processes out of a run directory, until this one ends in whatever way.
+    A new directory is made; it goes again if nothing else was written there.
 
     Raises:
         RuntimeError: another process trains there.
     """
-    with writing(workdir / ".lock"):
-        file = (workdir / ".lock").open("w")
+    path = workdir / ".lock"
+    is_new = not workdir.exists()
+    with writing(path):
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -145,7 +154,12 @@ def held(workdir: Path, report: Report) -> Iterator[None]:
             report(
                 f"{workdir} cannot be locked ({error.strerror}): train here once only"
             )
-        yield
+        try:
+            yield
+        finally:
+            if is_new and list(workdir.iterdir()) == [path]:
+                path.unlink()
+                workdir.rmdir()
 
 
 def check_same(config: RunConfig, workdir: Path, store: Store) -> None:

@@ -194,18 +194,23 @@ def _losses(model, layout, progress, made, params, routing_state, tokens, key):
 
 
 def _over_micro_batches(losses, state: TrainState, batch, keys):
-    """The routing state after all micro-batches, and what they gave together."""
+    """The routing state after all micro-batches, and what they gave together. Gradients
+    are summed as they come: one copy of them, however many micro-batches there are.
+    """
 
-    def micro(routing_state, inputs):
+    def micro(carry, inputs):
+        routing_state, total = carry
         (_, out), grads = jax.value_and_grad(losses, has_aux=True)(
             state.params, routing_state, *inputs
         )
         loss, aux, counts, routing_state = out
-        return routing_state, (grads, loss, aux, counts)
+        return (routing_state, jax.tree.map(jnp.add, total, grads)), (loss, aux, counts)
 
-    routing_state, outputs = jax.lax.scan(micro, state.routing, (batch, keys))
-    grads, loss, aux = jax.tree.map(lambda x: x.mean(axis=0), outputs[:3])
-    return routing_state, Found(grads, loss, aux, outputs[3].sum(axis=0))
+    start = state.routing, jax.tree.map(jnp.zeros_like, state.params)
+    carry, outputs = jax.lax.scan(micro, start, (batch, keys))
+    grads = jax.tree.map(lambda x: x / batch.shape[0], carry[1])
+    loss, aux = jax.tree.map(lambda x: x.mean(axis=0), outputs[:2])
+    return carry[0], Found(grads, loss, aux, outputs[2].sum(axis=0))
 
 
 def _dropout_keys(state: TrainState, count: int, axis_name: AxisName | None):
