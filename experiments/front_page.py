@@ -209,13 +209,20 @@ def read_and_held() -> str:
 
 
 def place_text(place: Worth) -> str:
-    """The dense width of equal loss, and how many times the arm's own that is."""
+    """The dense width of equal loss, and how many times the arm's own that is; or which
+    end of the curve it is beyond.
+    """
+    seeds = "one seed" if place.seeds == 1 else f"{place.seeds} seeds"
+    end = {curve.BELOW: "less than the narrowest", curve.ABOVE: "more than the widest"}
+    if place.equivalent.value in end:
+        return f"{end[place.equivalent.value]} of the curve ({seeds})"
     width, times = (
-        estimate_text(estimate, digits).replace("above", "beyond the curve")
+        estimate_text(estimate, digits)
+        .replace("above", "beyond the curve")
+        .replace("below", "under the curve")
         for estimate, digits in ((place.equivalent, 0), (place.multiplier, 2))
     )
     own = f"{place.width.greater:.0f}"
-    seeds = "one seed" if place.seeds == 1 else f"{place.seeds} seeds"
     return f"{width}, **{times} times the width that it takes**, {own} ({seeds})"
 
 

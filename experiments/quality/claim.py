@@ -185,7 +185,7 @@ def when_and_what(number: int) -> tuple[Arm, ...]:
         *moments,
         tiles(number, "held-pair", f"{HOLD} 0.1 {PAIR}", like=number),
         tiles(
-            number, "held-hidden-late", f"{HOLD} 0.1 --model.hidden-from 2", like=number
+            number, "held-late-hidden", f"{HOLD} 0.1 --model.hidden-from 2", like=number
         ),
         tiles(
             number,

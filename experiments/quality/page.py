@@ -188,10 +188,18 @@ def _verdict(claims: Sequence[Found]) -> str:
         side = "behind" if found.mean > 0 else "ahead of"
         word = verdict(found, "decided", "decided", "undecided")
         said.append(
-            f"**{one.setting.name}: `{pair[0].arm}`, whose signatures are read and held, "
-            f"ends {abs(found.mean):.4f} nats {side} a hash of the token; {_seeds(found)}, {word}.**"
+            f"**{one.setting.name}: `{pair[0].arm}`, whose signatures {_kept(pair[0])}, "
+            f"ends {abs(found.mean):.4f} nats {side} a hash of {_hashed(pair[1])}; {_seeds(found)}, {word}.**"
         )
     return " ".join(said) or "The claim has no runs yet."
+
+
+def _kept(arm: Tuned) -> str:
+    return "are read and held" if "-held" in arm.arm else "move"
+
+
+def _hashed(arm: Tuned) -> str:
+    return "the token and the one before" if "-pairs" in arm.arm else "the token"
 
 
 def _worth(one: Found) -> list[str]:
@@ -207,10 +215,12 @@ def _worth(one: Found) -> list[str]:
     seeds = "one seed, undecided" if place.seeds == 1 else f"{place.seeds} seeds"
     seeds += claim_page.untuned(one.setting, one.runs, asked, place)
     at = f"{one.setting.name}: `{place.arm}`, of W {place.width.greater:.0f}, is worth"
-    if place.equivalent.value == curve.BELOW:
+    if all(row[2].equivalent.value == curve.BELOW for row in places):
         taken = sorted(row[2].width.greater for row in places)
         at = f"{one.setting.name}: no tiles, of W {taken[0]:.0f} to {taken[-1]:.0f}, are worth"
         text = f"the dense FFN {narrow} wide, the narrowest that has run"
+    elif place.equivalent.value == curve.BELOW:
+        text = f"less than the dense FFN {narrow} wide, the narrowest that has run"
     elif place.equivalent.value == curve.ABOVE:
         text = f"more than the dense FFN {wide} wide, the widest that has run"
     else:

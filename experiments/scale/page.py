@@ -110,15 +110,16 @@ def write(folder: Path) -> Path:
 
 
 def read_runs(folder: Path) -> dict[str, list[Result]]:
-    """The finished runs of every experiment."""
-    every = {name: results.read(folder / f"{name}.json") for name in NAMES}
-    return {name: [o for o in runs if o.is_finite] for name, runs in every.items()}
+    """The runs of every experiment that are finished or diverged."""
+    return {name: results.read(folder / f"{name}.json") for name in NAMES}
 
 
 def answer(runs: Runs, quality: Sequence[Result]) -> str:
     """The verdict, what it rests on, and what is known from elsewhere."""
     word = of_claim(runs, HYPOTHESIS)
-    done = sum(map(len, runs.values()))
+    every = [one for own in runs.values() for one in own]
+    done = sum(one.is_finite for one in every)
+    lost = len(every) - done
     rates = [one for one in quality if one.arm == "lookup-16" and one.is_finite]
     best = min(rates, key=lambda one: one.val_loss).learning_rate
     losses = [one.val_loss for one in rates if one.learning_rate == best]
@@ -128,7 +129,7 @@ def answer(runs: Runs, quality: Sequence[Result]) -> str:
     return (
         f"**A lower loss than a dense FFN of equal parameters: {word}.** "
         f"{done or 'No'} run{'' if done == 1 else 's'} of these experiments "
-        f"{'is' if done == 1 else 'are'} finished.\n"
+        f"{'is' if done == 1 else 'are'} finished{f', {lost} diverged' if lost else ''}.\n"
         "No run is on FineWeb-Edu or on The Stack: English Wikipedia and Python packages stand for them.\n"
         "On TinyShakespeare, where rates are tuned, the original's lookup layer ends at "
         f"{statistics.fmean(losses):.3f} nats, and a model without any FFN at "
@@ -215,7 +216,7 @@ def arms_table(own: Sequence[Result]) -> str:
     rows = [
         [
             each[0].arm,
-            str(len(each)),
+            f"{len(each)}{lost_of(own, each[0].arm)}",
             spread([one.val_loss for one in each]),
             f"{statistics.fmean(o.val_ppl or 0 for o in each):.1f}",
             f"{statistics.fmean(o.train_val_gap or 0 for o in each):+.3f}",
@@ -226,16 +227,25 @@ def arms_table(own: Sequence[Result]) -> str:
         ]
         for each in sorted(by_arm(own).values(), key=mean_loss)
     ]
+    none_left = {one.arm for one in own} - by_arm(own).keys()
+    rows += [[arm, f"0{lost_of(own, arm)}", *["-"] * 7] for arm in sorted(none_left)]
     head = "arm;seeds;loss;perplexity;gap;parameters;FFN MACs a token;FFN kB;minutes"
     return table(head.split(";"), rows)
 
 
 def by_arm(own: Sequence[Result]) -> dict[str, list[Result]]:
-    """Runs by arm, in the order they come."""
+    """Runs that have a loss, by arm, in the order they come."""
     found: dict[str, list[Result]] = {}
     for one in own:
-        found.setdefault(one.arm, []).append(one)
+        if one.is_finite:
+            found.setdefault(one.arm, []).append(one)
     return found
+
+
+def lost_of(own: Sequence[Result], arm: str) -> str:
+    """` (1 diverged)`, of an arm; nothing where none did."""
+    lost = sum(one.arm == arm and not one.is_finite for one in own)
+    return f" ({lost} diverged)" if lost else ""
 
 
 def needs_table(modelled: Sequence[dict[str, Any]]) -> str:
@@ -303,9 +313,9 @@ python -m experiments.scale.page                                        # this p
 
 
 def losses_of(own: Sequence[Result], arm: str) -> str:
-    """`5.936 ± 0.053 (3)`, or a dash."""
-    losses = [one.val_loss for one in own if one.arm == arm]
-    return spread(losses) if losses else "-"
+    """`5.936 ± 0.053 (3)`, or a dash, and how many seeds diverged."""
+    losses = [one.val_loss for one in by_arm(own).get(arm, ())]
+    return (spread(losses) if losses else "-") + lost_of(own, arm)
 
 
 def shown(found: Interval | None) -> str:

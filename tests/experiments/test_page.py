@@ -47,6 +47,14 @@ def test_the_first_sentence_has_the_sign_the_seeds_and_whether_it_is_decided(tmp
     )
 
 
+def test_the_first_sentence_says_what_signatures_do_and_what_is_hashed(tmp_path):
+    arms = {"tiles-64-moving": (0.0,), "tiles-64-hash-pairs": (0.1,)}
+    assert (
+        "`tiles-64-moving`, whose signatures move, ends 0.1000 nats ahead of a hash of "
+        "the token and the one before; one seed" in page_of(tmp_path, arms)
+    )
+
+
 def test_the_page_says_first_what_tiles_are_worth(tmp_path):
     """W of 64 tiles at D = 64, held: 162."""
     names = ("dense-128", "dense-256", "dense-512", "tiles-64-held")
@@ -78,6 +86,11 @@ def test_the_seed_that_chooses_takes_the_arm_and_the_others_say_its_worth(tmp_pa
     assert "one seed, undecided" in first  # the dense FFNs have one
     gaps |= {f"dense-{w}": (x, x, x) for w, x in ((128, 0.2), (256, 0.1), (512, 0.0))}
     assert "times its W; 2 seeds, rates not" in page_of(tmp_path, gaps).splitlines()[2]
+    # Worth less than the curve has: it is named, since other tiles are on the curve.
+    gaps |= {arms[0]: (0.05, 0.3, 0.3), "tiles-32-held": (0.15, 0.15, 0.15)}
+    first = page_of(tmp_path, gaps).splitlines()[2]
+    said = "is worth less than the dense FFN 128 wide, the narrowest that has run; 2"
+    assert f"`tiles-64-held`, of W 162, {said}" in first
     # What the first seed alone has run is read off that seed's curve.
     gaps |= {f"dense-{w}": (x, 1.0, 1.0) for w, x in ((128, 0.2), (256, 0.1), (512, 0))}
     gaps[arms[0]] = (0.05,)

@@ -228,6 +228,8 @@ def test_verdict_follows_the_interval_and_one_seed_decides_nothing():
     assert found.half == pytest.approx(0.02484, abs=1e-5)
     assert verdicts.of_pair([*lookup, *dense], pair, ("val_loss",)) == "not supported"
     assert verdicts.of_pair([*lookup, *dense], pair[::-1], ("val_loss",)) == "supported"
+    lost = made("lookup", 45, math.nan)
+    assert verdicts.of_pair([*lookup, *dense, lost], pair, ("val_loss",)) == "undecided"
     alone = [lookup[0], dense[0]]
     assert verdicts.of_pair(alone, pair, ("val_loss",)) == "undecided"
     assert verdicts.of_pair(lookup, pair, ("val_loss",)) == "undecided"
@@ -351,5 +353,17 @@ def test_page_of_runs_says_what_they_decide(e1, tmp_path):
     assert text.count("**not supported**") == 3
     assert len(text.split()) <= 1200
     arms = (tmp_path / "ARMS.md").read_text("utf-8")
-    assert "| `e1`: lookup-best less dense | -0.0033 ± 0.0143 | undecided |" in arms
+    assert (
+        "lookup-best less" not in arms
+    )  # the dense FFN has as many parameters as lookup
     assert "| sparse-float | 3 | 2.1000 ± 0.2484 |" in arms
+    own += [made("lookup", 46, math.nan), made("gone", 42, math.nan)]
+    for name in run.NAMES:
+        results.write(tmp_path / "results" / f"{name}.json", own)
+    text = page.write(tmp_path).read_text("utf-8")
+    assert "parameters: undecided.** 252 runs" in text
+    assert f"are finished, {2 * len(run.NAMES)} diverged." in text
+    assert " 2.4000 ± 0.2484 (1 diverged) |" in text
+    arms = (tmp_path / "ARMS.md").read_text("utf-8")
+    assert "| lookup | 3 (1 diverged) | 2.4000 ± 0.2484 |" in arms
+    assert "| gone | 0 (1 diverged) | - |" in arms

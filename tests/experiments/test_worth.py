@@ -132,6 +132,8 @@ def test_the_hash_is_compared_by_seed_without_the_one_that_chose():
     more += [run_of(setting, twins[0], 4.31, seed) for seed in SEEDS]
     found = worth.signatures_less_hash([*runs, *better, *more])
     assert found["mean"] == pytest.approx(0.01)
+    # Tiles whose later layers see the hidden state are as ternary as all; late ones not.
+    assert worth.form_of(setting.arm("tiles-64-held-late-hidden").name) == ""
 
 
 def test_arms_of_no_form_differ_in_who_chooses_their_tiles_alone():

@@ -4,10 +4,12 @@ import json
 
 import pytest
 
+from trix_jax.lm.data import DataConfig, prepare
+from trix_jax.lm.experiment import report
 from trix_jax.lm.experiment.hypotheses import HYPOTHESES, answer, by_arm
 from trix_jax.lm.experiment.report import write_experiment_report
 from trix_jax.lm.experiment.results import result_of
-from trix_jax.lm.experiment.spec import Experiment, write_notes
+from trix_jax.lm.experiment.spec import Experiment, Spec, write_notes
 
 
 @pytest.fixture
@@ -62,6 +64,22 @@ def test_hypothesis_whose_sizes_disagree_is_mixed(runs_of, tmp_path):
     assert "dense FFN: mixed.**" in text
     assert "m, lookup against dense: +0.4967" in text
     assert text.endswith("not supported")
+
+
+def test_floors_are_those_of_the_store_that_is_there(corpus, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("ab" * 4000)
+    found = []
+    for n, text in enumerate((corpus, corpus, other)):
+        store = tmp_path / f"store-{n}"
+        config = DataConfig(source="text", path=str(text), tokenizer="char")
+        prepare(config, store, lambda _: None)
+        said = []
+        spec = Spec("e", "s", "dense", 1, 5, (), str(store))
+        found.append(report._floors(tmp_path, {"s"}, [spec], said.append)["s"])
+        assert bool(said) == (n != 1)  # the same tokens elsewhere are not counted again
+    assert found[0] == found[1]
+    assert found[2][2] < 0.01 < found[0][2]
 
 
 def write(directory, specs):

@@ -205,6 +205,14 @@ def test_make_slots_gives_each_gpu_one_and_shares_when_asked(monkeypatch):
     shared = make_slots(4)
     assert [slot.name for slot in shared] == ["GPU 0", "GPU 3"] * 2
     assert shared[0].env["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.45"
+    for hidden, names in (
+        ("-1", []),
+        ("", []),
+        ("2,-1,3", ["GPU 2"]),
+    ):  # CUDA's own rule
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        found = [slot.name for slot in make_slots() if slot.name.startswith("GPU")]
+        assert found == names
 
 
 def test_make_slots_without_gpu_splits_the_cores(monkeypatch):

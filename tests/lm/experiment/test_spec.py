@@ -1,6 +1,7 @@
 """An experiment's file and its notes, and the commands of its runs."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -173,3 +174,9 @@ def test_public_command_has_no_path_of_the_machine():
     here = (str(Path.cwd() / "a/b/c.yaml"), "--arm", "dense")
     words = public_command(Spec("e", "s", "dense", 1, 5, here, "/store"))
     assert words.startswith("trix-jax train a/b/c.yaml --arm dense")
+
+
+def test_public_command_is_what_a_shell_reads_as_the_flags():
+    flags = ("a.yaml", "--data.end-of-text", "<|endoftext|>", "--arm", "it's")
+    words = public_command(Spec("e", "s", "dense", 1, 5, flags, "/store"))
+    assert shlex.split(words) == ["trix-jax", "train", *flags, "--data.path", "data/s"]

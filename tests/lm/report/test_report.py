@@ -14,6 +14,7 @@ import yaml
 
 from trix_jax.cli.report import run_report
 from trix_jax.lm.config import RunConfig, from_tree, to_tree
+from trix_jax.lm.demo import PRESET
 from trix_jax.lm.ngram import floors
 from trix_jax.lm.report import demo, run
 from trix_jax.lm.report.plots import spread
@@ -223,6 +224,19 @@ def test_demo_report_says_what_the_numbers_say(
     assert "**15.5 times fewer**" in text  # 2,097,152 / 135,000 bytes
     assert "**Alive**: 0 of 16 tiles dead" in text
     assert "After the prompt `def `:" in text
+
+
+def test_demo_report_claims_tuned_rates_of_what_they_were_tuned_for_alone(
+    tmp_path, monkeypatch
+):
+    assert (PRESET.train.steps, PRESET.seed) == demo.SWEPT
+    result = write_demo(tmp_path, 1.7, 1.8)
+    own = demo._own(read_run(tmp_path / "trix").config)
+    for swept, found in ((own, "the best of three for each"), ((9, 9), "not of these")):
+        monkeypatch.setattr(demo, "SWEPT", swept)
+        text = demo.write_demo_report(tmp_path, result).read_text("utf-8")
+        assert f"swept for {swept[0]} steps of seed {swept[1]}, {found}:" in text
+        assert "(TriX " in text
 
 
 def test_demo_report_of_one_evaluation_and_a_collapse(tmp_path):

@@ -206,3 +206,13 @@ def test_generate_until_end_shows_what_stands_before_the_mark(
     with_end(free[9])
     assert said(capsys) == (0, free)
     assert said(capsys, "--until-end") == (0, free[: free.index(free[9], 3)])
+
+
+@pytest.mark.parametrize(
+    "prompt", [np.array([1.7]), np.array([True]), np.array([[1, 2, 3]])]
+)
+def test_prompts_that_are_no_ids_are_refused(model, variables, prompt, no_type_hook):
+    with pytest.raises(ValueError, match=r"prompt must be integer ids, \[length\]"):
+        generate(model, variables, prompt, 3, GREEDY)
+    with pytest.raises(ValueError, match=r"prompts\[0\] must be integer ids"):
+        generate_batch(model, variables, [prompt], 3, GREEDY)

@@ -41,7 +41,7 @@ def write(result: dict[str, Any], folder: str | Path) -> list[Path]:
 def markdown(result: dict[str, Any]) -> str:
     """The tables: aims, shapes, growth; ratios below 1 are where TriX loses."""
     versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-    lines = [f"{result['device']}; {versions}; medians of {result['rounds']} rounds.\n"]
+    lines = [f"{result['device']}; {versions}; {_rounds(result['rounds'])}\n"]
     lines += [
         "| ratio | measured | range of the rounds | aim |",
         "|---|---:|---:|---:|",
@@ -63,6 +63,15 @@ def markdown(result: dict[str, Any]) -> str:
     for name, value in result.get("around", {}).items():
         lines.append(f"\n`{name}`: {_cell(value)}")
     return "\n".join(lines) + "\n"
+
+
+def _rounds(count: int) -> str:
+    """How often what is timed was: a decoded token is quick, a dense FFN is slow."""
+    fewer = max(count // 2, 2)
+    return (
+        f"medians of {count} rounds forward, {fewer} in training, {10 * count} in decoding; "
+        f"shapes with hierarchical columns {fewer}, against dense 2."
+    )
 
 
 def _row(cells) -> str:

@@ -191,19 +191,25 @@ def _floors_line(known: dict[int, float]) -> str:
 def _floors(
     directory: Path, sizes: set, specs: Sequence[Spec], report: Callable[[str], None]
 ) -> Floors:
-    """N-gram floors of every size's tokens; kept, since counting takes a while."""
+    """N-gram floors of every size's tokens; kept, since counting takes a while, and
+    counted again where the store has other tokens than they are of.
+    """
     path = directory / "floors.json"
-    kept: dict[str, dict[str, float]] = read_json(path) if path.exists() else {}
-    stores = {spec.size: spec.store for spec in specs if spec.size in sizes}
-    for size, store in stores.items():
-        if size not in kept and is_store(store):
+    kept: dict[str, dict[str, Any]] = read_json(path) if path.exists() else {}
+    places = {spec.size: spec.store for spec in specs if spec.size in sizes}
+    for size, place in places.items():
+        if not is_store(place):
+            continue
+        store = open_store(place, verify=False)
+        if kept.get(size, {}).get("store") != store.fingerprint:
             report(f"counting n-grams of {size}")
-            losses = floors(open_store(store, verify=False), ORDERS, FLOOR_TOKENS)
-            kept[size] = {str(n): loss for n, loss in losses.items()}
+            losses = floors(store, ORDERS, FLOOR_TOKENS)
+            named = {str(n): loss for n, loss in losses.items()}
+            kept[size] = {"store": store.fingerprint, "losses": named}
     write_json(path, kept)
     return {
-        size: {int(n): loss for n, loss in losses.items()}
-        for size, losses in kept.items()
+        size: {int(n): loss for n, loss in own.get("losses", {}).items()}
+        for size, own in kept.items()
     }
 
 

@@ -62,10 +62,14 @@ def _cores() -> list[int]:
 
 
 def _gpus() -> list[str]:
-    """Names of the NVIDIA GPUs that a process of ours may use, without loading CUDA."""
+    """Names of the NVIDIA GPUs that a process of ours may use, without loading CUDA. As
+    for CUDA, -1 ends the list.
+    """
     if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
         return []
     if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name for name in named.split(",") if name.strip()]
+        names = [name.strip() for name in named.split(",")]
+        ended = (i for i, name in enumerate(names) if name.startswith("-"))
+        return [name for name in names[: next(ended, None)] if name]
     found = (re.fullmatch(r"nvidia(\d+)", p.name) for p in Path("/dev").glob("nvidia*"))
     return sorted((match[1] for match in found if match), key=int)

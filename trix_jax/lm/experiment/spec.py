@@ -8,6 +8,7 @@ DIR/metrics.json              the results
 ```
 """
 
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,11 +98,9 @@ def public_command(spec: Spec) -> str:
             del flags[at : at + 2]
     if flags and not flags[0].startswith("-"):
         flags[0] = _public_path(Path(flags[0]))
-    program = "trix-jax"
-    if spec.patch:
-        program = f"python -m {' '.join(spec.patch)}"
+    program = ["python", "-m", *spec.patch] if spec.patch else ["trix-jax"]
     store = f"data/{spec.size or spec.setting}"
-    return " ".join([program, "train", *flags, "--data.path", store])
+    return shlex.join([*program, "train", *flags, "--data.path", store])
 
 
 def read_experiment(

@@ -25,6 +25,7 @@ from trix_jax.lm.report.run import routing_section
 TIE = 0.005  # nats: a convention; within it no winner is named
 ROUNDING = 1e-4  # nats: float32 sums in another order stay below this
 ARMS = ("trix", "dense", "dense_w")
+SWEPT = (600, 42)  # steps and seed that the demo's rates were found for
 
 
 def write_demo_report(workdir: str | Path, result: Mapping[str, Any]) -> Path:
@@ -54,9 +55,8 @@ def write_demo_report(workdir: str | Path, result: Mapping[str, Any]) -> Path:
         "whichever is more.",
         f"{_verdict(arms)} {_of_equal_cost(arms)} {_below_bigram(arms, floors[2])}",
         "![Validation loss over training tokens](plots/val_loss.png)",
-        "> One seed and minutes of training, each model at the best of three learning "
-        "rates for the demo's own length: a demonstration, not evidence. The "
-        "comparison with several seeds and a curve of dense widths is "
+        f"> One seed and minutes of training, {_rates(runs)}: a demonstration, not "
+        "evidence. The comparison with several seeds and a curve of dense widths is "
         "`experiments/quality` in the repository.",
         "## What TriX saves",
         *_saved(arms, runs, result),
@@ -80,6 +80,24 @@ def write_demo_report(workdir: str | Path, result: Mapping[str, Any]) -> Path:
         )
     _draw(workdir / "plots", arms, runs, floors, result["bytes"])
     return write_page(workdir, parts)
+
+
+def _rates(runs: Mapping[str, RunRecord]) -> str:
+    """The rates, and whether they were found for this length and seed."""
+    named = ", ".join(
+        f"{plots.ARM_NAMES[arm]} {run.config.train.learning_rate:g}"
+        for arm, run in runs.items()
+    )
+    config = runs["trix"].config
+    found = "the best of three for each" if _own(config) == SWEPT else "not of these"
+    return (
+        f"at learning rates ({named}) swept for {SWEPT[0]} steps of seed {SWEPT[1]}, "
+        f"{found}"
+    )
+
+
+def _own(config: RunConfig) -> tuple[int, int]:
+    return config.train.steps, config.seed
 
 
 def _draw(figures: Path, arms, runs, floors, sizes) -> None:

@@ -88,6 +88,11 @@ def _check(
     vocabulary = model.config.vocab_size or 0
     if prompt.size == 0:
         raise ValueError(f"{name} must have at least one token. Got none.")
+    if prompt.ndim != 1 or not np.issubdtype(prompt.dtype, np.integer):
+        raise ValueError(
+            f"{name} must be integer ids, [length]. Got {prompt.dtype} of shape "
+            f"{prompt.shape}."
+        )
     if new_tokens < 0:
         raise ValueError(f"new_tokens must not be negative. Got {new_tokens}.")
     if prompt.min() < 0 or prompt.max() >= vocabulary:
