@@ -95,6 +95,6 @@ def _shift(margins, load):
     first = jnp.argmax(reached, axis=-1, keepdims=True)
     inside = jnp.take_along_axis(margins, first, axis=-1)[..., 0]
     before = jnp.take_along_axis(below, first, axis=-1)[..., 0] - inside
-    edge = first[..., 0] + (load - before) / jnp.maximum(inside, 1)
+    edge = first[..., 0].astype(load.dtype) + (load - before) / jnp.maximum(inside, 1)
     shift = jnp.where(reached[..., -1], (edge / CHOSEN - 1) * REACH, REACH)
     return jnp.where(load > 0, shift, 0)  # below no margin lie no tokens

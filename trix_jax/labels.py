@@ -22,6 +22,9 @@ def optimizer_labels(params: Any) -> Any:
                  splines, whose threshold is fixed: not decayed
     ===========  ===============================================================
 
+    Leaves are known by the names that Flax gives them: a matrix of your own that is not
+    called `kernel` is "other".
+
     Goes into `optax.partition(transforms, optimizer_labels)`; boxes stay around the
     words. A mask for decay is
     `jax.tree.map(lambda label: label != "other", optimizer_labels(params))`.

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import trix_jax
+
 DOCS = Path(__file__).parents[2] / "docs"
 CELL = re.compile(r"^```\{code-cell\} python\n(.*?)^```", flags=re.M | re.S)
 PAGES = {page.stem: CELL.findall(page.read_text("utf-8")) for page in DOCS.glob("*.md")}
@@ -93,6 +95,12 @@ def test_reader_takes_a_model_out_from_the_site_alone(run_pages, tmp_path):
 @pytest.mark.slow
 def test_blocks_of_the_other_pages_run(run_pages):
     run_pages(*(page for page in EXECUTED if page not in PATHS))
+
+
+def test_reference_has_every_public_name():
+    text = (DOCS / "api.md").read_text("utf-8")
+    listed = set(re.findall(r"(?:auto\w+:: (?:\S+\.)?)(\w+)$", text, flags=re.M))
+    assert set(trix_jax.__all__) <= listed
 
 
 def test_pages_are_in_the_table_of_contents():

@@ -75,6 +75,11 @@ def test_of_a_flag_given_twice_the_last_holds(tmp_path):
     assert (config.arm, config.model.ffn, config.seed) == ("sparse", "sparse", 2)
 
 
+def test_a_run_without_a_preset_is_called_what_it_trains():
+    assert parse_run(["--model.ffn", "sparse"]).arm == "sparse"
+    assert parse_run(["--model.ffn", "sparse", "--arm", "mine"]).arm == "mine"
+
+
 def preset(path, arm, *flags):
     argv = [str(path), *(["--arm", arm] if arm else []), *flags]
     return parse_preset(Args, argv, "train").config

@@ -312,6 +312,14 @@ def test_sequence_longer_than_the_context_is_refused():
         jax.eval_shape(model.apply, initialized("sparse"), long)
 
 
+def test_tokens_without_a_batch_are_refused(no_type_hook):
+    model = TransformerLM(config())
+    with pytest.raises(
+        ValueError, match=r"tokens must be \[batch, length\]. Got \[4\]"
+    ):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(4, jnp.int32))
+
+
 def test_model_without_a_vocabulary_is_refused():
     model = TransformerLM(config(vocab_size=None))
     with pytest.raises(ValueError, match="vocab_size must be set"):

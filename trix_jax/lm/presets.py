@@ -107,10 +107,14 @@ def parse_preset(
     path, flags = (
         (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
     )
-    arm = value_of("--arm", flags) or (BASE_ARM if path else begun.arm)
+    typed = value_of("--arm", flags)
+    arm = typed or (BASE_ARM if path else begun.arm)
     base, own = preset_flags(path, arm) if path else ([], [])
     default = kind(config=RunConfig(arm=arm, model=begun.model))
     args = parse(kind, [*base, *own, *flags], verb, default)
+    if not (path or typed or start):  # a name for what the flags make
+        own_name = dataclasses.replace(args.config, arm=args.config.model.ffn)
+        args = dataclasses.replace(args, config=own_name)
     model = args.config.model
     if not isinstance(model.ffn_width, str):
         return args

@@ -9,7 +9,9 @@ neither its value nor its gradient goes anywhere. An empty batch is one masked t
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 from trix_jax.routing import RoutingInfo
 from trix_jax.typing import AnyArray, Array, Bool, Dtype, Float, Integer, Shaped
@@ -46,14 +48,30 @@ def check_input(
     """The input as floats.
 
     Raises:
-        ValueError: its last axis is not `d_model`.
+        ValueError: its last axis is not `d_model`; it lies on a mesh of explicit axes.
     """
     x = jnp.asarray(x)
     if x.ndim < 1 or x.shape[-1] != d_model:
         raise ValueError(
             f"x must be [..., {d_model}], with d_model as its last axis. Got {list(x.shape)}."
         )
+    _check_axes(x)
     return as_floats(x, param_dtype)
+
+
+def _check_axes(x: Array) -> None:
+    """Refuses a mesh of explicit axes: gathering a token's tiles has no one sharding."""
+    sharding = jax.typeof(x).sharding
+    kinds = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
+    explicit = [name for name, kind in kinds.items() if kind == AxisType.Explicit]
+    is_outside = jax.sharding.get_abstract_mesh().empty
+    if explicit and (any(sharding.spec) or is_outside):
+        raise ValueError(
+            f"x lies on a mesh whose axes {explicit} are explicit, where a sharding "
+            "belongs to every operation. Call the layer inside jax.shard_map or "
+            "jax.sharding.auto_axes, or make the mesh with "
+            "axis_types=(jax.sharding.AxisType.Auto,)."
+        )
 
 
 def check_mask(

@@ -73,6 +73,10 @@ def check_state(state: Mapping[str, tuple[int, ...]], expected: int) -> None:
         ValueError: the bias is not that of `expected` tiles.
     """
     shape = state["bias"]
+    if len(shape) == 1 and shape != (expected,):
+        raise ValueError(
+            f"the collection 'routing' must be of {expected} tiles. Got that of {shape[0]}."
+        )
     if shape != (expected,):
         raise ValueError(
             f"the collection 'routing' must hold a bias of [{expected}]. Got {list(shape)}: "
@@ -86,6 +90,11 @@ NO_STATE = (
     "variables must hold the collection 'routing', as `init` gives it and training "
     "returns it: a new one at every call has no balance. "
     "Write apply({'params': params, 'routing': state}, ...)."
+)
+
+NO_PLACE = (
+    "the collection 'routing' must have a place where the layer is lifted: under nn.scan "
+    "and nn.vmap write variable_axes={'params': 0, 'routing': 0}."
 )
 
 

@@ -1,6 +1,8 @@
 """`Router`: holds the routing state of a layer and calls `trix_jax.routing`. It has no
 parameters, but for the rows of the source "learned".
 
+A hash needs no state: what `init` gives one is never read, nor asked for.
+
 Collection `"routing"`: `bias` [N], `margins` [N, bins] (since the last
 `routing.update`, see `trix_jax.balance`), `signature` [N, D] (as last seen in
 training), `frozen`; with clusters also `members` [C, N / C], `cluster_bias` [C] and
@@ -67,15 +69,16 @@ class Router(nn.Module):
         n, config = self.settings.num_tiles, self.settings.routing
         if self.has_variable(PACKED, "tiles"):
             return self._look_up(token_ids, mask)
+        if config.source == "hash":
+            is_new = self.is_initializing() and self.is_mutable_collection("routing")
+            if is_new and signature is not None:
+                self._variables(jnp.zeros_like(signature))  # which nothing reads
+            return self._by_hash(token_ids, mask)
         self._check_collection(train)
         signature, state = self._signatures(signature, train, progress)
         state |= {"mask": mask}
         if self._is_training():
-            is_read = config.source != "hash"  # a hash has no addresses to show
-            seen = jax.lax.stop_gradient(signature)
-            state["signature"].value = seen if is_read else jnp.zeros_like(seen)
-        if config.source == "hash":
-            return self._by_hash(token_ids, mask)
+            state["signature"].value = jax.lax.stop_gradient(signature)
         scores = routing.match(h, signature, config.score_scale)
         tiles, gates, seen = self._select(scores, h, signature, state)
         counts = routing.count_tiles(tiles, n, mask)
@@ -91,8 +94,7 @@ class Router(nn.Module):
             raise ValueError(misuse.NO_STATE)
         shape = jnp.shape(self.get_variable("routing", "bias"))
         misuse.check_state({"bias": shape}, self.settings.num_tiles)
-        is_balanced = self.settings.routing.source != "hash"
-        if train and is_balanced and not self.is_mutable_collection("routing"):
+        if train and not self.is_mutable_collection("routing"):
             misuse.warn_of_training_without_state()
 
     def _by_hash(self, token_ids, mask):
@@ -164,6 +166,8 @@ class Router(nn.Module):
 
     def _variables(self, signature) -> dict[str, Any]:
         n, config = self.settings.num_tiles, self.settings.routing
+        if self.is_initializing() and not self.is_mutable_collection("routing"):
+            raise ValueError(misuse.NO_PLACE)
         first = (
             (lambda: jnp.array(signature))  # a buffer of its own: states are donated
             if config.source != "random"

@@ -58,7 +58,7 @@ class TileSettings:
             and a committed measurement says that they are faster.
 
     Raises:
-        ValueError: clusters that do not divide the tiles, `top_k_clusters` or
+        ValueError: a routing or ternary that is no config, clusters that do not divide the tiles, `top_k_clusters` or
             `tiles_per_token` below 1 or above what there is, an unknown activation or
             implementation.
     """
@@ -81,6 +81,12 @@ class TileSettings:
     implementation: Implementation | None = None
 
     def __post_init__(self):
+        for name, kind in (("routing", RoutingConfig), ("ternary", TernaryConfig)):
+            if not isinstance(value := getattr(self, name), kind):
+                raise ValueError(
+                    f"{name} must be a {kind.__name__}, as in "
+                    f"{name}={kind.__name__}(...). Got {value!r}."
+                )
         choice, what = self.num_tiles, "num_tiles"
         if self.tiles_per_cluster is not None:
             clusters, top_k = self.num_clusters, self.top_k_clusters
@@ -154,6 +160,8 @@ class TileArguments(LayerArguments, kw_only=True):
 
 def check_divides(what: str, total: int, name: str, parts: int) -> int:
     """Returns `total / parts`, or raises a ValueError that names both."""
+    if total != int(total) or parts != int(parts):
+        raise ValueError(f"{what}={total} and {name}={parts} must be integers.")
     if parts < 1 or total % parts or total < parts:
         raise ValueError(f"{name}={parts} must divide {what}={total}.")
     return total // parts

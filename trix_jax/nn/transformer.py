@@ -90,10 +90,14 @@ class TransformerLM(nn.Module):
             layers averaged.
 
         Raises:
-            ValueError: a sequence longer than the context, a mask or segments of
+            ValueError: tokens of another rank, a sequence longer than the context, a mask or segments of
                 another shape.
         """
         c, dtype = self.config, jnp.dtype(self.config.dtype)
+        if jnp.ndim(tokens) != 2:
+            raise ValueError(
+                f"tokens must be [batch, length]. Got {list(jnp.shape(tokens))}."
+            )
         v = _vocabulary(c, tokens.shape[1])
         embed = nn.Embed(v, c.d_model, embedding_init=INIT, dtype=dtype, name="embed")
         mask = check_mask(mask, tokens.shape)

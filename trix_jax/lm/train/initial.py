@@ -163,7 +163,8 @@ def _check_tokenizer(source: Source, store: Store) -> None:
             f"{store.directory} must have the tokenizer of {source.given}, since a row of "
             "the embedding belongs to a token: its sha256 must be "
             f"{source.tokenizer_sha256[:12]}. Got {own[:12]}. Prepare the text with the "
-            "source's tokenizer.json (--data.tokenizer)."
+            "source's tokenizer.json (--data.tokenizer), in another workdir than one that "
+            "has such a store."
         )
 
 

@@ -1,0 +1,56 @@
+"""What a layer cannot take, said with what to write instead."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from trix_jax import HierarchicalTriXFFN, SparseTriXFFN
+
+D = 16
+X = jax.random.normal(jax.random.key(0), (4, D))
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return jax.jit(SparseTriXFFN(D).init)(jax.random.key(1), X)
+
+
+@pytest.mark.parametrize(
+    ("kind", "how", "message"),
+    [
+        (SparseTriXFFN, {"expansion": 2.3}, r"=36\.8 .* must be integers"),
+        (HierarchicalTriXFFN, {"tiles_per_cluster": 2.5}, "=2.5 must be integers"),
+        (SparseTriXFFN, {"routing": "hash"}, "must be a RoutingConfig.* Got 'hash'"),
+        (SparseTriXFFN, {"routing": {"source": "hash"}}, "must be a RoutingConfig"),
+        (HierarchicalTriXFFN, {"ternary": "ste"}, "must be a TernaryConfig"),
+    ],
+)
+def test_settings_of_another_type_are_named(kind, how, message, no_type_hook):
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(kind(D, **how).init, jax.random.key(0), X)
+
+
+def test_a_mesh_of_explicit_axes_is_refused_with_what_to_write(variables):
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+    assert mesh.axis_types == (AxisType.Explicit,)  # JAX's default
+    x = jax.device_put(X, NamedSharding(mesh, P("data")))
+
+    def call(x):
+        return SparseTriXFFN(D).apply(variables, x)[0]
+
+    with pytest.raises(ValueError, match=r"\['data'\] are explicit.* jax\.shard_map"):
+        jax.jit(call)(x)
+    with jax.set_mesh(mesh):
+        with pytest.raises(ValueError, match=r"jax\.sharding\.auto_axes"):
+            jax.jit(call)(x)
+        inside = jax.sharding.auto_axes(call, out_sharding=P("data"))
+        np.testing.assert_allclose(jax.jit(inside)(x), call(X), atol=1e-5)
+
+
+def test_the_state_of_other_tiles_is_refused_as_such(variables):
+    wider = jax.jit(SparseTriXFFN(D, num_tiles=8).init)(jax.random.key(0), X)
+    mixed = variables | {"routing": wider["routing"]}
+    with pytest.raises(ValueError, match=r"must be of 4 tiles\. Got that of 8"):
+        jax.eval_shape(SparseTriXFFN(D).apply, mixed, X)
