@@ -5,6 +5,7 @@ preset yields to it; a flag that somebody typed and that says otherwise is an er
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +28,8 @@ OF_TEXT = ("max_bytes", "near_duplicates", "languages", "licenses")
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What text to learn from, and how it becomes tokens.
+    """What text to learn from, and how it becomes tokens. A `pathlib.Path` given for
+    `path`, `val_path` or `tokenizer` is kept as its text.
 
     Attributes:
         source: Where documents come from (the table in `sources.py`). With the default
@@ -73,6 +75,11 @@ class DataConfig:
     licenses: Literal["permissive"] | None = None
     val_path: str | None = None
     end_of_text: str | None = None
+
+    def __post_init__(self):
+        for name in ("path", "val_path", "tokenizer"):
+            if isinstance(value := getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(value))
 
 
 def check(config: DataConfig) -> None:
