@@ -78,6 +78,8 @@ def test_code_takes_a_list_of_repositories(repositories, tmp_path):
     listed.write_text(f"{repositories / 'c'}\n{repositories / 'a'}\n")
     found = list(iter_documents("code", listed, languages="rust", report=quiet))
     assert found == ["// c\n", "// a\n"]
+    listed.write_bytes(b"\xef\xbb\xbf" + listed.read_bytes())  # a byte order mark
+    assert list(iter_documents("code", listed, languages="rust", report=quiet)) == found
 
 
 @pytest.mark.parametrize(

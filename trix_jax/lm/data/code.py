@@ -250,7 +250,7 @@ def _get(url: str) -> bytes | None:
 
 def _repositories(path: Path) -> list[Path]:
     if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
         found = [Path(line.strip()) for line in lines if line.strip()]
         for repository in found:
             if not repository.is_dir():

@@ -12,7 +12,7 @@
 | `fineweb_5m`, ... | one row of FineWeb-Edu, one file of The Stack | None downloads (`datasets.py`), or as `parquet` or `code` |
 
 Documents are UTF-8, in a fixed order (files by sorted path), newlines as they stand in
-the file (`files.py`: links, suffixes, archives). A file named by the caller that cannot
+the file, without a byte order mark at its start (`files.py`: links, suffixes, archives). A file named by the caller that cannot
 be read is an error; inside a folder it is skipped, and the number of skipped files is
 reported.
 """
@@ -29,7 +29,14 @@ from trix_jax.files import cache_folder, write_whole
 from trix_jax.lm.data.code import code_files, stack_documents
 from trix_jax.lm.data.datasets import DATASETS, Dataset
 from trix_jax.lm.data.download import fetch
-from trix_jax.lm.data.files import files_of, json_texts, read, suffix_of, walk
+from trix_jax.lm.data.files import (
+    BYTE_ORDER_MARK,
+    files_of,
+    json_texts,
+    read,
+    suffix_of,
+    walk,
+)
 from trix_jax.lm.data.origin import Opened
 from trix_jax.lm.data.token_files import SUFFIXES, words
 
@@ -239,7 +246,7 @@ def _decode(data: bytes, path: Path) -> str:
             f"{path} is not text: it has a NUL byte at offset {data.index(0)}."
         )
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8").removeprefix(BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 text: {error.reason} at offset {error.start}."
