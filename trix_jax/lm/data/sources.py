@@ -74,6 +74,7 @@ def iter_documents(
     languages: str | None = None,
     licenses: str | None = None,
     opened: Opened | None = None,
+    files: Iterable[Path] | None = None,
 ) -> Iterator[str]:
     """Yields the documents of a source, none of them empty, in a fixed order.
 
@@ -85,6 +86,7 @@ def iter_documents(
         report: Is told in one line how many files of a folder were skipped.
         languages, licenses: What of `code` to take (`code.code_files`).
         opened: Notes the local files that are read.
+        files: Those of `path` that are read; None: all that `local_files` gives.
 
     Raises:
         ValueError: The path is missing, empty, not what the source expects, or holds
@@ -94,10 +96,12 @@ def iter_documents(
     """
 
     def local(kind: str, path: Path) -> Iterator[str]:
-        files = local_files(kind, path, report, languages, licenses)
+        found = files
+        if found is None:
+            found = local_files(kind, path, report, languages, licenses)
         if opened is not None:
-            files = opened.noting(files)
-        return _local(kind, files, path.is_file(), report)
+            found = opened.noting(found)
+        return _local(kind, found, path.is_file(), report)
 
     match source:
         case "stdlib":
