@@ -39,8 +39,8 @@ class DataConfig:
         val_path: A file or a folder that is validation, as it is; all else that is at
             `path` is then training, and `val_fraction` says nothing. It may lie inside
             of `path`, and shares no file with it otherwise. A folder beside source code
-            is source code, of the same languages and licences. None: a share is, or the
-            validation file beside a training file of tokens.
+            is source code, of the same languages and licences. None: the files that say
+            so in their names beside training files are (`sides.py`), else a share.
         tokenizer: Ids are characters of the corpus ("char"), UTF-8 bytes ("byte"), a
             byte-level BPE trained on the training documents ("bpe"), or those of a
             `tokenizer.json`, Hugging Face's or a run's: its path, or its folder's. Token

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from trix_jax.lm.data import origin, splits
 from trix_jax.lm.data.config import DataConfig
-from trix_jax.lm.data.sides import apart
+from trix_jax.lm.data.files import SUFFIXES
+from trix_jax.lm.data.sides import apart, by_name, tell
 from trix_jax.lm.data.sources import (
     Source,
     describe,
@@ -20,7 +21,6 @@ from trix_jax.lm.data.sources import (
 )
 
 Report = Callable[[str], None]
-LOCAL = ("text", "jsonl", "parquet", "code")  # kinds of files of one's own
 
 
 def _quiet(line: str) -> None:
@@ -28,7 +28,9 @@ def _quiet(line: str) -> None:
 
 
 class Corpus(NamedTuple):
-    """Text to divide or, with `val_path`, text to train on and text to validate on."""
+    """Text to divide or, with `val_path` or files whose names say so, text to train on
+    and text to validate on.
+    """
 
     config: DataConfig
     opened: origin.Opened
@@ -50,7 +52,10 @@ class Corpus(NamedTuple):
             val = self._val_documents(files.val, report, self.val_opened)
             found = splits.survey_two(documents, val, with_characters)
             if not found.val_documents:
-                raise ValueError(f"val_path={config.val_path!r} holds no text.")
+                where = (
+                    f"val_path={config.val_path!r}" if config.val_path else files.val
+                )
+                raise ValueError(f"{where} holds no text.")
         if not found.documents:
             raise ValueError(
                 f"source={config.source!r} at path={config.path!r} holds no text."
@@ -76,15 +81,18 @@ class Corpus(NamedTuple):
         """One line on what it is, without this machine's folders."""
         said = describe(self.config.source, self.config.path)
         val = self.config.val_path
+        if val is None and (count := len(self.val_opened.files)):
+            return f"{said}; validation from {count} file(s) of it"
         return f"{said}; validation from {Path(val).name}" if val else said
 
     def note(self) -> dict[str, Any]:
         """What the manifest says of its files."""
         config = self.config
         noted = origin.note(self.opened, Path(config.path or ""))
-        if config.val_path is None:
+        if config.val_path is None and not self.val_opened.files:
             return noted
-        return noted | {"val": origin.note(self.val_opened, Path(config.val_path))}
+        where = Path(config.val_path or config.path or "")
+        return noted | {"val": origin.note(self.val_opened, where)}
 
     def changes(self, manifest: dict[str, Any], report: Report) -> str:
         """How it differs from what a store was made from, or nothing. A source that is
@@ -99,37 +107,38 @@ class Corpus(NamedTuple):
             # Without validation that is gone nothing of the path is validation.
             is_gone = config.val_path is None or not Path(config.val_path).exists()
             rest = dataclasses.replace(config, val_path=None) if is_gone else config
-            corpus = self._replace(config=rest)
-            found += _changes(noted, config.path, corpus._train_files, report)
-        if config.val_path is not None and "val" in noted:
-            found += _changes(noted["val"], config.val_path, self._val_files, report)
+            files = self._replace(config=rest)._files
+            found += _changes(noted, config.path, lambda: files().train, report)
+        where = config.val_path or config.path
+        if "val" in noted and where is not None:
+            own = self._val_files if config.val_path else lambda: self._files().val
+            told = report if config.val_path else _quiet
+            found += _changes(noted["val"], where, own, told)
         return origin.in_words(found)
 
     def _files(self, report: Report = _quiet) -> "Files":
-        """Says what is passed over."""
-        train = self._train_files(report)
-        is_divided = self.config.val_path is not None
-        return Files(train, self._val_files(report) if is_divided else None)
+        """The files of both sides; says what is passed over.
 
-    def _train_files(self, report: Report = _quiet) -> Iterable[Path] | None:
-        """The files of `path` that are training; None where the source has none."""
+        Raises:
+            ValueError: both sides have one.
+        """
         config = self.config
         if config.path is None:
-            return None
-        path, is_local = Path(config.path), kind_of(config.source) in LOCAL
-        selection = config.languages, config.licenses
-        found: Iterable[Path] = [path]
-        if is_local:
-            found = local_files(config.source, path, report, *selection)
+            is_divided = config.val_path is not None
+            return Files(None, self._val_files(report) if is_divided else None)
+        path, kind = Path(config.path), kind_of(config.source)
+        train: Iterable[Path] = [path]
+        if kind == "code" or kind in SUFFIXES:
+            selection = config.languages, config.licenses
+            train = local_files(config.source, path, report, *selection)
+        val = None if config.val_path is None else self._val_files(report)
+        if kind in SUFFIXES and path.is_dir():
+            named = by_name([*train], path)
+            tell(named, val, path, report)
+            train, val = named.train, (named.val or None) if val is None else val
         if config.val_path is not None:
-            val = self._val_files()
-            found = apart(found, val, path, Path(config.val_path), report)
-        return found
-
-    def _val_files(self, report: Report = _quiet) -> list[Path]:
-        path = Path(self.config.val_path or "")
-        selection = self.config.languages, self.config.licenses
-        return [*local_files(self._val_source(), path, report, *selection)]
+            train = apart(train, val or [], path, Path(config.val_path), report)
+        return Files(train, val)
 
     def _documents(
         self,
@@ -147,8 +156,15 @@ class Corpus(NamedTuple):
         report: Report = _quiet,
         opened: origin.Opened | None = None,
     ) -> Iterator[str]:
-        source, path = self._val_source(), self.config.val_path
+        source, path = self.config.source, self.config.path
+        if self.config.val_path is not None:
+            source, path = self._val_source(), self.config.val_path
         return iter_documents(source, path, None, report, None, None, opened, files)
+
+    def _val_files(self, report: Report = _quiet) -> list[Path]:
+        path = Path(self.config.val_path or "")
+        selection = self.config.languages, self.config.licenses
+        return [*local_files(self._val_source(), path, report, *selection)]
 
     def _val_source(self) -> Source:
         """A folder beside training on code is code; else as it looks."""

@@ -12,7 +12,9 @@
 | `fineweb_5m`, ... | one row of FineWeb-Edu, one file of The Stack | None downloads (`datasets.py`), or as `parquet` or `code` |
 
 Documents are UTF-8, in a fixed order (files by sorted path), newlines as they stand in
-the file, without a byte order mark at its start (`files.py`: links, suffixes, archives). A file named by the caller that cannot
+the file, without a byte order mark at its start (`files.py`: links, suffixes, archives).
+Files of a folder whose names say that they are validation or test are documents like the
+others here; `prepare` divides them (`sides.py`). A file named by the caller that cannot
 be read is an error; inside a folder it is skipped, and the number of skipped files is
 reported.
 """
@@ -38,7 +40,8 @@ from trix_jax.lm.data.files import (
     walk,
 )
 from trix_jax.lm.data.origin import Opened
-from trix_jax.lm.data.token_files import SUFFIXES, words
+from trix_jax.lm.data.sides import TRAIN, words
+from trix_jax.lm.data.token_files import SUFFIXES
 
 Source = Literal[
     "stdlib",
@@ -151,9 +154,7 @@ def infer_source(path: str | Path) -> Source:
     }
     files = walk(path) if path.is_dir() else []
     held = {suffix_of(file) for file in files}
-    tokens = [
-        f for f in files if suffix_of(f) in SUFFIXES and "train" in words(Path(f.name))
-    ]
+    tokens = [f for f in files if suffix_of(f) in SUFFIXES and TRAIN & words(f.name)]
     for suffix, source in kinds.items():
         if suffix in (held or {suffix_of(path)}):
             if found := [file.name for file in tokens if file.parent == path]:
