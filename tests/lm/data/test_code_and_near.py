@@ -73,11 +73,49 @@ def test_validation_folder_beside_code_is_code_of_the_same_kind(repositories, tm
         prepare(config, tmp_path / "store", quiet)
 
 
+def read_code(path, **flags):
+    lines = []
+    return list(iter_documents("code", path, report=lines.append, **flags)), lines
+
+
+def test_a_vendored_licence_does_not_make_repositories_of_one(tmp_path):
+    (tmp_path / "src").mkdir()
+    for name in ("third_party", ".hidden"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "LICENSE").write_text(MIT)
+        (tmp_path / name / "x.py").write_text("third = 1\n")
+    (tmp_path / "main.py").write_text("main = 1\n")
+    (tmp_path / "src" / "app.py").write_text("app = 1\n")
+    assert read_code(tmp_path) == (["main = 1\n", "app = 1\n"], [])
+
+
+def test_source_beside_repositories_is_read_or_told(repositories):
+    (repositories / "all.py").write_text("all = 1\n")
+    for name in (".git", "build"):  # no repositories, whatever they hold
+        (repositories / name).mkdir()
+        (repositories / name / "LICENSE").write_text(MIT)
+        (repositories / name / "x.py").write_text("left = 1\n")
+    texts, lines = read_code(repositories, languages="python")
+    assert texts == ["all = 1\n", *(f"name = {name!r}\n" for name in "abc")]
+    assert lines == ["left out 2 folder(s) by their names, the first .git"]
+    kind = {"languages": "python", "licenses": "permissive"}
+    texts, lines = read_code(repositories, **kind)
+    assert texts == ["name = 'a'\n"]
+    assert lines[1:] == [
+        "repositories by licence: MIT 1, no permissive licence file 2; those without are "
+        "left out",
+        "left out 1 source file(s) beside the repositories, under no permissive licence "
+        "file, the first all.py",
+    ]
+
+
 def test_code_takes_a_list_of_repositories(repositories, tmp_path):
     listed = tmp_path / "list.txt"
     listed.write_text(f"{repositories / 'c'}\n{repositories / 'a'}\n")
     found = list(iter_documents("code", listed, languages="rust", report=quiet))
     assert found == ["// c\n", "// a\n"]
+    listed.write_bytes(b"\xef\xbb\xbf" + listed.read_bytes())  # a byte order mark
+    assert list(iter_documents("code", listed, languages="rust", report=quiet)) == found
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import pytest
 
 from trix_jax.lm.data import infer_source, iter_documents
 
+BOM = b"\xef\xbb\xbf"  # of UTF-8
+
 pytestmark = pytest.mark.usefixtures("no_type_hook")
 
 
@@ -59,6 +61,15 @@ def test_folders_and_files_that_are_links_are_read_and_a_cycle_ends(tmp_path):
         ("a.json", b'["x", "y"]', ["x", "y"]),
         ("a.json", b"\n" + jsonl("x", "y"), ["x", "y"]),
         ("a.json.gz", gzip.compress(b'["x"]'), ["x"]),
+        ("a.txt", BOM + b"mark", ["mark"]),
+        ("a.txt", BOM + BOM + b"two", ["\ufefftwo"]),
+        ("a.txt", b"in" + BOM + b"side", ["in\ufeffside"]),
+        ("a.txt.gz", gzip.compress(BOM + b"mark"), ["mark"]),
+        ("a.json", BOM + b'["x", "y"]', ["x", "y"]),
+        ("a.json", BOM + b'\n["x"]', ["x"]),
+        ("a.json", BOM + jsonl("x", "y"), ["x", "y"]),
+        ("a.jsonl", BOM + jsonl("x", "y"), ["x", "y"]),
+        ("a.jsonl", BOM + b"\r\n" + jsonl("x"), ["x"]),
     ],
 )
 def test_file_and_folder_of_it_are_read_as_what_they_hold(
@@ -78,6 +89,9 @@ def test_file_and_folder_of_it_are_read_as_what_they_hold(
         ("a.jsonl", b'["x", "y"]', "line 1: must be"),
         ("a.jsonl", b'"x"\n', "line 1: must be"),
         ("a.json", b'\n{"text": "x"}\n{', "line 3: must be"),
+        ("a.jsonl", BOM + b'\n{"text": "x"}\n{', "line 3: must be"),
+        ("a.txt", BOM + b"ab\xff", "not UTF-8 text: invalid start byte at offset 5"),
+        ("a.txt", BOM, "is empty"),
         ("a.txt.gz", gzip.compress(b"packed" * 99)[:-9], "cannot be unpacked"),
         ("a.txt.gz", b"no archive", "cannot be unpacked"),
         ("a.jsonl.zst", zstd(jsonl("x" * 999))[:-9], "cannot be unpacked"),

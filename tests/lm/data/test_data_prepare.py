@@ -1,5 +1,6 @@
 """prepare: documents to a store, split before windows, the same every time."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -150,6 +151,20 @@ def test_prepare_path_of_a_store_opens_it_in_place(tmp_path):
         == open_store(store.directory).fingerprint
     )
     assert not (tmp_path / "unused").exists()
+
+
+@pytest.mark.usefixtures("no_type_hook")
+def test_prepare_takes_paths_as_their_text(tmp_path, tokenizer_file):
+    path, val = tmp_path / "a.txt", tmp_path / "b.txt"
+    path.write_text("the tile " * 20)
+    val.write_text("a token " * 20)
+    fields = {"path": path, "val_path": val, "tokenizer": tokenizer_file("gpt2")}
+    config = DataConfig(**fields)
+    assert config == DataConfig(**{name: str(value) for name, value in fields.items()})
+    store = prepare(config, tmp_path / "store", quiet)
+    assert store.manifest["config"]["path"] == str(path)
+    moved = dataclasses.replace(config, path=val)
+    assert moved.path == str(val)
 
 
 def test_prepare_default_source_with_path_reads_the_path(tmp_path):

@@ -280,14 +280,6 @@ def test_validation_is_no_training_whatever_its_path_is_called(
     assert whole(store.val) == IDS[160:].tolist()
 
 
-def test_a_validation_text_inside_of_the_training_texts_is_refused(tmp_path):
-    for name in ("a.txt", "val.txt"):
-        (tmp_path / name).write_text("some text " * 99)
-    config = DataConfig(path=str(tmp_path), val_path=str(tmp_path / "val.txt"))
-    with pytest.raises(ValueError, match=r"val_path=.* must lie outside of path="):
-        prepare(config, tmp_path / "store", quiet)
-
-
 def test_a_folder_of_text_and_training_tokens_is_named_by_its_user(tmp_path):
     IDS.astype(np.uint16).tofile(tmp_path / "fineweb_train_000001.bin")
     (tmp_path / "README.txt").write_text("about them")

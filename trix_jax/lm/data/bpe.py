@@ -11,6 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from trix_jax.lm.data.interruptible import interruptible
 from trix_jax.lm.data.library_tokenizer import EOT, LibraryTokenizer
+from trix_jax.lm.data.long_texts import cuts_of, parts
 
 LONG_WORD = 2000
 _SPACES = re.compile(rf"\s{{{LONG_WORD}}}")
@@ -47,7 +48,13 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> LibraryTokenizer:
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    pieces = (piece for text in documents for piece in _pieces(text))
+    cuts = cuts_of(json.loads(inner.to_str()))
+    pieces = (
+        part
+        for text in documents
+        for piece in _pieces(text)
+        for part in parts(piece, cuts)
+    )
     interruptible(lambda: inner.train_from_iterator(pieces, trainer))
     return LibraryTokenizer(json.loads(inner.to_str()), EOT)
 

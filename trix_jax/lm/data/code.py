@@ -1,9 +1,13 @@
 """Source files: of repositories by language and licence, and of The Stack v2.
 
 `path` of the source `code` is a folder: one repository, or one that holds repositories;
-or a text file with the path of a repository on each line. A repository's licence is
-read off its licence files by the words that only that licence has; copyleft in any of
-them leaves it out.
+or a text file with the path of a repository on each line. A folder holds repositories
+if it has no known licence file and a folder in it has one; folders that are hidden or of
+LEFT_OUT are none, which is said. Source files beside the repositories are read as well,
+before them; where licences count, no licence covers them, which is said.
+
+A repository's licence is read off its licence files by the words that only that licence
+has; copyleft in any of them leaves it out.
 """
 
 import concurrent.futures
@@ -80,8 +84,8 @@ Report = Callable[[str], None]
 def code_files(
     path: Path, languages: str | None, licenses: str | None, report: Report
 ) -> Iterator[Path]:
-    """Yields the source files of the repositories at `path`, repository by repository,
-    files by sorted path.
+    """Yields the source files of the repositories at `path`, those beside them first,
+    then repository by repository, files by sorted path.
 
     Args:
         path: a folder or a list of folders.
@@ -89,16 +93,20 @@ def code_files(
         licenses: "permissive" takes only repositories whose licence file says so; None
             all.
         report: is told how many repositories of which licence were taken, and how many
-            links and large files were not.
+            links, large files, folders and files beside repositories were not.
 
     Raises:
         ValueError: no such folder or language, or no repository is left.
     """
     suffixes = suffixes_of(languages)
-    repositories = _repositories(path)
+    repositories = _repositories(path, report)
+    passed: list[Path] = []
+    is_beside = path.is_dir() and repositories != [path]
+    beside = [*_files(path, suffixes, passed, is_deep=False)] if is_beside else []
     if licenses == "permissive":
         repositories = _permissive(repositories, path, report)
-    passed: list[Path] = []
+        beside = _without_licence(beside, report)
+    yield from beside
     for repository in repositories:
         yield from _files(repository, suffixes, passed)
     if passed:
@@ -248,9 +256,9 @@ def _get(url: str) -> bytes | None:
     )
 
 
-def _repositories(path: Path) -> list[Path]:
+def _repositories(path: Path, report: Report) -> list[Path]:
     if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
         found = [Path(line.strip()) for line in lines if line.strip()]
         for repository in found:
             if not repository.is_dir():
@@ -259,9 +267,27 @@ def _repositories(path: Path) -> list[Path]:
                     f"lists {str(repository)[:80]!r}, which is none."
                 )
         return found
-    folders = sorted(f for f in path.iterdir() if f.is_dir())
-    is_one = license_of(path) or not any(map(license_of, folders))
-    return [path] if is_one else folders
+    everything = sorted(f for f in path.iterdir() if f.is_dir())
+    folders = [f for f in everything if _is_read(f.name)]
+    if license_of(path) or not any(map(license_of, folders)):
+        return [path]
+    if left := [f.name for f in everything if f not in folders]:
+        report(f"left out {len(left)} folder(s) by their names, the first {left[0]}")
+    return folders
+
+
+def _is_read(folder: str) -> bool:
+    return not folder.startswith(".") and folder not in LEFT_OUT
+
+
+def _without_licence(beside: list[Path], report: Report) -> list[Path]:
+    """Says which files lie beside repositories, and leaves them out."""
+    if beside:
+        report(
+            f"left out {len(beside)} source file(s) beside the repositories, under no "
+            f"permissive licence file, the first {beside[0].name}"
+        )
+    return []
 
 
 def _permissive(repositories: list[Path], path: Path, report: Report) -> list[Path]:
@@ -285,15 +311,16 @@ def _permissive(repositories: list[Path], path: Path, report: Report) -> list[Pa
 
 
 def _files(
-    repository: Path, suffixes: frozenset[str], passed: list[Path]
+    repository: Path,
+    suffixes: frozenset[str],
+    passed: list[Path],
+    is_deep: bool = True,
 ) -> Iterator[Path]:
-    """Yields source files; links, of which another repository is full, and what is too
-    large go to `passed`.
+    """Yields source files, with `is_deep` those of folders too; links, of which another
+    repository is full, and what is too large go to `passed`.
     """
     for folder, folders, names in os.walk(repository):
-        folders[:] = sorted(
-            f for f in folders if not f.startswith(".") and f not in LEFT_OUT
-        )
+        folders[:] = sorted(filter(_is_read, folders)) if is_deep else []
         passed += [p for f in folders if (p := Path(folder, f)).is_symlink()]
         for name in sorted(names):
             file = Path(folder, name)

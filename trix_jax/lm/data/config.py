@@ -5,6 +5,7 @@ preset yields to it; a flag that somebody typed and that says otherwise is an er
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -27,17 +28,19 @@ OF_TEXT = ("max_bytes", "near_duplicates", "languages", "licenses")
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What text to learn from, and how it becomes tokens.
+    """What text to learn from, and how it becomes tokens. A `pathlib.Path` given for
+    `path`, `val_path` or `tokenizer` is kept as its text.
 
     Attributes:
         source: Where documents come from (the table in `sources.py`). With the default
             and a `path`, it is read off the path.
         path: A prepared store, a file or a folder. None: the embedded default, or a
             download.
-        val_path: A file or a folder that is validation, as it is; all that is at `path`
-            is then training, and `val_fraction` says nothing. A folder beside source
-            code is source code, of the same languages and licences. None: a share is,
-            or the validation file beside a training file of tokens.
+        val_path: A file or a folder that is validation, as it is; all else that is at
+            `path` is then training, and `val_fraction` says nothing. It may lie inside
+            of `path`, and shares no file with it otherwise. A folder beside source code
+            is source code, of the same languages and licences. None: the files that say
+            so in their names beside training files are (`sides.py`), else a share.
         tokenizer: Ids are characters of the corpus ("char"), UTF-8 bytes ("byte"), a
             byte-level BPE trained on the training documents ("bpe"), or those of a
             `tokenizer.json`, Hugging Face's or a run's: its path, or its folder's. Token
@@ -73,6 +76,11 @@ class DataConfig:
     licenses: Literal["permissive"] | None = None
     val_path: str | None = None
     end_of_text: str | None = None
+
+    def __post_init__(self):
+        for name in ("path", "val_path", "tokenizer"):
+            if isinstance(value := getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(value))
 
 
 def check(config: DataConfig) -> None:
@@ -114,11 +122,6 @@ def check_source(config: DataConfig) -> None:
                 raise ValueError(
                     f"{name} is of text, and {config.path} holds tokens. Got {value}."
                 )
-    elif config.path and config.val_path and _is_in(config.val_path, config.path):
-        raise ValueError(
-            f"val_path={config.val_path!r} must lie outside of path={config.path!r}, all "
-            "of which is training."
-        )
     elif config.tokenizer == NONE:
         raise ValueError(f"tokenizer=none is of token files. Got {config.source} text.")
     elif config.end_of_text is not None and not is_file:
@@ -126,10 +129,6 @@ def check_source(config: DataConfig) -> None:
             f"end_of_text={config.end_of_text!r} is a token of a tokenizer.json, and "
             f"tokenizer={config.tokenizer} has its own."
         )
-
-
-def _is_in(inner: str, outer: str) -> bool:
-    return Path(inner).resolve().is_relative_to(Path(outer).resolve())
 
 
 def for_tokens(config: DataConfig) -> DataConfig:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 PACKED = (".gz", ".zst")
+BYTE_ORDER_MARK = "\ufeff"  # at the start of a file; anywhere else it is text
 # Suffixes by source. In a folder a `.json` may describe the data: it is read only where
 # no `.jsonl` is.
 SUFFIXES = {"text": (".txt",), "jsonl": (".jsonl", ".json"), "parquet": (".parquet",)}
@@ -139,19 +140,19 @@ def json_texts(file: Path) -> Iterator[str]:
 
 def _entries(file: Path, lines: BinaryIO) -> Iterator[tuple[str, Any]]:
     """Lines as bytes, or the values of an array, and where each is."""
-    number, first = 0, b""
-    if suffix_of(file) == ".json":
-        while not first.strip() and (first := lines.readline()):
-            number += 1
-        if first.lstrip().startswith(b"["):
-            try:
-                values = json.loads(first + lines.read())
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{file} is not a JSON array ({error}).") from error
-            yield from ((f"entry {i}", value) for i, value in enumerate(values, 1))
-            return
-        if first:
-            yield f"line {number}", first
+    first = lines.readline().removeprefix(BYTE_ORDER_MARK.encode())
+    number = 1
+    while first and not first.strip():
+        first, number = lines.readline(), number + 1
+    if suffix_of(file) == ".json" and first.lstrip().startswith(b"["):
+        try:
+            values = json.loads(first + lines.read())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file} is not a JSON array ({error}).") from error
+        yield from ((f"entry {i}", value) for i, value in enumerate(values, 1))
+        return
+    if first:
+        yield f"line {number}", first
     rest = cast(Iterable[bytes], lines)
     for place, line in enumerate(rest, number + 1):
         if line.strip():

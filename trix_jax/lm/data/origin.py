@@ -60,13 +60,18 @@ def changes(noted: dict[str, Any], path: Path, files: Iterable[Path]) -> list[st
             break  # the store holds nothing of what comes behind
         if _state(file) != (-1, -1):
             now[_name(file, path)] = file
-    found = [f"{name} is gone" for name in before if name not in now]
+    found = [_gone(name, path) for name in before if name not in now]
     found += [f"{name} is new" for name in now if name not in before]
     for name in before.keys() & now.keys():
         size, sha256 = (before[name][key] for key in ("bytes", "sha256"))
         if _state(now[name])[0] != size or file_sha256(now[name]) != sha256:
             found.append(f"{name} changed")
     return sorted(found)
+
+
+def _gone(name: str, path: Path) -> str:
+    """A file that is there may be of another side now."""
+    return f"{name} is {'not taken any more' if (path / name).exists() else 'gone'}"
 
 
 def in_words(found: list[str]) -> str:

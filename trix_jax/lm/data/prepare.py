@@ -6,7 +6,7 @@ its characters or bytes.
 
 The source is read three times at most (sizes, tokenizer, tokens) and never held: memory
 grows by 16 bytes a document, and with `near_duplicates` by a kilobyte a validation
-document.
+document. One document is held whole, and encoded in parts (`long_texts.py`).
 """
 
 import dataclasses
@@ -31,6 +31,7 @@ from trix_jax.lm.data.config import (
 )
 from trix_jax.lm.data.corpus import Corpus, corpus_of
 from trix_jax.lm.data.datasets import filled_in
+from trix_jax.lm.data.library_tokenizer import LibraryTokenizer
 from trix_jax.lm.data.near_duplicates import NearDuplicates
 from trix_jax.lm.data.pipeline import check_context
 from trix_jax.lm.data.prepare_tokens import build_tokens
@@ -51,6 +52,7 @@ from trix_jax.lm.data.tokenizer import Tokenizer
 from trix_jax.lm.data.vocabulary import Losses, make_tokenizer
 
 BATCH_CHARACTERS = 4_000_000
+LONG_CHARACTERS = 4_000_000  # of a text that is told when it is encoded in one piece
 SECONDS_BETWEEN_LINES = 10.0
 
 Changed = Literal["refuse", "tell", "rebuild"]
@@ -202,7 +204,7 @@ def _write(
     config = corpus.config
     end = np.asarray([tokenizer.eot] if survey.several else [], np.int32)
     train, removed, read = written["train"], 0, {"train": 0, "val": 0}
-    losses = Losses(tokenizer, config.tokenizer)
+    losses, is_told = Losses(tokenizer, config.tokenizer), False
     began = last = time.monotonic()
     for batch in _batches(corpus.sides(survey)):
         for side, text in batch:
@@ -216,6 +218,7 @@ def _write(
         ]
         removed += len(wanted) - len(kept)
         texts = [text for _, text in kept]
+        is_told = is_told or _tell_whole(tokenizer, texts, report)
         encoded = tokenizer.encode_batch(texts)
         losses.see(texts, encoded)
         for (side, text), ids in zip(kept, encoded, strict=True):
@@ -229,6 +232,25 @@ def _write(
     splits.check_share(survey, config.val_fraction, read)
     losses.tell(report)
     return removed
+
+
+def _tell_whole(
+    tokenizer: Tokenizer, texts: list[str], report: Callable[[str], None]
+) -> bool:
+    """Says, before memory may end, that a long text cannot be encoded in parts; returns
+    whether it did.
+    """
+    for text in texts:
+        if len(text) <= LONG_CHARACTERS or not isinstance(tokenizer, LibraryTokenizer):
+            continue
+        if (most := max(map(len, tokenizer.parts(text)))) > LONG_CHARACTERS:
+            report(
+                f"{most:,} characters of a text are encoded in one piece, which may take "
+                "over a hundred times their size in memory: where this tokenizer could "
+                "cut them is not known. Shorter documents take less"
+            )
+            return True
+    return False
 
 
 def _append(split: SplitWriter, ids: np.ndarray, text: str, most: int) -> int:

@@ -12,7 +12,9 @@
 | `fineweb_5m`, ... | one row of FineWeb-Edu, one file of The Stack | None downloads (`datasets.py`), or as `parquet` or `code` |
 
 Documents are UTF-8, in a fixed order (files by sorted path), newlines as they stand in
-the file (`files.py`: links, suffixes, archives). A file named by the caller that cannot
+the file, without a byte order mark at its start (`files.py`: links, suffixes, archives).
+Files of a folder whose names say that they are validation or test are documents like the
+others here; `prepare` divides them (`sides.py`). A file named by the caller that cannot
 be read is an error; inside a folder it is skipped, and the number of skipped files is
 reported.
 """
@@ -29,9 +31,17 @@ from trix_jax.files import cache_folder, write_whole
 from trix_jax.lm.data.code import code_files, stack_documents
 from trix_jax.lm.data.datasets import DATASETS, Dataset
 from trix_jax.lm.data.download import fetch
-from trix_jax.lm.data.files import files_of, json_texts, read, suffix_of, walk
+from trix_jax.lm.data.files import (
+    BYTE_ORDER_MARK,
+    files_of,
+    json_texts,
+    read,
+    suffix_of,
+    walk,
+)
 from trix_jax.lm.data.origin import Opened
-from trix_jax.lm.data.token_files import SUFFIXES, words
+from trix_jax.lm.data.sides import TRAIN, words
+from trix_jax.lm.data.token_files import SUFFIXES
 
 Source = Literal[
     "stdlib",
@@ -67,6 +77,7 @@ def iter_documents(
     languages: str | None = None,
     licenses: str | None = None,
     opened: Opened | None = None,
+    files: Iterable[Path] | None = None,
 ) -> Iterator[str]:
     """Yields the documents of a source, none of them empty, in a fixed order.
 
@@ -78,6 +89,7 @@ def iter_documents(
         report: Is told in one line how many files of a folder were skipped.
         languages, licenses: What of `code` to take (`code.code_files`).
         opened: Notes the local files that are read.
+        files: Those of `path` that are read; None: all that `local_files` gives.
 
     Raises:
         ValueError: The path is missing, empty, not what the source expects, or holds
@@ -87,10 +99,12 @@ def iter_documents(
     """
 
     def local(kind: str, path: Path) -> Iterator[str]:
-        files = local_files(kind, path, report, languages, licenses)
+        found = files
+        if found is None:
+            found = local_files(kind, path, report, languages, licenses)
         if opened is not None:
-            files = opened.noting(files)
-        return _local(kind, files, path.is_file(), report)
+            found = opened.noting(found)
+        return _local(kind, found, path.is_file(), report)
 
     match source:
         case "stdlib":
@@ -140,9 +154,7 @@ def infer_source(path: str | Path) -> Source:
     }
     files = walk(path) if path.is_dir() else []
     held = {suffix_of(file) for file in files}
-    tokens = [
-        f for f in files if suffix_of(f) in SUFFIXES and "train" in words(Path(f.name))
-    ]
+    tokens = [f for f in files if suffix_of(f) in SUFFIXES and TRAIN & words(f.name)]
     for suffix, source in kinds.items():
         if suffix in (held or {suffix_of(path)}):
             if found := [file.name for file in tokens if file.parent == path]:
@@ -239,7 +251,7 @@ def _decode(data: bytes, path: Path) -> str:
             f"{path} is not text: it has a NUL byte at offset {data.index(0)}."
         )
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8").removeprefix(BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 text: {error.reason} at offset {error.start}."

@@ -11,7 +11,6 @@ as in `val.bin` and `fineweb_val_000000.bin`, one with "test" is passed over, an
 are training, in order of their paths; so too `val.bin` beside a `train.bin` that is named.
 """
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,12 +19,12 @@ import numpy as np
 from jaxtyping import Int64, Integer
 
 from trix_jax.lm.data.files import tell_passed_over, walk
+from trix_jax.lm.data.sides import TEST, VAL, words
 
 SUFFIXES = (".bin", ".npy")
 HEADER_BYTES = 256 * 4
 LLM_C = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic number: version, type
 FOREIGN = {b"PK\x03\x04": "a PyTorch or zip file", b"GGUF": "a GGUF model"}
-VAL = {"val", "valid", "validation"}
 SAMPLE = 4096  # ids that tell a file of wider integers
 CHUNK = 2**22  # ids that are looked at at a time
 
@@ -56,9 +55,9 @@ def find(path: Path, report: Callable[[str], None]) -> Sides:
         return Sides([path], [p for p in beside if is_train and p.is_file()])
     everything = walk(path)
     files = [p for p in everything if p.suffix.lower() in SUFFIXES and p.is_file()]
-    named = {p: words(p.relative_to(path)) for p in files}
+    named = {p: words(p.relative_to(path).as_posix()) for p in files}
     val = [p for p in files if VAL & named[p]]
-    train = [p for p in files if not (VAL | {"test"}) & named[p]]
+    train = [p for p in files if not (VAL | TEST) & named[p]]
     taken = {*train, *val}
     tell_passed_over("tokens", path, [p for p in everything if p not in taken], report)
     if not train:
@@ -74,11 +73,6 @@ def _check_suffix(file: Path) -> None:
         raise ValueError(
             f"{file} must be a .bin or .npy file of tokens, not packed. Got {file.name}."
         )
-
-
-def words(file: Path) -> set[str]:
-    """Those of its name, and of the folders before it."""
-    return set(re.split(r"[^a-z]+", file.with_suffix("").as_posix().lower()))
 
 
 def all_of(path: Path, report: Callable[[str], None]) -> list[Path]:

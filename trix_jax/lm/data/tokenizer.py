@@ -29,6 +29,7 @@ from trix_jax.lm.data.library_tokenizer import (
     checked,
     known_mark,
 )
+from trix_jax.lm.data.long_texts import PART
 
 TOKENIZER = "tokenizer.json"
 FORMAT_VERSION = 1
@@ -95,6 +96,11 @@ class CharTokenizer(Saved):
         return len(self._pieces)
 
     def encode(self, text: str) -> Int32[np.ndarray, " T"]:
+        starts = range(0, max(len(text), 1), PART)
+        found = [self._encode_part(text[at : at + PART], at) for at in starts]
+        return np.concatenate(found)
+
+    def _encode_part(self, text: str, start: int) -> Int32[np.ndarray, " T"]:
         codes = _code_points(text)
         ids = np.minimum(
             np.searchsorted(self._codes, codes), len(self._codes) - 1
@@ -103,7 +109,7 @@ class CharTokenizer(Saved):
         if not known.all():
             at = int(np.argmin(known))
             raise ValueError(
-                f"text must use the {len(self._codes)} characters of the corpus. Got {text[at]!r} at {at}."
+                f"text must use the {len(self._codes)} characters of the corpus. Got {text[at]!r} at {start + at}."
             )
         return ids
 
