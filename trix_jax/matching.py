@@ -43,6 +43,7 @@ def match_inside(
     """
     if mask is not None:  # they have no row, and read that of another
         h = jnp.where(mask[:, None], h, 0)
+    signature = jnp.asarray(signature)
     plan = dispatch.make_plan(clusters, members.shape[0], mask=mask)
     near = signature[members[plan.block_tile]]
     blocks = dispatch.to_blocks(h.astype(jnp.float32), plan)

@@ -42,8 +42,13 @@ from trix_kernels.tile_matmul import xla
 from trix_kernels.tile_matmul.api import int8_reason
 from trix_kernels.varying import vary_alike as vary_alike
 from trix_kernels.varying import vary_like as vary_like
-from trix_kernels.weights import ROWS, layout_of, planar_unsupported_reason
+from trix_kernels.weights import (
+    ROWS,
+    layout_of,
+    planar_unsupported_reason,
+)
 from trix_kernels.weights import in_bytes as in_bytes
+from trix_kernels.weights import packed_shape as packed_shape
 
 PACKED = "packed"  # the Flax collection that holds packed weights
 
@@ -262,5 +267,8 @@ def _matmul(x, q, scale, activations: Activations):
     if activations == "float":
         return xla.matmul(x, q, scale)
     values, token_scale = jax.lax.stop_gradient(quantize(x))
-    values = straight_through(values.astype(x.dtype), x / token_scale.astype(x.dtype))
-    return xla.matmul(values, q, scale, token_scale)
+    # A token's scale, and what it multiplies, underflow in float16.
+    wide = x.astype(jnp.float32) if x.dtype == jnp.float16 else x
+    real = wide / token_scale.astype(wide.dtype)
+    values = straight_through(values.astype(wide.dtype), real)
+    return xla.matmul(values, q, scale, token_scale, x.dtype)

@@ -255,7 +255,7 @@ def _hard(w, config: TernaryConfig):
     if config.rule == "fixed":
         edge = 0.5 if config.threshold is None else config.threshold
         ones = jnp.ones((*w.shape[:-2], 1, 1), w.dtype)
-        return jnp.sign(w) * (jnp.abs(w) > edge), ones, edge
+        return jnp.sign(w) * (jnp.abs(w) > edge).astype(w.dtype), ones, edge
     magnitude = jax.lax.stop_gradient(jnp.abs(w))
     absmean = _group_mean(magnitude, jnp.ones_like(magnitude), config)
     if config.rule == "absmean":
@@ -269,7 +269,7 @@ def _hard(w, config: TernaryConfig):
     kept = magnitude > threshold * expand_scale(absmean, w.shape[-2])
     scale = _positive(round_scale(_group_mean(magnitude, kept.astype(w.dtype), config)))
     edge = expand_scale(threshold * absmean / scale, w.shape[-2])
-    return jnp.sign(w) * kept, scale, edge
+    return jnp.sign(w) * kept.astype(w.dtype), scale, edge
 
 
 def _group_mean(values, weight, config: TernaryConfig):

@@ -65,9 +65,17 @@ def reason_for(platform: str, kind: str, capability: str) -> str | None:
     return f"{kind} has compute capability {capability}: {why}."
 
 
+def default_device() -> jax.Device:
+    """Where JAX puts what nobody places: `jax.default_device`, else the first device."""
+    chosen = jax.config.jax_default_device
+    if chosen is None or isinstance(chosen, str):
+        return jax.devices(chosen)[0]
+    return chosen
+
+
 def _default() -> _Device:
     if found := _assumed.get():
         return found
-    device = jax.devices()[0]
+    device = default_device()
     capability = str(getattr(device, "compute_capability", ""))
     return _Device(device.platform, device.device_kind, capability)

@@ -98,6 +98,14 @@ def unpack(
     return jnp.swapaxes(q.reshape(*lead, features, words * PLANES), -1, -2), scale
 
 
+def packed_shape(shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
+    """The shape of the words of weights `[*N, I, O]`."""
+    *lead, rows, features = shape
+    if layout == "planar":
+        return (*lead, features, rows // PLANES)
+    return (*lead, rows, -(-features // 4) if layout == "rows" else features)
+
+
 def in_bytes(bits: Integer[Array, "*N rows words"]) -> Int8[Array, "*N I O"]:
     """Words of the layout "rows" or "bytes" in the layout "bytes", four columns a word:
     where O is no multiple of 4 the last ones are zeros, as in the words.

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from trix_jax import HierarchicalTriXFFN, SparseTriXFFN, balance
+from trix_jax import HierarchicalTriXFFN, SparseTriXFFN, TriXLinear, balance
 from trix_jax.interop.nnx import (
     Layer,
     PackedWeights,
@@ -29,6 +29,27 @@ def assert_near(got, expected, roundings=64):
         a, b = np.float64(a), np.float64(b)
         bound = roundings * EPS * max(np.abs(b).max(), 1e-6)
         np.testing.assert_allclose(a, b, rtol=0, atol=bound)
+
+
+class Mlp(nnx.Module):
+    """Two modules of equal fields, whose input widths differ."""
+
+    def __init__(self):
+        def layer(width):
+            module = nnx.bridge.ToNNX(TriXLinear(32), rngs=nnx.Rngs(0))
+            return module.lazy_init(jnp.zeros((1, width)))
+
+        self.a, self.b = layer(16), layer(32)
+
+    def __call__(self, x):
+        return self.b(nnx.relu(self.a(x)))
+
+
+def test_freeze_of_equal_modules_with_other_inputs_packs_each():
+    model = Mlp()
+    served = freeze(model, X)
+    expected = nnx.jit(lambda model, x: model(x))(model, X)
+    assert_near(nnx.jit(lambda model, x: model(x))(served, X), expected)
 
 
 class Model(nnx.Module):

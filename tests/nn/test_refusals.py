@@ -6,7 +6,14 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from trix_jax import HierarchicalTriXFFN, SparseTriXFFN
+from trix_jax import (
+    HierarchicalTriXFFN,
+    SparseLookupFFN,
+    SparseTriXFFN,
+    TriXLinear,
+    freeze,
+    widen,
+)
 
 D = 16
 X = jax.random.normal(jax.random.key(0), (4, D))
@@ -54,3 +61,27 @@ def test_the_state_of_other_tiles_is_refused_as_such(variables):
     mixed = variables | {"routing": wider["routing"]}
     with pytest.raises(ValueError, match=r"must be of 4 tiles\. Got that of 8"):
         jax.eval_shape(SparseTriXFFN(D).apply, mixed, X)
+
+
+@pytest.mark.parametrize(
+    ("layer", "other"),
+    [
+        (TriXLinear(32), TriXLinear(16)),
+        (SparseLookupFFN(D, grid_size=2), SparseLookupFFN(D, grid_size=1)),
+    ],
+)
+def test_frozen_variables_of_other_settings_are_refused(layer, other):
+    variables = jax.jit(layer.init)(jax.random.key(0), X)
+    frozen = freeze(layer, variables, X)
+    for given in (frozen, widen(frozen)):
+        jax.eval_shape(layer.apply, given, X)
+        with pytest.raises(ValueError, match=r"bits must be .*frozen with other sett"):
+            jax.eval_shape(other.apply, given, X)
+
+
+def test_clusters_of_other_settings_are_refused():
+    small = HierarchicalTriXFFN(D, num_tiles=8, tiles_per_cluster=2)
+    variables = jax.jit(small.init)(jax.random.key(0), X)
+    other = small.clone(tiles_per_cluster=4)
+    with pytest.raises(ValueError, match=r"Got \[4, 2\]: the state of other settings"):
+        jax.eval_shape(other.apply, variables, X)

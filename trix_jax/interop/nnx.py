@@ -13,6 +13,7 @@ of `nnx.Param` sees.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 from flax.nnx.bridge import variables as bridge
@@ -92,16 +93,17 @@ def freeze(model: nnx.Module, *args: Any, **how: Any) -> nnx.Module:
     for _, layer in nnx.iter_modules(model):
         if not isinstance(layer, nnx.bridge.ToNNX):
             continue
-        for module, shapes in calls:
-            if _same(module, layer.to_nnx__module):
-                _pack(layer, *shapes)
+        variables = _variables_of(layer)
+        for module, own, given in calls:
+            if _same(module, layer.to_nnx__module) and _fits(variables, own):
+                _pack(layer, variables, own, *given)
                 break
     return model
 
 
 def _calls_of_packing_modules(model, args, how):
-    """Linen modules at the top that hold something to pack, the axes of their first
-    parameter and what they are called with; found by tracing a call of the model.
+    """Linen modules at the top that hold something to pack, the shapes of their
+    parameters and what they are called with; found by tracing a call of the model.
     """
     calls, packing = [], []
 
@@ -112,7 +114,7 @@ def _calls_of_packing_modules(model, args, how):
                 packing.append(_top(module))
             if module is _top(module):
                 given = jax.tree.map(_shape, (call_args, call_kwargs))
-                calls.append((module, (_ndims(module.variables), *given)))
+                calls.append((module, _shapes(module.variables), given))
         return call(*call_args, **call_kwargs)
 
     graph, state = nnx.split(model)
@@ -122,7 +124,7 @@ def _calls_of_packing_modules(model, args, how):
 
     with nn.intercept_methods(note):
         frozen.trace(run, state, args, how)
-    return [(m, given) for m, given in calls if any(m is top for top in packing)]
+    return [call for call in calls if any(call[0] is top for top in packing)]
 
 
 def _shape(leaf):
@@ -147,29 +149,43 @@ def _same(one, other) -> bool:
     return all(getattr(one, n) == getattr(other, n) for n in names)
 
 
-def _ndims(variables) -> int:
-    """Axes of the first parameter: in a scanned model more outside a call than inside; 0
-    without parameters.
+def _shapes(variables) -> list[tuple[int, ...]]:
+    return [jnp.shape(leaf) for leaf in jax.tree.leaves(variables.get("params", {}))]
+
+
+def _fits(variables, shapes: list[tuple[int, ...]]) -> bool:
+    """Whether parameters are those that a call saw: as many, and of these shapes but for
+    axes in front, which a scanned model has outside of a call.
     """
-    leaves = jax.tree.leaves(variables.get("params", {}))
-    return leaves[0].ndim if leaves else 0
+    own = _shapes(variables)
+    pairs = zip(own, shapes, strict=False)
+    return len(own) == len(shapes) and all(
+        len(one) >= len(inner) and one[len(one) - len(inner) :] == inner
+        for one, inner in pairs
+    )
 
 
-def _pack(layer, ndims, args, how):
-    own = {
+def _attributes(layer) -> dict[str, Any]:
+    return {
         name: value
         for name, value in vars(layer).items()
         if not name.startswith(("to_nnx__", "_pytree__"))
     }
-    variables = bridge.nnx_attrs_to_linen_vars(own)
 
+
+def _variables_of(layer) -> dict[str, Any]:
+    return bridge.nnx_attrs_to_linen_vars(_attributes(layer))
+
+
+def _pack(layer, variables, shapes, args, how):
     def pack(variables):
         return frozen.freeze(layer.to_nnx__module, variables, *args, **how)
 
-    for _ in range(_ndims(variables) - ndims):  # layers that nnx.vmap made
+    stacked = len(_shapes(variables)[0]) - len(shapes[0]) if shapes else 0
+    for _ in range(stacked):  # layers that nnx.vmap made
         pack = jax.vmap(pack)
     packed = pack(variables)
-    for name in own:
+    for name in _attributes(layer):
         delattr(layer, name)
     for name, value in bridge.linen_vars_to_nnx_attrs(packed).items():
         setattr(layer, name, nnx.data(value))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from trix_jax.typing import Array, Float
+from trix_kernels.device import default_device
 
 AttentionKind = Literal["auto", "xla", "cudnn"]
 
@@ -40,7 +41,7 @@ def choose(kind: AttentionKind, dtype: Any, width: int, is_plain: bool) -> bool:
     """
     if kind == "xla":
         return False
-    device = jax.devices()[0]
+    device = default_device()
     capability = str(getattr(device, "compute_capability", ""))
     reason = unsupported_reason(device.platform, capability, dtype, width, is_plain)
     if kind == "cudnn" and reason:

@@ -97,8 +97,10 @@ class TernaryKernel(nn.Module):
     @nn.compact
     def __call__(self, progress: Scalar = 1.0) -> ops.Weights:
         if self.has_variable(PACKED, "bits"):
-            names = ops.Packed._fields
-            return ops.Packed(*(nn.unbox(self.get_variable(PACKED, n)) for n in names))
+            found = (self.get_variable(PACKED, n) for n in ops.Packed._fields)
+            packed = ops.Packed(*map(jnp.asarray, nn.unbox(tuple(found))))
+            self._check_packed(packed)
+            return packed
         fixed = self.config.rule == "fixed"
         self._check_there_are_weights()
         init = self.kernel_init or Whole(uniform_init if fixed else tile_init())
@@ -150,6 +152,17 @@ class TernaryKernel(nn.Module):
         if "scale" in params:
             weights = Ternary(weights.q, round_scale(params["scale"]))
         return ops.pack(weights, self.by_row)._asdict()
+
+    def _check_packed(self, packed):
+        """Refuses the words of a kernel of another shape: a cut of them would fit."""
+        got, layout = packed.bits.shape, ops.layout_of(packed)
+        padded = (*self.shape[:-1], 4 * -(-self.shape[-1] // 4))  # of `widen`
+        shapes = [ops.packed_shape(shape, layout) for shape in (self.shape, padded)]
+        if got not in shapes:
+            raise ValueError(
+                f"packed/{'/'.join(self.path)}/bits must be {list(shapes[0])}, for a "
+                f"kernel of {list(self.shape)}. Got {list(got)}: frozen with other settings."
+            )
 
     def _check_there_are_weights(self):
         """Says where frozen variables have lost their packed half."""

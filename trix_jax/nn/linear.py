@@ -74,6 +74,7 @@ class TriXLinear(nn.Module):
             self.num_tiles,
             check_divides("features", self.features, "num_tiles", self.num_tiles),
         )
+        gate = None if gate is None else jnp.asarray(gate)
         if gate is not None and gate.shape != (*x.shape[:-1], n):
             raise ValueError(
                 f"gate must be {[*x.shape[:-1], n]}, a value a tile. Got {list(gate.shape)}."

@@ -86,6 +86,20 @@ def check_state(state: Mapping[str, tuple[int, ...]], expected: int) -> None:
         )
 
 
+def check_clusters(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Refuses the clusters of other settings.
+
+    Raises:
+        ValueError: the members are not those of `expected`, clusters and tiles in each;
+            () is none.
+    """
+    if shape != expected:
+        raise ValueError(
+            f"the collection 'routing' must have clusters of {list(expected)}. Got "
+            f"{list(shape)}: the state of other settings."
+        )
+
+
 NO_STATE = (
     "variables must hold the collection 'routing', as `init` gives it and training "
     "returns it: a new one at every call has no balance. "

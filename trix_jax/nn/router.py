@@ -93,7 +93,11 @@ class Router(nn.Module):
         if not self.has_variable("routing", "bias"):
             raise ValueError(misuse.NO_STATE)
         shape = jnp.shape(self.get_variable("routing", "bias"))
-        misuse.check_state({"bias": shape}, self.settings.num_tiles)
+        n, c = self.settings.num_tiles, self.settings.num_clusters
+        misuse.check_state({"bias": shape}, n)
+        has_members = self.has_variable("routing", "members")
+        members = self.get_variable("routing", "members") if has_members else 0.0
+        misuse.check_clusters(jnp.shape(members), (c, n // c) if c else ())
         if train and not self.is_mutable_collection("routing"):
             misuse.warn_of_training_without_state()
 
@@ -123,13 +127,13 @@ class Router(nn.Module):
                 "steering must not be given to a layer whose routes are a table."
             )
         n = self.settings.num_tiles
-        table = self.get_variable(PACKED, "tiles")
+        table = jnp.asarray(self.get_variable(PACKED, "tiles"))
         tiles, gates = (
             table[token_ids].astype(jnp.int32),
             jnp.ones(table.shape, jnp.float32),
         )
         if self.has_variable(PACKED, "gates"):
-            gates = self.get_variable(PACKED, "gates")
+            gates = jnp.asarray(self.get_variable(PACKED, "gates"))
         gates = jnp.take(gates, token_ids, axis=0)  # as in `nn.Embed`, NaN for no token
         return _without_scores(tiles, gates, n, mask)
 
@@ -204,7 +208,7 @@ class Router(nn.Module):
         s, config = self.settings, self.settings.routing
         if not s.num_clusters:
             return self._of_all(scores, None, state)
-        members = state["members"].value
+        members = jnp.asarray(state["members"].value)
         address = routing.cluster_signatures(signature, members, config.signature)
         near = routing.match(*jax.lax.stop_gradient((h, address)), config.score_scale)
         near += state["cluster_bias"].value[None]
@@ -237,11 +241,12 @@ class Router(nn.Module):
 
     def _of_clusters(self, h, signature, clusters, state):
         """Tiles and gates from the scores of the tiles in the chosen clusters alone."""
-        config, members = self.settings.routing, state["members"].value
+        config = self.settings.routing
+        members, bias = (jnp.asarray(state[n].value) for n in ("members", "bias"))
         scores, tiles = routing.match_inside(
             h, signature, clusters, members, config.score_scale, state["mask"]
         )
-        biased = jax.lax.stop_gradient(scores) + state["bias"].value[tiles]
+        biased = jax.lax.stop_gradient(scores) + bias[tiles]
         columns = routing.select_among(biased, tiles, self.settings.tiles_per_token)
         self._add_margins(state, "margins", biased, columns, tiles)
         gates = routing.gates(scores, columns, config.gate)

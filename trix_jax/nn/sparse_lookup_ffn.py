@@ -214,7 +214,7 @@ class SparseLookupFFN(nn.Module):
             "spline_scale", nn.initializers.ones, (self.num_tiles,), self.param_dtype
         )
         m = splines.evaluate(coefficients, route.tiles, place, grid)
-        return scale[route.tiles] * m
+        return jnp.asarray(scale)[route.tiles] * m
 
     def _splines(self, progress: Scalar, axes: int) -> Float[Array, "N numbers"]:
         shape = (self.num_tiles, (1 + axes) * self.grid_size**axes)

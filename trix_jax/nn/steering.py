@@ -95,6 +95,7 @@ def _order(variables, layer, tile, tokens, sign):
     if not 0 <= tile < count:
         raise ValueError(f"tile must be at least 0 and below {count}. Got {tile}.")
     flat: dict = flatten_dict(variables.get(STEERING, {}))
+    tokens = jnp.asarray(tokens) != 0
     new = sign * tokens.reshape(-1, 1) * (jnp.arange(count) == tile)[None]
     key = (*layer, "tiles")
     orders = jnp.where(new != 0, new, flat.get(key, jnp.zeros_like(new)))

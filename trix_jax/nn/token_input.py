@@ -109,7 +109,7 @@ class TokenInput(nn.Module):
         table = embed.embedding
         rows = self.variable("routing", "rows", lambda: jnp.array(table))
         held = self.variable("routing", "held", jnp.zeros, (), bool)
-        kept, was_held = rows.value, held.value
+        kept, was_held = jnp.asarray(rows.value), held.value
         is_held = was_held
         if (
             train

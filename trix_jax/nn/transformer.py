@@ -104,6 +104,8 @@ class TransformerLM(nn.Module):
         tokens = jnp.asarray(tokens)
         apart = c.document_mask, c.end_token
         segment_ids = segments_of(self, tokens, segment_ids, mask, decode, *apart)
+        if mask is not None:  # NaN is the row of no token, and the residual keeps it
+            tokens = jnp.where(mask, tokens, 0)
         x = rows = embed(tokens)
         if c.positions == "learned":
             x = rows + self._positions(tokens.shape, mask, segment_ids, decode)

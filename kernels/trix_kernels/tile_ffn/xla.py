@@ -3,7 +3,7 @@ block.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -46,9 +46,16 @@ def tile_ffn(
         used = jnp.full((1,), x.shape[0], jnp.int32)
     rows, weights = vary_alike((Rows(x, block_tile, used), (up, down)))
     numbers, words = blockwise.split(weights)
+    run = _differentiable(tuple(shape), act)
+    return run((rows.x, numbers), (rows.tile, rows.used, words))
+
+
+@lru_cache(256)
+def _differentiable(shape, act):
+    """One object for one function, so that calls outside of `jit` compile once."""
     how = shape, act
     run = with_backward(partial(_forward, *how), partial(_backward, *how))
-    return run((rows.x, numbers), (rows.tile, rows.used, words))
+    return jax.jit(run, inline=True)
 
 
 def _forward(shape, act, inputs, fixed):
