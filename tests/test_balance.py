@@ -35,7 +35,9 @@ def test_margins_of_a_hand_table():
     np.testing.assert_allclose(middle(hist.argmax(axis=1)), expected, atol=BIN / 2)
 
 
-@pytest.mark.parametrize("k", [1, 2, 5])
+@pytest.mark.parametrize(
+    "k", [2, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 5))]
+)
 def test_loads_are_the_counts_ties_and_all_tiles_included(k):
     scores = jnp.round(scores_of(200, 5))  # whole numbers tie often
     tiles = routing.select_tiles(scores, k)

@@ -59,6 +59,7 @@ def test_plan_of_any_routing_is_a_permutation_into_blocks_of_one_tile(routing):
         assert (tiles.reshape(-1)[sources[sources < assignments]] == tile).all()
 
 
+@pytest.mark.slow
 @given(routings())
 @settings(max_examples=20)
 def test_from_blocks_inverts_to_blocks_exactly(routing):
@@ -98,6 +99,7 @@ def plan_by_hand(tiles, num_tiles, rows, mask):
     return block_tile, source, slot.reshape(tiles.shape), [len(cut)]
 
 
+@pytest.mark.slow
 @given(routings(), st.integers(0, 3))
 @settings(max_examples=40)
 def test_plan_is_the_one_made_by_hand_masked_or_not(routing, hidden):

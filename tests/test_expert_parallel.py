@@ -63,7 +63,7 @@ def spread(tiles):
     return run
 
 
-@pytest.mark.parametrize("tiles", [4, 8])
+@pytest.mark.parametrize("tiles", [4, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", routings())
 def test_route_tiles_any_routing_computes_every_assignment_exactly(tiles, name):
     chance, routes = np.random.default_rng(1), jnp.asarray(routings()[name])
@@ -78,6 +78,7 @@ def test_route_tiles_any_routing_computes_every_assignment_exactly(tiles, name):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_masked_tokens_stay_at_home_also_under_shard_maps_own_check():
     chance, routes = np.random.default_rng(1), jnp.asarray(routings()["half"])
     x, g = (

@@ -36,6 +36,7 @@ CONFIGS = {
     "fixed": TernaryConfig(rule="fixed"),
     "progressive": TernaryConfig(mode="progressive"),
 }
+QUICK = ("absmean-tile", "threshold-channel", "fixed", "progressive")
 
 
 def layer(kind, config=CONFIGS["absmean-tile"]):
@@ -124,7 +125,8 @@ KERNELS = {
 @pytest.mark.parametrize(
     ("kind", "config"),
     [
-        *[("linear", name) for name in CONFIGS],
+        *[("linear", name) for name in QUICK],
+        *slowly(("linear", name) for name in CONFIGS if name not in QUICK),
         *slowly([("lookup", "fixed")]),
         *slowly(("lookup_own", name) for name in ("absmean-tile", "threshold-tile")),
         *slowly(
@@ -294,7 +296,8 @@ class EqualBlocks(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("make", [BlockJittedInside, *slowly([(nn.jit(Block),)])])
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [BlockJittedInside, nn.jit(Block)])
 def test_of_equal_blocks_under_jit_every_one_is_packed(make):
     model, x = EqualBlocks(make), X[0, :, :16]
     variables = random_variables(model, x)

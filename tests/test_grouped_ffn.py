@@ -58,7 +58,7 @@ def assert_close(found, expected, rtol=2e-6):
     ("act", "mask"),
     [
         pytest.param("gelu", MASK, id="gelu, masked"),
-        pytest.param("relu2", None, id="relu2"),
+        pytest.param("relu2", None, id="relu2", marks=pytest.mark.slow),
         *(
             pytest.param(act, MASK, id=act, marks=pytest.mark.slow)
             for act in ACTIVATIONS
@@ -101,13 +101,8 @@ DERIVED = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        n if n == "gradient penalty" else pytest.param(n, marks=pytest.mark.slow)
-        for n in DERIVED
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DERIVED)
 def test_transformed_it_is_the_formula_transformed(name):
     inputs, tiles = drawn()
     found, expected = (

@@ -163,9 +163,8 @@ def test_evaluation_and_frozen_layers_know_it_from_the_state(make):
     np.testing.assert_allclose(served.gates, held.gates, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "source", [pytest.param("random", marks=pytest.mark.slow), "learned"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["random", "learned"])
 def test_controls_are_held_alike(source):
     run = trained(flat, RoutingConfig(source=source, hold_after=0.5))
     routers = [router_of(state) for state in run.states]
@@ -181,6 +180,7 @@ def test_controls_are_held_alike(source):
     np.testing.assert_array_equal(run.outs[2][0].tiles, expected)
 
 
+@pytest.mark.slow
 def test_held_routes_keep_their_biases_too():
     run = trained(flat, RoutingConfig(hold_after=0.5, hold="routes"))
     routers = [router_of(state) for state in run.states]
@@ -190,6 +190,7 @@ def test_held_routes_keep_their_biases_too():
     np.testing.assert_array_equal(routers[2]["signature"], routers[1]["signature"])
 
 
+@pytest.mark.slow
 def test_by_hand_the_signatures_last_seen_in_training_are_held_and_released():
     layer = flat(RoutingConfig(hold_after=1.0))
     run = trained(flat)
@@ -255,6 +256,7 @@ def test_settings_that_make_no_sense_are_refused(wrong, message, no_type_hook):
         RoutingConfig(**wrong)
 
 
+@pytest.mark.slow
 def test_devices_and_remat_hold_the_same_bits():
     layer, run = flat(), trained(flat)
     again = nn.remat(SparseTriXFFN, static_argnums=(2,))(

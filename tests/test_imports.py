@@ -3,6 +3,7 @@ lacks stays out of the layers.
 """
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -95,6 +96,7 @@ def within(module: str, packages: set[str]) -> bool:
     )
 
 
+@functools.cache
 def room_of(name: str) -> str | None:
     """The room that a module, or a name in one, belongs to; None outside the house and
     for `trix_jax` itself, its face.
@@ -135,6 +137,7 @@ def imported(
                     yield node.lineno, target
 
 
+@functools.cache
 def broken_rule(module: str, name: str) -> str | None:
     """Why `module` may not import `name`, or None if it may."""
     ours, top = module.startswith(("trix_jax", "trix_kernels")), name.split(".")[0]
@@ -308,6 +311,7 @@ def test_sources_follow_the_rules():
     assert not found, "\n".join(found)
 
 
+@pytest.mark.slow
 def test_import_trix_jax_brings_nothing_of_the_lm_extra(user_env):
     """`import trix_jax` works on the base install: it loads no third-party package that
     jax and flax do not load.

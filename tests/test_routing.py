@@ -148,7 +148,9 @@ def test_scores_inside_clusters_are_those_of_all_tiles(tokens, top):
     np.testing.assert_array_equal(tiles, MEMBERS[clusters].reshape(tokens, -1))
 
 
-@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize(
+    "k", [2, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 3))]
+)
 @pytest.mark.parametrize("kind", ["apart", "ties", "nan", "infinite"])
 @pytest.mark.parametrize("few", [0, 8], ids=["sorted", "one by one"])
 def test_selection_among_candidates_is_the_masked_selection(kind, k, few, monkeypatch):

@@ -54,6 +54,7 @@ def test_scaling_the_input_or_a_tile_changes_no_route(factor):
     np.testing.assert_array_equal(tiles(variables, X), before)
 
 
+@pytest.mark.slow
 def test_nan_input_gives_tiles_in_range_and_spares_the_other_tokens():
     x = X.at[2].set(jnp.nan)
     layer = hierarchical(1)
@@ -142,7 +143,7 @@ def test_evaluation_of_clusters_makes_no_score_for_every_tile():
     assert "[56,24]" in text(mutable=["routing"])
 
 
-@pytest.mark.parametrize("kind", ["sum", "sign"])
+@pytest.mark.parametrize("kind", ["sum", pytest.param("sign", marks=pytest.mark.slow)])
 def test_auxiliary_losses_reach_the_latent_weights_of_a_layer(kind):
     layer = SparseTriXFFN(16, num_tiles=8, routing=RoutingConfig(signature=kind))
     variables = initialized(SparseTriXFFN(16, num_tiles=8))
@@ -198,6 +199,7 @@ def test_apply_with_mutable_routing_adds_margins_and_remembers_the_signature():
     assert info.counts.sum() == 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_k_clusters", [1, 2])
 def test_updates_make_both_levels_of_a_hierarchy_even(top_k_clusters):
     layer = hierarchical(top_k_clusters)
@@ -239,6 +241,7 @@ def control(source, **kwargs):
     return SparseTriXFFN(16, num_tiles=8, routing=config, **kwargs)
 
 
+@pytest.mark.slow
 def test_hash_control_routes_equal_tokens_alike_and_needs_ids():
     layer = control("hash", tiles_per_token=2)
     ids = jnp.arange(40) % 20
@@ -317,6 +320,7 @@ def test_learned_control_is_the_only_one_with_a_routing_parameter():
     }
 
 
+@pytest.mark.slow
 def test_training_that_scores_open_tiles_alone_moves_as_that_which_scores_all():
     layer = HierarchicalTriXFFN(
         16,

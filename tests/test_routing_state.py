@@ -106,6 +106,7 @@ def test_update_leaves_the_biases_of_a_frozen_layer():
     assert not new["margins"].any()
 
 
+@pytest.mark.slow
 def test_update_of_stacked_layers_equals_a_layer_at_a_time():
     one = clustered_state([4, 0, 2, 1], [[2, 0], [1, 3]])
     two = clustered_state([0, 9, 2, 1], [[0, 1], [2, 3]], frozen=True)

@@ -156,7 +156,13 @@ def test_ternarize_agrees_with_and_without_jit(config):
         np.testing.assert_array_equal(product(w), jit(product)(w))
 
 
-@pytest.mark.parametrize("rule", ["absmean", "threshold", "fixed"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "absmean",
+        *(pytest.param(r, marks=pytest.mark.slow) for r in ("threshold", "fixed")),
+    ],
+)
 def test_soft_staircase_tends_to_the_hard_one(rule):
     w = weights(1, 64, 32)
     hard = jit_hard(w, TernaryConfig(rule=rule)).q
@@ -286,7 +292,7 @@ def test_config_with_a_bad_value_names_argument_rule_and_value(
         TernaryConfig(**wrong)
 
 
-@pytest.mark.parametrize("is_sign", [True, False])
+@pytest.mark.parametrize("is_sign", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_second_derivatives_through_the_straight_path_are_those_of_what_it_follows(
     is_sign,
 ):

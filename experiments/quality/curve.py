@@ -20,8 +20,6 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import norm as normal
-from scipy.stats import t as student
 
 Losses = Mapping[int, Sequence[float]]  # width to the losses of its seeds
 BELOW, ABOVE = 0.0, math.inf  # widths that stand for "off the curve"
@@ -203,6 +201,9 @@ def bootstrap_means(
     )
     freedom = sum(len(g) - 1 for g in groups)
     if freedom:
+        from scipy.stats import norm as normal
+        from scipy.stats import t as student
+
         residuals = residuals * (student.ppf(0.975, freedom) / normal.ppf(0.975))
     rng = np.random.default_rng(seed)
     drawn = [rng.choice(residuals, (draws, len(g))).mean(axis=1) for g in groups]

@@ -41,7 +41,10 @@ def test_monotone_curve_pools_what_rises_and_keeps_the_mean():
     np.testing.assert_allclose(curve.monotone([1.0, 2.0, 3.0]), [2, 2, 2])
 
 
-@pytest.mark.parametrize(("widths", "seeds"), [(WIDTHS, 3), ((64, 128), 2)])
+@pytest.mark.parametrize(
+    ("widths", "seeds"),
+    [(WIDTHS, 3), pytest.param((64, 128), 2, marks=pytest.mark.slow)],
+)
 def test_interval_of_an_equivalent_width_covers_the_truth_as_often_as_it_says(
     widths, seeds
 ):

@@ -19,7 +19,7 @@ from experiments.speed.gpu import (
 from experiments.speed.gpu.parts import PARTS, Part
 from experiments.speed.gpu.shapes import FULL, REHEARSAL
 
-OUTER = ["gradient of up", "gradient of down"]
+OTHER = ["gradient of the hidden layer", "gradient of up", "gradient of down"]
 
 
 @pytest.fixture
@@ -212,6 +212,7 @@ def test_six_products_are_those_of_the_committed_table_at_the_shapes():
     assert sizes == {(kind, *io) for kind in kinds for io in ((1024, 256), (256, 1024))}
 
 
+@pytest.mark.slow
 def test_a_wrong_number_in_a_counted_row_is_found_and_one_in_another_is_not(
     monkeypatch,
 ):
@@ -233,7 +234,9 @@ def test_a_wrong_number_in_a_counted_row_is_found_and_one_in_another_is_not(
     assert jnp.bfloat16 == expect(*products.ours_of(case, REHEARSAL).args).dtype
 
 
-@pytest.mark.parametrize("use", ["up", "gradient of the hidden layer", *OUTER])
+@pytest.mark.parametrize(
+    "use", ["up", *(pytest.param(use, marks=pytest.mark.slow) for use in OTHER)]
+)
 def test_products_of_numbered_rows_are_compared_with_those_of_their_blocks(
     use, monkeypatch
 ):

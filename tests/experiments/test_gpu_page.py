@@ -136,6 +136,7 @@ def measured(monkeypatch, tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_what_a_part_measured_before_it_was_ended_is_in_its_table(
     measured, monkeypatch
 ):
@@ -150,6 +151,7 @@ def test_what_a_part_measured_before_it_was_ended_is_in_its_table(
     assert line == "| forward, 4 tiles | 0.80 | 2.00 | 0.50 |"
 
 
+@pytest.mark.slow
 def test_a_measured_file_becomes_tables(measured, monkeypatch):
     monkeypatch.setattr(page, "GPU", measured.with_name("none"))
     assert page.step() == page.NOTHING

@@ -38,7 +38,10 @@ def test_the_best_lookup_is_as_wide_as_its_scores_and_neurons():
     assert width.greater == width.compute
 
 
-@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize(
+    "number",
+    [NUMBERS[0], *(pytest.param(n, marks=pytest.mark.slow) for n in NUMBERS[1:])],
+)
 def test_clusters_save_scores_in_training_and_serving_and_nothing_else(number):
     setting = SETTINGS["hierarchical-64"]
     one, other = (

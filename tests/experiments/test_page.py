@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from experiments.quality import page, run
 from experiments.quality.claim import claim
 from tests.experiments.test_worth import run_of
@@ -55,6 +57,7 @@ def test_the_first_sentence_says_what_signatures_do_and_what_is_hashed(tmp_path)
     )
 
 
+@pytest.mark.slow
 def test_the_page_says_first_what_tiles_are_worth(tmp_path):
     """W of 64 tiles at D = 64, held: 162."""
     names = ("dense-128", "dense-256", "dense-512", "tiles-64-held")
@@ -77,6 +80,7 @@ def test_the_page_says_first_what_tiles_are_worth(tmp_path):
         assert said in first
 
 
+@pytest.mark.slow
 def test_the_seed_that_chooses_takes_the_arm_and_the_others_say_its_worth(tmp_path):
     arms = ("tiles-64-held", "tiles-64-hash")  # of W 162 and 129
     gaps = {"dense-128": (0.2,), "dense-256": (0.1,), "dense-512": (0.0,)}

@@ -53,6 +53,7 @@ def made(arm, seed, loss, gap=0.0, **more):
 # What is asked -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_arms_of_e1_are_matched_as_their_names_say(configs):
     cost = {arm: costs(config.model) for (_, arm), config in configs.items()}
     for dense, arm, field, within in (
@@ -71,6 +72,7 @@ def test_arms_of_e1_are_matched_as_their_names_say(configs):
         assert cost[control].total == cost["lookup"].total
 
 
+@pytest.mark.slow
 def test_arms_are_the_layers_that_they_are_called(configs):
     models = {arm: config.model for (_, arm), config in configs.items()}
     lookup, sparse, tiers = (
@@ -252,6 +254,7 @@ def test_regularization_needs_the_lower_gap_and_the_lower_loss():
 # What they take ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_time_is_modelled_from_what_e1_measured(configs, tmp_path):
     arms = {key: configs[key] for key in (("e1", "lookup"), ("e1", "dense"))}
     epoch = dataclasses.replace(configs["e1", "dense"].train, steps=1221, batch_size=16)
@@ -285,6 +288,7 @@ def test_time_is_modelled_from_what_e1_measured(configs, tmp_path):
     assert again["core_macs_per_second"] == 1000 * macs
 
 
+@pytest.mark.slow
 def test_speed_of_a_core_is_that_of_a_run_under_way(configs, tmp_path):
     config = configs["e1", "lookup"]
     (tmp_path / "config.yaml").write_text(json.dumps(to_tree(config)))
@@ -301,6 +305,7 @@ def test_speed_of_a_core_is_that_of_a_run_under_way(configs, tmp_path):
     assert found["core_from"] == "4 of 763 steps of a run of e1-one-epoch"
 
 
+@pytest.mark.slow
 def test_macs_of_a_token_are_counted(configs):
     model = configs["e1", "dense"].model
     attention = 3 * (4 * 128**2 + 2 * 256 * 128)
@@ -336,6 +341,7 @@ def test_committed_page_is_what_the_committed_files_give(tmp_path):
     assert (page.HERE / page.FIGURE).is_file()
 
 
+@pytest.mark.slow
 def test_page_of_runs_says_what_they_decide(e1, tmp_path):
     (tmp_path / "results").mkdir()
     shutil.copy(modelled.PATH, tmp_path / "results")

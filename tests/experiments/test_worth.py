@@ -174,13 +174,16 @@ def test_every_arm_of_the_claim_is_a_model_that_can_be(name):
     assert {f"tiles-{n}-held" for n in LADDER} <= set(arms) or "body" in name
 
 
-@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize(
+    "d", [64, *(pytest.param(d, marks=pytest.mark.slow) for d in (128, 256))]
+)
 def test_an_eighth_of_the_tiles_computes_what_it_stores(d):
     for arm in claim(d).groups["balanced-hash"]:
         width = worth.width_of(worth.model_of(claim(d), arm, VOCABULARY))
         assert width.memory == pytest.approx(width.compute, rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_page_opens_with_a_figure_and_a_table_of_what_is_there(tmp_path):
     assert claim_page.section(tmp_path) == []
     (tmp_path / "results").mkdir()

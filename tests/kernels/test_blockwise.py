@@ -17,6 +17,7 @@ RELU = functools.partial(jnp.maximum, 0)
 GROUPS = [2, pytest.param(1, marks=pytest.mark.slow)]
 # Runs of equal tiles, with tiles that have no block; the last of five may be unused.
 TILES = {"each": [0, 1, 1, 2, 2], "one": [1] * 5, "first and last": [0, 0, 0, 2, 2]}
+SLOWLY = [pytest.param(name, marks=pytest.mark.slow) for name in TILES]
 
 
 def integers(rng, *shape, high=2):
@@ -61,7 +62,7 @@ def test_lanes_are_a_power_of_two_wide_enough_and_no_more_than_cores(
 @pytest.mark.parametrize("lane", [64, 2])
 @pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("used", [5, 4])
-@pytest.mark.parametrize("pattern", TILES)
+@pytest.mark.parametrize("pattern", ["each", *SLOWLY[1:]])
 def test_blocks_in_turn_equal_all_at_once(pattern, used, groups, lane, monkeypatch):
     monkeypatch.setattr(blockwise, "LANE", lane)
     monkeypatch.setattr(blockwise.os, "cpu_count", lambda: 8)
@@ -79,13 +80,7 @@ def test_blocks_in_turn_equal_all_at_once(pattern, used, groups, lane, monkeypat
 
 
 @pytest.mark.parametrize("groups", GROUPS)
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        "first and last",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("each", "one")),
-    ],
-)
+@pytest.mark.parametrize("pattern", ["first and last", *SLOWLY[:2]])
 def test_gradients_equal_those_of_all_at_once(pattern, groups):
     x, pairs = problem(groups)
     dy = integers(np.random.default_rng(1), *x.shape)
@@ -104,6 +99,7 @@ def test_gradients_equal_those_of_all_at_once(pattern, groups):
         assert np.any(a)
 
 
+@pytest.mark.slow
 def test_packed_weights_pass_the_gradient_to_the_input():
     x, pairs = problem()
     tiles = jnp.asarray(TILES["each"], jnp.int32)
@@ -117,6 +113,7 @@ def test_packed_weights_pass_the_gradient_to_the_input():
     assert np.any(got)
 
 
+@pytest.mark.slow
 def test_vmapped_blocks_equal_each_alone_forward_and_backward():
     (x, pairs), (other, _) = problem(), problem(seed=2)
     tiles = jnp.asarray([TILES["each"], TILES["one"]], jnp.int32)

@@ -58,9 +58,13 @@ TRANSFORMED = {
         lambda x: jnp.sum(jax.grad(squares(f), 1)(U, x) ** 2)
     )(X),
 }
+QUICK = ("jvp", "vjp", "vmap of both", "grad of grad")
 
 
-@pytest.mark.parametrize("name", TRANSFORMED)
+@pytest.mark.parametrize(
+    "name",
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in TRANSFORMED],
+)
 def test_linear_map_every_transformation_gives_the_numbers_of_jax(name):
     transform = TRANSFORMED[name]
     found = jax.jit(lambda: transform(scaled_permutation))()

@@ -139,7 +139,13 @@ DERIVED = {
 
 
 @pytest.mark.parametrize("product", range(3), ids=["forward", "transposed", "outer"])
-@pytest.mark.parametrize("name", DERIVED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        n if n in ("jvp", "vjp") else pytest.param(n, marks=pytest.mark.slow)
+        for n in DERIVED
+    ],
+)
 def test_derivatives_are_those_of_jax(name, product):
     x, dy, w, tile, filled = made()
     args = ((x, w), (dy, w), (x, dy))[product]

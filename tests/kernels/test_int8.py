@@ -38,6 +38,7 @@ def tokens(rng, *shape, dtype=jnp.float32):
     return jnp.asarray(x, dtype)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(st.integers(0, 99), st.integers(1, 70), st.sampled_from(["float32", "bfloat16"]))
 def test_rounding_equals_the_oracle_bit_for_bit(seed, width, dtype):
@@ -60,7 +61,10 @@ def test_the_largest_of_a_token_becomes_127_and_zero_tokens_stay_zero():
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
-@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "poison",
+    [np.nan, *(pytest.param(x, marks=pytest.mark.slow) for x in (np.inf, -np.inf))],
+)
 @pytest.mark.parametrize("name", ["xla", "reference"])
 def test_a_token_that_is_not_finite_gives_nan_alone(name, poison):
     rng = np.random.default_rng(0)
@@ -99,6 +103,7 @@ def test_tile_matmul_equals_the_oracle_bit_for_bit(data):
     np.testing.assert_array_equal(y, jnp.asarray(expected, x.dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", ["rows", "planar"])
 def test_the_reference_and_xla_agree_bit_for_bit_on_every_op(layout, dtype):
@@ -122,6 +127,7 @@ def test_the_reference_and_xla_agree_bit_for_bit_on_every_op(layout, dtype):
         assert (np.asarray(got) != np.asarray(call(implementation="xla"))).any()
 
 
+@pytest.mark.slow
 def test_the_longest_sum_is_exact_and_a_longer_one_refused():
     x = jnp.ones((1, 1, LONGEST))
     q, scale = jnp.ones((1, LONGEST, 4)), jnp.ones((1, 1, 4))

@@ -119,7 +119,9 @@ def test_group_sizes_do_not_recompile():
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("layout", ["rows", "planar"])
+@pytest.mark.parametrize(
+    "layout", ["rows", pytest.param("planar", marks=pytest.mark.slow)]
+)
 def test_the_reference_and_xla_agree_on_every_op(layout):
     rng = np.random.default_rng(2)
     *_, up = packed(rng, 3, 128, 64, layout=layout)

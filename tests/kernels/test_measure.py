@@ -16,8 +16,16 @@ SMALL = (
     Case("tile_ffn", 3, 16, 16, 256, 128, hidden=128),
 )
 
+most_cases = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=pytest.mark.slow if i else [])
+        for i, case in enumerate(SMALL)
+    ],
+)
 
-@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+
+@most_cases
 def test_xla_passes_the_check_and_a_wrong_bit_does_not(case, monkeypatch):
     measure.check(case, "xla")
     call_of = measure._call
@@ -55,7 +63,7 @@ def test_activations_rounded_by_more_than_one_fail_the_check(monkeypatch):
         measure.check(SMALL[2], "xla")
 
 
-@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+@most_cases
 def test_what_is_timed_is_every_way_on_several_sets_of_inputs(case, monkeypatch):
     timed = []
 

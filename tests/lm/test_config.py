@@ -122,7 +122,13 @@ def test_resolve_vocabulary_against_tokenizer_raises():
         cfg.resolve(config, 65)
 
 
-@pytest.mark.parametrize("ffn", ["hierarchical", "sparse", "lookup"])
+@pytest.mark.parametrize(
+    "ffn",
+    [
+        "sparse",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("hierarchical", "lookup")),
+    ],
+)
 def test_match_params_dense_twin_has_as_many_parameters_within_two_percent(ffn):
     trix = TransformerConfig(vocab_size=65, ffn=ffn)
     width = match_params(trix, trix)
@@ -314,7 +320,11 @@ def test_decay_mask_leaves_norms_scales_embeddings_and_splines_alone(ffn):
 
 def test_kernels_by_name_bind_the_step_and_not_who_counts_or_serves(no_type_hook):
     named = TransformerConfig(
-        vocab_size=7, ffn="sparse", attention="cudnn", implementation="mosaic_gpu"
+        vocab_size=7,
+        n_layers=1,
+        ffn="sparse",
+        attention="cudnn",
+        implementation="mosaic_gpu",
     )
     plain = dataclasses.replace(named, attention="auto", implementation=None)
     assert named.on_any_device() == plain

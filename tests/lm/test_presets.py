@@ -127,6 +127,7 @@ def test_arm_that_starts_from_no_plain_arm_is_refused(like, tmp_path):
         preset(path, "twin")
 
 
+@pytest.mark.slow
 def test_matched_width_is_that_of_the_arm_it_starts_from(tmp_path):
     path = tmp_path / "p.yaml"
     path.write_text(
@@ -149,7 +150,13 @@ def test_flags_that_suit_the_arm_alone_are_taken():
     assert (config.model.ffn, config.model.tiles_per_token) == ("sparse", 8)
 
 
-@pytest.mark.parametrize("name", SEED_PARAMETERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        n if n == "tiny" else pytest.param(n, marks=pytest.mark.slow)
+        for n in SEED_PARAMETERS
+    ],
+)
 def test_scale_preset_has_the_parameters_of_the_seed_within_a_tenth(name):
     path = ROOT / "configs" / f"{name}.yaml"
     assert set(yaml.safe_load(path.read_text())["arms"]) == SCALE_ARMS

@@ -102,27 +102,18 @@ class Case:
 
 CASES = {name: Case(name) for name in FFNS}
 KINDS = ["hierarchical", "sparse_top2", "lookup"]
+LATER = ["sparse_top1", "lookup_own"]
 
 
 @pytest.fixture(
     params=[
-        pytest.param(name, marks=[pytest.mark.slow] if name == "lookup_own" else [])
+        pytest.param(name, marks=[pytest.mark.slow] if name in LATER else [])
         for name in CASES
     ]
 )
 def ffn(request):
-    """Every layer; the lookup whose tiles read by themselves with the slow tests, and by
-    default in `test_lookup_own.py`.
-    """
-    return CASES[request.param]
-
-
-@pytest.fixture(
-    params=[KINDS[0], KINDS[2], pytest.param(KINDS[1], marks=pytest.mark.slow)]
-)
-def ffn_kind(request):
-    """Without top-1, for what takes a compilation of its own and cannot differ between
-    top-1 and top-2; flat routing with the slow tests.
+    """Every layer; with the slow tests one tile a token, as a lookup has it too, and the
+    lookup whose tiles read by themselves, which `test_lookup_own.py` has by default.
     """
     return CASES[request.param]
 
@@ -130,6 +121,8 @@ def ffn_kind(request):
 @pytest.fixture(
     params=[KINDS[0], *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS[1:])]
 )
-def ffn_slowly(request):
-    """One layer of the default tests, all kinds of the slow ones."""
+def ffn_kind(request):
+    """For what takes a compilation of its own: one layer of the default tests, all kinds
+    of the slow ones. Without top-1, which cannot differ from top-2 there.
+    """
     return CASES[request.param]

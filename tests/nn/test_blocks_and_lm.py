@@ -29,22 +29,17 @@ EPS = np.finfo(np.float32).eps
 D, H, L, V = 16, 2, 10, 11
 FFNS = ["hierarchical", "sparse", "lookup", "dense"]
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, V, (2, L)))
-every_ffn = pytest.mark.parametrize("ffn", FFNS)
 
 
-def slowly(*names):
-    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
-
-
-most_ffns = pytest.mark.parametrize(  # flat is as one cluster would be
-    "ffn", ["hierarchical", "lookup", "dense", *slowly("sparse")]
-)
+def by_default(*quick, of="ffn"):
+    """Every kind, those that are not named with the slow tests."""
+    slowly = [pytest.param(n, marks=pytest.mark.slow) for n in FFNS if n not in quick]
+    return pytest.mark.parametrize(of, [*quick, *slowly])
 
 
 def config(ffn="sparse", **kwargs):
-    layers = 2 if ffn == "hierarchical" else 1
     sizes = {"vocab_size": V, "context": L, "d_model": D, "n_heads": H}
-    sizes["n_layers"] = layers
+    sizes["n_layers"] = 2 if ffn == "hierarchical" else 1
     tiles = {"num_tiles": 4, "tiles_per_cluster": 2, "grid_size": 3}
     return TransformerConfig(ffn=ffn, **{**sizes, **tiles, **kwargs})
 
@@ -199,10 +194,7 @@ def layer_norm(x, scale):
     return centred / spread * np.float64(scale)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["hierarchical", "dense", *slowly("sparse", "lookup")],
-)
+@by_default("dense", of="name")
 def test_block_adds_attention_and_ffn_of_the_normed_stream(name):
     block = BLOCKS[name]
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, L, D)), jnp.float32)
@@ -239,7 +231,7 @@ FIELDS = {
 # Language model --------------------------------------------------------------------------------------------------------
 
 
-@every_ffn
+@by_default("hierarchical")
 def test_logits_have_their_shape_and_every_layer_reports(ffn):
     logits, infos, aux = forward(ffn)(initialized(ffn), TOKENS)
     assert logits.shape == (2, L, V)
@@ -249,10 +241,7 @@ def test_logits_have_their_shape_and_every_layer_reports(ffn):
     assert aux["total_aux"].shape == ()
 
 
-@pytest.mark.parametrize(
-    "ffn",
-    ["hierarchical", *slowly("sparse", "lookup", "dense")],
-)
+@by_default()
 def test_logits_have_no_gradient_from_later_positions(ffn):
     model, variables = TransformerLM(config(ffn)), initialized(ffn)
     time = 5
@@ -270,7 +259,7 @@ def test_logits_have_no_gradient_from_later_positions(ffn):
     assert (size[: time + 1] > 0).all()
 
 
-@every_ffn
+@by_default("hierarchical")
 def test_changing_a_token_leaves_earlier_logits(ffn):
     variables, run = initialized(ffn), forward(ffn)
     before = run(variables, TOKENS)[0]
@@ -280,7 +269,7 @@ def test_changing_a_token_leaves_earlier_logits(ffn):
     assert (np.abs(after - before)[:, 6:].max(axis=-1) > bound).all()
 
 
-@most_ffns
+@by_default("hierarchical")
 def test_cached_decoding_gives_the_logits_of_one_call(ffn):
     model, variables = TransformerLM(config(ffn)), initialized(ffn)
     step = jax.jit(
@@ -333,6 +322,7 @@ def count(**kwargs):
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
+@pytest.mark.slow
 def test_parameter_counts_of_tied_and_untied_models():
     norms, attention = 2 * D, 4 * D * D
     outside = V * D + L * D + D
@@ -349,7 +339,7 @@ def test_parameter_counts_of_tied_and_untied_models():
         assert count(ffn=ffn, n_layers=2, dtype="bfloat16") == tied
 
 
-@every_ffn
+@by_default("sparse", "lookup", "dense")
 def test_bfloat16_compute_keeps_float32_gradients_and_logits(ffn):
     model, variables = TransformerLM(config(ffn, dtype="bfloat16")), initialized(ffn)
 
@@ -362,6 +352,7 @@ def test_bfloat16_compute_keeps_float32_gradients_and_logits(ffn):
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_bfloat16_compute_stays_near_float32():
     model, variables = TransformerLM(config(dtype="bfloat16")), initialized("sparse")
     logits, infos, _ = jax.jit(model.apply)(variables, TOKENS)
@@ -374,6 +365,7 @@ def test_bfloat16_compute_stays_near_float32():
     assert 0 < error.max() < 16 * 2**-8 * np.abs(whole).max()
 
 
+@pytest.mark.slow
 def test_language_model_starts_near_the_uniform_guess():
     model = TransformerLM(config())
     variables = jax.jit(model.init)(jax.random.key(0), TOKENS)

@@ -46,6 +46,7 @@ def assert_near(a, b, tolerance=2e-5):
     np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 @most_bodies
 def test_a_packed_document_has_the_logits_it_gets_alone(body):
     packed = logits(body, LINE)[0]
@@ -76,6 +77,7 @@ def test_documents_decoded_piece_by_piece_have_the_logits_of_one_call(body):
     assert_near(decoded(body, LINE, [3, 1, 1, 1, 1, 5]), whole)
 
 
+@pytest.mark.slow
 def test_a_cache_from_init_is_empty():
     """As that of `nn.MultiHeadDotProductAttention`."""
     how = {"router_input": "pair", "document_mask": True, "end_token": END}
@@ -94,6 +96,7 @@ def test_a_cache_from_init_is_empty():
     assert names >= {"index", "keys", "position", "segment", "document", "before"}
 
 
+@pytest.mark.slow
 @most_bodies
 def test_a_padded_prompt_decodes_as_the_prompts_without_padding(body):
     prompts = [[END, 3, 1, 4, 1], [END, 5, 9]]
@@ -124,7 +127,8 @@ def test_attention_keeps_a_mask_and_segments_for_later_calls():
         layer.apply({**variables, **cache}, x[:, :1], decode=True, mutable=["cache"])
 
 
-@pytest.mark.parametrize("length", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [1, 3])
 def test_a_cache_that_is_full_inside_a_jit_gives_nan(length):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, D)), jnp.float32)
     layer = CausalSelfAttention(D, 2, cache_length=6, rotary=True)
@@ -156,6 +160,7 @@ def test_rotation_is_a_complex_phase_and_products_see_distances_alone(length):
     assert_near(products(7), products(0), 1e-4)
 
 
+@pytest.mark.slow
 def test_queries_and_keys_have_unit_rms_with_qk_norm():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, D)), jnp.float32)
     layer = CausalSelfAttention(D, 2, qk_norm=True)
@@ -192,7 +197,11 @@ def spread(config):
     ("init", "expected"),
     [
         ("gpt2", {"qkv": 0.02, "out": 0.01, "up": 0.02, "down": 0.01}),
-        ("fan_in", {"qkv": 1 / 8, "out": 1 / 16, "up": 1 / 8, "down": 1 / 16}),
+        pytest.param(
+            "fan_in",
+            {"qkv": 1 / 8, "out": 1 / 16, "up": 1 / 8, "down": 1 / 16},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_initialization_has_the_spread_it_says(init, expected):
@@ -228,15 +237,12 @@ def test_documents_without_a_mark_are_refused():
 
 
 def test_segments_are_refused_where_later_calls_count_documents():
-    model, variables = model_and_variables("dense")
+    how = {"document_mask": True, "end_token": END}
+    model = TransformerLM(TransformerConfig(**SIZES, **BODIES["dense"], **how))
+    variables = jax.eval_shape(model.init, jax.random.key(0), LINE)
+    call = functools.partial(model.apply, decode=True, mutable=["cache"])
     with pytest.raises(ValueError, match="must be left out to decode"):
-        model.apply(
-            variables,
-            LINE,
-            decode=True,
-            mutable=["cache"],
-            segment_ids=np.ones(LINE.shape, int),
-        )
+        jax.eval_shape(call, variables, LINE, segment_ids=np.ones(LINE.shape, int))
 
 
 def test_an_empty_sequence_gives_an_empty_output():
@@ -306,6 +312,7 @@ def test_cudnn_by_name_where_it_does_not_run_is_refused():
         layer.init(jax.random.key(0), jnp.zeros((1, 2, D), jnp.bfloat16))
 
 
+@pytest.mark.slow
 def test_what_cudnn_is_asked_for_is_what_xla_computes(monkeypatch):
     """Asked on a GPU that is not here; XLA answers in its place."""
     layers = {

@@ -144,12 +144,14 @@ class Inputs(nn.Module):
         return look(tokens, embed(tokens), embed, decode=decode, **more)
 
 
-INPUTS = jax.jit(Inputs().init)(jax.random.key(0), TOKENS)
+@pytest.fixture(scope="module")
+def inputs():
+    return jax.jit(Inputs().init)(jax.random.key(0), TOKENS)
 
 
-def test_pairs_are_unit_rows_of_the_token_and_by_weight_of_the_one_before():
-    got = jax.jit(Inputs(weight=2.0).apply)(INPUTS, TOKENS)
-    table = np.asarray(INPUTS["params"]["Embed_0"]["embedding"], np.float64)
+def test_pairs_are_unit_rows_of_the_token_and_by_weight_of_the_one_before(inputs):
+    got = jax.jit(Inputs(weight=2.0).apply)(inputs, TOKENS)
+    table = np.asarray(inputs["params"]["Embed_0"]["embedding"], np.float64)
     unit = table / np.sqrt(np.mean(table**2, axis=1, keepdims=True))
     first, second = unit[TOKENS], unit[TOKENS]
     expected = first + 2 * np.pad(second[:, :-1], ((0, 0), (1, 0), (0, 0)))
@@ -157,30 +159,30 @@ def test_pairs_are_unit_rows_of_the_token_and_by_weight_of_the_one_before():
     np.testing.assert_array_equal(got.token_ids[:, 0], TOKENS[:, 0])
 
 
-def test_padding_and_other_segments_change_no_pair():
+def test_padding_and_other_segments_change_no_pair(inputs):
     apply = jax.jit(Inputs().apply)
-    alone = apply(INPUTS, TOKENS[:1, :4])
+    alone = apply(inputs, TOKENS[:1, :4])
     padded = jnp.concatenate([jnp.zeros((1, 3), jnp.int32), TOKENS[:1, :4]], axis=1)
     parts = jnp.asarray([[0] * 3 + [1] * 4])
     for how in ({"mask": parts == 1}, {"segment_ids": parts}):
-        got = apply(INPUTS, padded, **how)
+        got = apply(inputs, padded, **how)
         for name in ("router_input", "token_ids"):
             there = getattr(got, name)[:, 3:]
             np.testing.assert_array_equal(there, getattr(alone, name))
-    other = apply(INPUTS, padded)
+    other = apply(inputs, padded)
     assert (other.router_input[:, 3] != alone.router_input[:, 0]).any()
 
 
-def test_decoding_in_pieces_gives_the_pairs_of_one_call():
-    whole = jax.jit(Inputs().apply)(INPUTS, TOKENS)
+def test_decoding_in_pieces_gives_the_pairs_of_one_call(inputs):
+    whole = jax.jit(Inputs().apply)(inputs, TOKENS)
     step = jax.jit(lambda v, t: Inputs().apply(v, t, decode=True, mutable=["cache"]))
-    state, start = dict(INPUTS), 0
+    state, start = dict(inputs), 0
     for length in (3, 1, 1, 3):
         here, cache = step(state, TOKENS[:, start : start + length])
         for name in ("router_input", "token_ids"):
             expected = getattr(whole, name)[:, start : start + length]
             np.testing.assert_array_equal(getattr(here, name), expected)
-        state, start = {**INPUTS, **cache}, start + length
+        state, start = {**inputs, **cache}, start + length
 
 
 @pytest.mark.slow
@@ -314,6 +316,7 @@ def test_held_scores_come_from_the_rows_of_the_moment_while_the_table_learns(
     assert (later != router["bias"]).any()
 
 
+@pytest.mark.slow
 def test_no_gradient_reaches_the_embedding_through_held_scores():
     run = held("scores", "pair")
     sizes = [float(jnp.abs(g["embed"]["embedding"]).max()) for g in run.gradients]
@@ -345,6 +348,7 @@ def test_evaluation_decoding_and_frozen_models_see_the_held_rows(router_input):
     np.testing.assert_array_equal(infos[0].tiles, expected)
 
 
+@pytest.mark.slow
 def test_rows_held_by_hand_are_those_last_seen_in_training():
     run = held("scores", "pair")
     state = routing.hold_signatures(run.states[0])

@@ -201,7 +201,13 @@ SHARED = SparseLookupFFN(
 OWN = SHARED.clone(grid_size=2, reads="own")
 
 
-@pytest.mark.parametrize("layer", [SHARED, OWN], ids=["shared", "own"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        pytest.param(SHARED, id="shared"),
+        pytest.param(OWN, id="own", marks=pytest.mark.slow),
+    ],
+)
 def test_several_directions_match_the_oracle(layer):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(24, D)), jnp.float32)
     variables = disturbed(jax.jit(layer.init)(jax.random.key(0), x))

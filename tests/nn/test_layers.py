@@ -38,6 +38,7 @@ def test_routing_adds_no_leaf_to_params(ffn):
 # Shapes and dtypes -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rank_two_and_three_give_the_same(ffn_kind):
     ffn = ffn_kind
     deep, info, aux = ffn.run()
@@ -51,7 +52,9 @@ def test_rank_two_and_three_give_the_same(ffn_kind):
 
 
 @pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", [None, pytest.param("float32", marks=pytest.mark.slow), "bfloat16"]
+)
 def test_output_has_the_layers_dtype_or_that_of_the_input(ffn, x_dtype, dtype):
     layer = ffn.layer.clone(dtype=dtype and jnp.dtype(dtype))
     out = jax.eval_shape(layer.apply, ffn.variables(), ffn.x.astype(x_dtype))
@@ -70,6 +73,7 @@ def test_dtype_none_computes_in_the_dtype_of_the_input(ffn_kind, dtype):
     assert len(programs) == 1
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near_float32_where_the_routes_agree(ffn_kind):
     x = ffn_kind.x.astype(jnp.bfloat16)
     y, info, _ = ffn_kind.run(x)

@@ -158,7 +158,8 @@ def test_bad_argument_is_named(wrong, message, no_type_hook):
         jax.eval_shape(layer.init, jax.random.key(0), X)
 
 
-@pytest.mark.parametrize("over", [pytest.param("all", marks=pytest.mark.slow), "open"])
+@pytest.mark.slow
+@pytest.mark.parametrize("over", ["all", "open"])
 def test_gradients_beside_masked_tokens_are_those_of_the_others_alone(over):
     """Of the norm too, which lies between the mask and the router."""
     layer = OWN.clone(routing=RoutingConfig(balance_over=over, gate="softmax"))

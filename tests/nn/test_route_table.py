@@ -87,6 +87,7 @@ def router(variables, block=0):
     return variables["packed"][f"block_{block:02d}"]["ffn"]["tiles"]
 
 
+@pytest.mark.slow
 def test_a_table_has_the_tiles_and_gates_that_scoring_gives_each_token():
     model, frozen = model_and_frozen()
     table = router(tabulated())["router"]

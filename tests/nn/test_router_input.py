@@ -42,6 +42,7 @@ def test_tiles_depend_on_the_router_input_alone_and_outputs_on_both(layer):
     assert (np.asarray(info.tiles) != np.asarray(call(X, X)[1].tiles)).any()
 
 
+@pytest.mark.slow
 def test_router_input_left_out_is_the_input():
     layer = FLAT
     variables = jax.jit(layer.init)(jax.random.key(2), X)

@@ -89,6 +89,7 @@ def test_a_width_below_zero_is_refused():
         dataclasses.replace(CONFIG, shared_width=-1)
 
 
+@pytest.mark.slow
 def test_an_export_counts_it_on_both_sides(tmp_path):
     model, tokens = TransformerLM(CONFIG), jnp.arange(6)[None]
     variables = jax.jit(model.init)(jax.random.key(2), tokens)

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import linen as nn
 from flax import nnx
 
@@ -67,6 +68,7 @@ def test_scaling_a_tiles_signature_changes_no_route(ffn):
     np.testing.assert_array_equal(*routes)
 
 
+@pytest.mark.slow
 def test_vmap_equals_one_call(ffn_kind):
     layer, variables = ffn_kind.layer, ffn_kind.variables()
     y, info, _ = jax.jit(jax.vmap(lambda x: layer.apply(variables, x)))(ffn_kind.x)
@@ -108,24 +110,25 @@ class Repeated(nn.Module):
         return scan(name="steps")(x, None)
 
 
-def test_scan_and_remat_equal_the_layers_one_after_another(ffn_slowly):
-    layer = ffn_slowly.layer
+@pytest.mark.slow
+def test_scan_and_remat_equal_the_layers_one_after_another(ffn_kind):
+    layer = ffn_kind.layer
     stacked = jax.tree.map(
         lambda a, b: jnp.stack([a, b]),
-        ffn_slowly.variables(),
-        ffn_slowly.variables(seed=1),
+        ffn_kind.variables(),
+        ffn_kind.variables(seed=1),
     )
     nested = {key: {"steps": {"ffn": value}} for key, value in stacked.items()}
-    shapes = jax.eval_shape(Repeated(layer).init, jax.random.key(0), ffn_slowly.x)
+    shapes = jax.eval_shape(Repeated(layer).init, jax.random.key(0), ffn_kind.x)
     assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, nested)
-    x = ffn_slowly.x
+    x = ffn_kind.x
     for i in range(2):
-        x = x + ffn_slowly.apply(jax.tree.map(lambda a, i=i: a[i], stacked), x)[0]
+        x = x + ffn_kind.apply(jax.tree.map(lambda a, i=i: a[i], stacked), x)[0]
 
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
     def loss(params):
-        y, _ = Repeated(layer).apply({**nested, "params": params}, ffn_slowly.x)
+        y, _ = Repeated(layer).apply({**nested, "params": params}, ffn_kind.x)
         return jnp.sum(y**2), y
 
     (_, y), gradient = loss(nested["params"])
@@ -134,10 +137,11 @@ def test_scan_and_remat_equal_the_layers_one_after_another(ffn_slowly):
         assert (np.abs(leaf).reshape(2, -1).max(axis=1) > 0).all()
 
 
-def test_jax_checkpoint_leaves_the_gradient(ffn_slowly):
-    variables = ffn_slowly.variables()
-    plain, _ = ffn_slowly.task_gradient()(variables)
-    saved, _ = ffn_slowly.task_gradient(jax.checkpoint)(variables)
+@pytest.mark.slow
+def test_jax_checkpoint_leaves_the_gradient(ffn_kind):
+    variables = ffn_kind.variables()
+    plain, _ = ffn_kind.task_gradient()(variables)
+    saved, _ = ffn_kind.task_gradient(jax.checkpoint)(variables)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(saved), strict=True):
         bound = 24 * 4 * D * EPS * np.abs(a).max()
         np.testing.assert_allclose(a, b, rtol=0, atol=bound)
@@ -152,10 +156,11 @@ def test_tabulate_lists_the_parameters(ffn):
     assert f"{total:,}" in table
 
 
-def test_nnx_bridge_runs_and_differentiates(ffn_slowly):
+@pytest.mark.slow
+def test_nnx_bridge_runs_and_differentiates(ffn_kind):
     @jax.jit
     def build_and_differentiate(x):
-        layer = ffn_slowly.layer
+        layer = ffn_kind.layer
         model = nnx.bridge.ToNNX(layer, rngs=nnx.Rngs(0)).lazy_init(x)
 
         def loss(model):
@@ -165,10 +170,10 @@ def test_nnx_bridge_runs_and_differentiates(ffn_slowly):
         gradient, out = nnx.grad(loss, has_aux=True)(model)
         return nnx.to_pure_dict(nnx.state(gradient, nnx.Param)), out
 
-    gradient, (y, info, aux) = build_and_differentiate(ffn_slowly.x)
-    assert y.shape == ffn_slowly.x.shape
+    gradient, (y, info, aux) = build_and_differentiate(ffn_kind.x)
+    assert y.shape == ffn_kind.x.shape
     assert np.abs(y).max() > 1e-3
     assert info.counts.sum() == info.tiles.size
     assert np.isfinite(aux["total_aux"])
-    assert len(jax.tree.leaves(gradient)) == len(ffn_slowly.leaves)
+    assert len(jax.tree.leaves(gradient)) == len(ffn_kind.leaves)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))

@@ -126,14 +126,6 @@ def assert_equals_xla(layer, x=X, dy=DY, **given):
 SLOW = pytest.mark.slow
 
 
-def default_runs(name, cases):
-    """All cases by name, all but one with the slow tests."""
-    marks = {n: () if n == name else SLOW for n in cases}
-    return pytest.mark.parametrize(
-        "name", [pytest.param(n, marks=marks[n]) for n in cases]
-    )
-
-
 TERNARY = {
     "real": {"mode": "none"},
     "soft": {"mode": "soft"},
@@ -151,7 +143,7 @@ ROUTING = {
 
 
 @pytest.mark.usefixtures("hopper_stands_in")
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("name", TERNARY)
 def test_every_ternary_mode_has_the_numbers_of_xla(name):
     ternary = TernaryConfig(**TERNARY[name])
@@ -160,7 +152,8 @@ def test_every_ternary_mode_has_the_numbers_of_xla(name):
 
 
 @pytest.mark.usefixtures("hopper_stands_in")
-@default_runs("softmax", ROUTING)
+@SLOW
+@pytest.mark.parametrize("name", ROUTING)
 def test_every_gate_has_the_numbers_of_xla(name):
     clusters = {"num_tiles": 4, "tiles_per_cluster": 2, "top_k_clusters": 2}
     routing = RoutingConfig(**ROUTING[name])
@@ -196,7 +189,8 @@ MAPPED = {
 
 
 @pytest.mark.usefixtures("hopper_stands_in")
-@default_runs("", MAPPED)
+@SLOW
+@pytest.mark.parametrize("name", MAPPED)
 def test_transformed_it_has_the_numbers_of_xla(name):
     variables = jax.jit(LAYER.init)(jax.random.key(0), X)
     found, expected = (
@@ -208,6 +202,7 @@ def test_transformed_it_has_the_numbers_of_xla(name):
     assert_same(found, expected)
 
 
+@SLOW
 @pytest.mark.usefixtures("hopper_stands_in")
 def test_a_shard_map_that_checks_what_varies_sums_the_gradient_of_shared_weights():
     layer = LAYER.clone(implementation="mosaic_gpu")

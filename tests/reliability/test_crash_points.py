@@ -125,6 +125,7 @@ def test_kill_at_any_point_of_a_save_loses_no_step(tmp_path, watch):
     print(f"{len(states)} kills in {watch.moments} moments of two saves: no step lost")
 
 
+@pytest.mark.slow
 def test_kill_at_any_point_of_prepare_is_gone_on_with(tmp_path, watch, corpus):
     config = DataConfig(
         source="text", path=str(corpus), tokenizer="bpe", vocab_size=300

@@ -38,11 +38,10 @@ BLOCKS = {
 }
 MODULES = LAYERS | BLOCKS
 every_module = pytest.mark.parametrize("name", MODULES)
-# What shares its code with another stands behind it.
-QUICK = ["sparse", "dense_block"]
+# One layer by default; what is compiled for each takes seconds.
 most_modules = pytest.mark.parametrize(
     "name",
-    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODULES],
+    [n if n == "sparse" else pytest.param(n, marks=pytest.mark.slow) for n in MODULES],
 )
 
 
@@ -53,6 +52,12 @@ def output(returned):
 @functools.cache
 def variables_of(name):
     return jax.jit(MODULES[name].init)(jax.random.key(0), X)
+
+
+@functools.cache
+def shapes_of(name):
+    """Of its variables, which need no compilation."""
+    return jax.eval_shape(MODULES[name].init, jax.random.key(0), X)
 
 
 @functools.cache

@@ -288,6 +288,7 @@ def test_prepare_says_when_the_source_is_too_short(tmp_path):
     assert "ended before max_tokens=1,000,000" in lines[-1]
 
 
+@pytest.mark.slow
 def test_prepare_holds_no_more_of_a_corpus_four_times_as_large(tmp_path, monkeypatch):
     # Both corpora are several batches; the name `prepare` in the package is the function.
     module = importlib.import_module("trix_jax.lm.data.prepare")

@@ -28,6 +28,7 @@ def rows(split, count, *, batch_size, resume_at=(), **numbers):
     return np.concatenate(found)[:count]
 
 
+@pytest.mark.slow
 @given(
     context=st.integers(1, 9),
     more=st.integers(1, 60),

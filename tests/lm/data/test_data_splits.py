@@ -78,6 +78,7 @@ def test_document_that_crosses_the_line_goes_to_training_if_the_rest_will_do(tmp
     assert not [line for line in lines if "few to divide" in line]
 
 
+@pytest.mark.slow
 @given(text=st.text(min_size=1), share=st.floats(0.001, 0.999))
 def test_cut_in_two_keeps_every_character_and_about_the_share(text, share):
     head, tail = cut_in_two(text, share)

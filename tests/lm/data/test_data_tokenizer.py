@@ -129,6 +129,7 @@ def test_load_missing_file_is_named(tmp_path):
         load_tokenizer(tmp_path / "absent.json")
 
 
+@pytest.mark.slow
 def test_bpe_over_one_very_long_word_takes_seconds_and_encodes_it():
     """400,000 characters took 200 s, 25 times those of 80,000."""
     draw = random.Random(0)

@@ -67,6 +67,7 @@ def test_room_for_all_tokens_of_a_data_set_is_that_of_its_files(
     assert len(fetch(whole, lines.append)) == 2
 
 
+@pytest.mark.slow
 def test_fetch_goes_on_in_a_broken_download(served, dataset, monkeypatch):
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     served.cuts[dataset.files[0]] = 5000

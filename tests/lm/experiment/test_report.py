@@ -142,6 +142,7 @@ def test_report_of_nothing_finished_says_so(runs_of, tmp_path):
         write_experiment_report(tmp_path / "e", lambda _: None)
 
 
+@pytest.mark.slow
 def test_report_names_what_diverged(runs_of, tmp_path):
     specs = runs_of("s", "dense", [2.0, 2.1])
     write(tmp_path / "e", specs)

@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-from scipy import stats as scipy_stats
 
 from trix_jax.lm.experiment.stats import interval, paired, spread, verdict
 
@@ -13,6 +12,8 @@ WORDS = {"below": "better", "above": "worse", "alone": "one seed"}
 
 @pytest.mark.parametrize("n", range(2, 31))
 def test_interval_is_scipys(n):
+    from scipy import stats as scipy_stats
+
     values = np.random.default_rng(n).normal(2.0, 0.1, n).tolist()
     found = interval(values)
     mean, error = np.mean(values), scipy_stats.sem(values)

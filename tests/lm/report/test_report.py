@@ -175,7 +175,7 @@ def check_page(path: Path, machine: Path) -> str:
                 "No difference",
             ],
         ),
-        (
+        pytest.param(
             2.6,
             2.4,
             2.600002,
@@ -186,8 +186,9 @@ def check_page(path: Path, machine: Path) -> str:
                 "floor of 2.480: dense twin, dense of equal cost; **not**: TriX",
                 "is rounding.",
             ],
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             2.476,
             2.482,
             2.476,
@@ -196,8 +197,9 @@ def check_page(path: Path, machine: Path) -> str:
                 "TriX is 0.994 times its twin's",
                 "floor of 2.480: TriX; **not**: dense twin, dense of equal cost",
             ],
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             2.603,
             2.6,
             2.613,
@@ -208,6 +210,7 @@ def check_page(path: Path, machine: Path) -> str:
                 "**None is below the bigram floor** of 2.480",
                 "is more than rounding.**",
             ],
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -239,6 +242,7 @@ def test_demo_report_claims_tuned_rates_of_what_they_were_tuned_for_alone(
         assert "(TriX " in text
 
 
+@pytest.mark.slow
 def test_demo_report_of_one_evaluation_and_a_collapse(tmp_path):
     result = write_demo(tmp_path, 1.7, 1.8, evals=1)
     result["ngram"] = {int(order): loss for order, loss in FLOORS.items()}
@@ -267,7 +271,9 @@ def test_demo_report_names_the_key_that_a_result_lacks(tmp_path, section, key):
         demo.write_demo_report(tmp_path, result)
 
 
-@pytest.mark.parametrize(("evals", "steps"), [(1, 1), (3, 60)])
+@pytest.mark.parametrize(
+    ("evals", "steps"), [pytest.param(1, 1, marks=pytest.mark.slow), (3, 60)]
+)
 def test_report_of_a_routed_run_has_all_figures(tmp_path, evals, steps):
     directory = write_run(tmp_path / "run", 1.75, evals=evals, steps=steps)
     text = check_page(run.write_run_report(directory), tmp_path)
@@ -276,6 +282,7 @@ def test_report_of_a_routed_run_has_all_figures(tmp_path, evals, steps):
     assert "1.7500" in text
 
 
+@pytest.mark.slow
 def test_a_run_stands_beside_counting_and_its_twin(tmp_path):
     directory = write_run(tmp_path / "run", 1.75, evals=3, steps=60)
     twin = write_run(tmp_path / "dense", 1.5, dense=True, evals=3, steps=60)
@@ -321,6 +328,7 @@ def test_moments_are_in_tokens(tmp_path, changes, expected):
     ] == expected
 
 
+@pytest.mark.slow
 def test_report_of_a_dense_run_has_no_routing_and_is_the_same_again(tmp_path):
     directory = write_run(tmp_path / "run", 1.75, dense=True, evals=1)
     path = run.write_run_report(directory)
@@ -378,10 +386,9 @@ def test_a_run_is_reported_beside_its_own_data(run_dir, tmp_path):
     assert said[0].startswith("no n-gram floor: ")
 
 
+@pytest.mark.slow
 def test_a_twin_on_other_data_is_refused(run_dir, tmp_path):
-    here, other = tmp_path / "run", tmp_path / "other"
-    for path in (here, other):
-        shutil.copytree(run_dir, path)
+    here, other = (shutil.copytree(run_dir, tmp_path / n) for n in ("run", "other"))
     assert "beside it: sparse FFNs" in run_report(here, pytest.fail, other).read_text()
     (path,) = (other / "checkpoints").glob("*10/meta.json")
     meta = json.loads(path.read_text()) | {"data_fingerprint": "0123456789abcdef"}

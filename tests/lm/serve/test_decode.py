@@ -131,6 +131,7 @@ def cut_at(tokens, end):
     return tokens[: tokens.index(end) + 1] if end in tokens else tokens
 
 
+@pytest.mark.slow
 def test_a_sequence_stops_after_its_end_mark_and_the_others_go_on(model, variables):
     count = 2 * CONTEXT
     free = generate_batch(model, variables, PROMPTS, count, DRAWN)

@@ -61,7 +61,7 @@ def test_the_kinds_are_all_ffns():
     }
 
 
-QUICK = ("sparse", "hash", "dense")
+QUICK = ("sparse", "dense")
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from trix_jax.cli.main import main
 from trix_jax.interop import safetensors
 from trix_jax.lm.data import open_store
 from trix_jax.lm.serve import load
-from trix_jax.lm.serve.export import export
+from trix_jax.lm.serve.export import check_output, export
 from trix_jax.lm.serve.generate import SamplingConfig, cut, generate, sample
 from trix_jax.lm.serve.load import load_run, open_run_data, resolve_step
 from trix_jax.lm.train.evaluate import evaluate
@@ -86,6 +86,7 @@ def test_load_run_of_another_architecture_names_the_first_difference(run_dir, tm
         load_run(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_evaluate_counts_every_validation_token_once_but_the_first(run_dir, loaded):
     model, variables, _ = loaded
     store = open_store(run_dir / "data")
@@ -339,6 +340,13 @@ def test_data_that_were_made_again_since_are_no_longer_the_runs_own(run_dir, tmp
         assert open_run_data(run, run / "data") is store
 
 
+def test_the_folder_of_a_run_is_refused_and_another_is_not(run_dir, tmp_path):
+    with pytest.raises(ValueError, match="a folder of its own, not that of a run"):
+        check_output(run_dir)
+    check_output(tmp_path)
+
+
+@pytest.mark.slow
 def test_export_into_a_run_and_a_step_of_an_export_are_refused(
     run_dir, exported, capsys
 ):

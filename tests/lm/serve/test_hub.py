@@ -108,6 +108,7 @@ def test_push_uploads_the_export_and_nothing_else(exported, hub):
     assert ("/api/models/someone/tiny/commit/main", "Bearer hf_local") in hub.calls
 
 
+@pytest.mark.slow
 def test_push_refuses_a_card_of_other_weights(
     run_dir, exported, small_store, hub, tmp_path
 ):
@@ -188,9 +189,10 @@ CARDS = [  # what differs, the routes, what the card says, whether weights are t
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "routes", "words", "is_packed"),
-    [pytest.param(*card, marks=pytest.mark.slow) for card in CARDS[:6]] + CARDS[6:],
+    CARDS,
     ids="weights learned random held table hash real dense".split(),
 )
 def test_card_says_what_is_exported(

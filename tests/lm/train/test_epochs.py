@@ -35,6 +35,7 @@ def of_kind(run, event):
     ]
 
 
+@pytest.mark.slow
 def test_every_epoch_ends_in_an_evaluation_and_a_checkpoint(run):
     windows = len(open_store(run / "data").train) // CONTEXT
     ends = {
@@ -50,6 +51,7 @@ def test_every_epoch_ends_in_an_evaluation_and_a_checkpoint(run):
     assert last == STEPS
 
 
+@pytest.mark.slow
 def test_every_number_of_the_originals_plan_is_in_the_files(run):
     steps, evals = of_kind(run, "step"), of_kind(run, "eval")
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))

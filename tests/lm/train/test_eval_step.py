@@ -47,15 +47,8 @@ def alone(model, state, store):
     return evaluate(model, variables, store, BATCH)
 
 
-@pytest.mark.parametrize(
-    "mapping",
-    [
-        pytest.param("pmap", marks=pytest.mark.slow),
-        pytest.param("shard_map", marks=pytest.mark.slow),
-        pytest.param(SLICED, marks=pytest.mark.slow),
-        SPREAD,
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mapping", ["pmap", "shard_map", SLICED, SPREAD])
 def test_all_devices_of_a_state_evaluate_what_one_does(
     model, state, store, alone, mapping
 ):
@@ -70,6 +63,7 @@ def test_all_devices_of_a_state_evaluate_what_one_does(
     assert result.routes.devices() == set(EIGHT)
 
 
+@pytest.mark.slow
 def test_variables_on_a_mesh_of_explicit_axes_evaluate(model, state, store, alone):
     variables = parallel.variables_of(state, EIGHT[:1])
     mesh = jax.make_mesh((2,), ("x",), devices=EIGHT[:2])
@@ -79,9 +73,8 @@ def test_variables_on_a_mesh_of_explicit_axes_evaluate(model, state, store, alon
     assert result.routes.devices() == set(EIGHT[:2])
 
 
-@pytest.mark.parametrize(
-    "mapping", ["jit", pytest.param(SPREAD, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mapping", ["jit", SPREAD])
 def test_a_batch_moves_nothing_but_itself(
     model, state, store, alone, mapping, monkeypatch
 ):

@@ -33,7 +33,9 @@ def error(found, exact):
     return np.abs(found - exact).max()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(  # with one left out, the last part is not full
     "left_out", [1, pytest.param(0, marks=pytest.mark.slow)]
 )
@@ -91,6 +93,7 @@ def test_parts_hold_a_part_of_the_logits(monkeypatch):
     assert temporary_bytes() > 2 * 2**30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_hidden_states_and_head_are_the_models_logits(tied):
     config = TransformerConfig(vocab_size=V, context=L, tied=tied, **SIZES)
@@ -103,7 +106,8 @@ def test_hidden_states_and_head_are_the_models_logits(tied):
     np.testing.assert_array_equal(hidden @ head.T, logits)
 
 
-@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
 def test_an_evaluation_in_parts_sums_the_losses_of_all_logits(tied, monkeypatch):
     config = TransformerConfig(vocab_size=V, context=L, tied=tied, **SIZES)
     model = TransformerLM(config)

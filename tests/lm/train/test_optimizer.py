@@ -38,6 +38,7 @@ def run(config, grads, steps, params=PARAMS):
     return seen, state
 
 
+@pytest.mark.slow
 def test_decay_stops_at_its_share_of_the_run():
     config = TrainConfig(steps=4, warmup_steps=0, weight_decay=0.5, decay_until=0.5, learning_rate=0.1)  # fmt: skip
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)

@@ -13,8 +13,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from scipy.stats import t as student
-
 Side = Literal["below", "above", "undecided"]
 
 
@@ -53,6 +51,8 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     mean = statistics.fmean(values)
     if n == 1:
         return Interval(mean, math.inf, 1)
+    from scipy.stats import t as student
+
     quantile = float(student.ppf((1 + confidence) / 2, n - 1))
     return Interval(mean, quantile * statistics.stdev(values) / math.sqrt(n), n)
 
