@@ -122,7 +122,7 @@ def less(arms: Mapping[str, Tuned], name: str, sign: str = "+") -> str:
 
 def comparison() -> str:
     """TriX in the setting of the claim, by the hash and by signatures whose routes stay,
-    and the dense FFNs that its loss lies among.
+    and the dense FFNs that its loss lies among; over the seeds that all have.
     """
     setting, runs = claim(NEWEST), claim_runs(NEWEST)
     ours, *dense = newest_arms()
@@ -135,12 +135,13 @@ def comparison() -> str:
     found = {a.name: tuned(runs, a.name, a.rate_of) for a in arms}
     reference, rows = found["dense-512"], []
     assert reference is not None
+    seeds = set.intersection(*(set(concluding(one)) for one in found.values() if one))
     for arm in arms:
         one = found[arm.name]
         if one is not None:
             width = width_of(model_of(setting, arm, VOCABULARY))
             what = names.get(arm.name, arm.name.replace("-", " "))
-            losses = list(concluding(one).values())
+            losses = [loss for seed, loss in one.losses.items() if seed in seeds]
             sizes = [f"{width.compute:,.0f}", f"{width.memory:,.0f}"]
             memory = f"{training_megabytes(one.one, reference.one):.1f}"
             seconds = seconds_of("wikipedia-128", arm.name)

@@ -18,7 +18,6 @@ from experiments.quality.worth import (
     candidates,
     choosing,
     claim_tree,
-    concluding,
     dense_curve,
     worth,
 )
@@ -38,7 +37,7 @@ NOTE = (
     "and the memory width (served FFN bits, and what routing stores, over 16 bits a weight). Equivalent width: "
     "the dense width of equal loss, read off the dense curve, 95% by bootstrap over seeds, never extrapolated. "
     "Seconds: the median step, on cores that other work may have shared. "
-    f"Seed {SEEDS[0]} chose the rates; where others have run, they alone conclude. A star marks a rate whose "
+    f"Seed {SEEDS[0]} chose the rates; where others have run, they alone conclude, those that the curve has too. A star marks a rate whose "
     "neighbours have not both been run.\n"
 )
 
@@ -135,7 +134,6 @@ def rows_of(d: int, runs: Sequence[Result]) -> list[list[str]]:
     for arm, one, place in sorted(
         places(d, runs), key=lambda row: -row[2].multiplier.value
     ):
-        losses = list(concluding(one).values())
         seconds = [
             run.tokens / run.steps / run.tokens_per_second
             for run in one.runs.values()
@@ -147,7 +145,7 @@ def rows_of(d: int, runs: Sequence[Result]) -> list[list[str]]:
                 str(d),
                 rate_of(one),
                 str(place.seeds),
-                f"{fmean(losses):.4f}",
+                f"{place.loss:.4f}",
                 f"{place.width.compute:.0f}",
                 f"{place.width.memory:.0f}",
                 estimate_text(place.equivalent, 0),
@@ -180,20 +178,20 @@ def draw(runs: Runs, path: Path) -> None:
         axes.plot(*zip(*line, strict=True), "o-", color="black", label="dense")
         on_it = places(d, found)
         steps = {held(number).name for number in LADDER}
-        ladder = [(p.width.greater, one) for arm, one, p in on_it if arm.name in steps]
         colour = STYLES[0][0]
-        points = [(w, fmean(concluding(one).values())) for w, one in ladder]
+        points = [(p.width.greater, p.loss) for arm, _, p in on_it if arm.name in steps]
         if points:
             axes.plot(
                 *zip(*points, strict=True), "D-", color=colour, label="tiles, held"
             )
-        for (arm, one, place), (colour, _) in zip(
+        for (arm, _, place), (colour, _) in zip(
             [row for row in on_it if row[0].name not in steps],
             STYLES[1:],
             strict=False,
         ):
-            loss = fmean(concluding(one).values())
-            axes.plot(place.width.greater, loss, "s", color=colour, label=arm.name)
+            axes.plot(
+                place.width.greater, place.loss, "s", color=colour, label=arm.name
+            )
         axes.set_xscale("log", base=2)
         ticks = [w for w, _ in line]
         axes.set_xticks(ticks, [str(w) for w in ticks])

@@ -15,6 +15,7 @@ import functools
 import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from experiments.quality import curve
@@ -69,12 +70,15 @@ class Worth(NamedTuple):
     Attributes:
         equivalent: the dense width of equal loss.
         seeds: that conclude: of the arm and of the dense FFNs beside it, the least.
+        loss: the arm's mean over the seeds that the curve has too. Seeds share what is
+            easy and hard in them: others would move the arm along the curve.
     """
 
     arm: str
     width: Width
     equivalent: curve.Estimate
     seeds: int
+    loss: float
 
     @property
     def multiplier(self) -> curve.Estimate:
@@ -144,6 +148,17 @@ def difference(arm: Tuned, base: Tuned) -> Interval | None:
     return found or paired(arm.losses, base.losses)
 
 
+def on_curve(
+    setting: Setting, runs: Sequence[Result], losses: Mapping[int, float], seeds: Seeds
+) -> dict[int, float]:
+    """Losses of the seeds that a dense FFN of the curve has too; of all where there is
+    none.
+    """
+    arms = (tuned(runs, a.name, a.rate_of) for a in setting.groups["dense-curve"])
+    there = {seed for arm in arms if arm is not None for seed in seeds(arm)}
+    return {s: x for s, x in losses.items() if s in there} or dict(losses)
+
+
 def dense_curve(
     setting: Setting, runs: Sequence[Result], seeds: Seeds = concluding
 ) -> dict[int, list[float]]:
@@ -174,12 +189,12 @@ def worth(
     dense = dense_curve(setting, runs, seeds)
     if len(dense) < 2:
         return None
-    losses = list(seeds(one).values())
+    losses = list(on_curve(setting, runs, seeds(one), seeds).values())
     place = curve.equivalent_interval(dense, losses)
     beside = curve.neighbours(sorted(dense), place.value)
     least = min(len(losses), *(len(dense[width]) for width in beside))
     width = width_of(model_of(setting, arm, vocab_size))
-    return Worth(arm.name, width, place, least)
+    return Worth(arm.name, width, place, least, fmean(losses))
 
 
 def candidates(d_model: int) -> tuple[Arm, ...]:

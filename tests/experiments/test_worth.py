@@ -13,6 +13,7 @@ from experiments.quality.schedule import spec_of
 from trix_jax.cli.experiment import parse_run
 from trix_jax.lm.experiment import results
 from trix_jax.lm.experiment.results import Result
+from trix_jax.lm.experiment.tuning import tuned
 
 VOCABULARY = 4096
 SEEDS = (42, 43, 44, 45)
@@ -97,6 +98,23 @@ def test_one_seed_chooses_the_arm_and_the_others_conclude():
         model = worth.model_of(claim(row["width"]), held(64), VOCABULARY)
         width = row["width"] * 2**0.5 / worth.width_of(model).greater
         assert row["multiplier"] == pytest.approx(width)
+
+
+def test_seeds_that_the_curve_has_not_do_not_move_an_arm_along_it():
+    setting, arm = claim(128), held(64)
+    runs = runs_at(128, {64: 4.7, 32: 4.85})
+    expected = worth.worth(setting, runs, arm, VOCABULARY)
+    more = [run_of(setting, arm, 4.0, seed) for seed in (46, 47)]
+    assert worth.worth(setting, [*runs, *more], arm, VOCABULARY) == expected
+    assert expected is not None
+    assert expected.loss == pytest.approx(4.7)
+    # The difference to the hash takes every seed that both have.
+    hashed = setting.arm("tiles-64-hash")
+    both = [run_of(setting, hashed, 4.1, seed) for seed in (42, 46, 47)]
+    found = worth.difference(
+        *(tuned([*runs, *more, *both], a.name, a.rate_of) for a in (arm, hashed))
+    )
+    assert (found.mean, found.n) == (pytest.approx(-0.1), 2)
 
 
 def test_the_hash_is_compared_by_seed_without_the_one_that_chose():
