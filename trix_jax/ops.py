@@ -20,6 +20,7 @@ from trix_kernels import choice
 from trix_kernels.derivatives import linear_map as linear_map
 from trix_kernels.derivatives import with_backward as with_backward
 from trix_kernels.derivatives import with_kept as with_kept
+from trix_kernels.device import default_device as default_device
 from trix_kernels.device import platform as platform
 from trix_kernels.grouped_matmul import api as grouped
 from trix_kernels.grouped_matmul import grouped_matmul as grouped_matmul

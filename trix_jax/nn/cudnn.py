@@ -9,8 +9,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from trix_jax import ops
 from trix_jax.typing import Array, Float
-from trix_kernels.device import default_device
 
 AttentionKind = Literal["auto", "xla", "cudnn"]
 
@@ -41,7 +41,7 @@ def choose(kind: AttentionKind, dtype: Any, width: int, is_plain: bool) -> bool:
     """
     if kind == "xla":
         return False
-    device = default_device()
+    device = ops.default_device()
     capability = str(getattr(device, "compute_capability", ""))
     reason = unsupported_reason(device.platform, capability, dtype, width, is_plain)
     if kind == "cudnn" and reason:

@@ -133,7 +133,7 @@ def read_config(workdir: Path) -> RunConfig | None:
 @contextlib.contextmanager
 def held(workdir: Path, report: Report) -> Iterator[None]:
     """Keeps other processes out of a run directory, until this one ends in whatever way.
-    A new directory is made; it goes again if nothing else was written there.
+    A new directory is made; it goes again if no run begins and nothing is in it.
 
     Raises:
         RuntimeError: another process trains there.
@@ -157,9 +157,10 @@ def held(workdir: Path, report: Report) -> Iterator[None]:
         try:
             yield
         finally:
-            if is_new and list(workdir.iterdir()) == [path]:
+            if is_new and not (workdir / "config.yaml").exists():
                 path.unlink()
-                workdir.rmdir()
+                if not any(workdir.iterdir()):
+                    workdir.rmdir()
 
 
 def check_same(config: RunConfig, workdir: Path, store: Store) -> None:
