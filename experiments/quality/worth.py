@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -71,7 +71,7 @@ class Worth(NamedTuple):
         equivalent: the dense width of equal loss.
         seeds: that conclude: of the arm and of the dense FFNs beside it, the least.
         loss: the arm's mean over the seeds that the curve has too. Seeds share what is
-            easy and hard in them: others would move the arm along the curve.
+            easy and hard in them: others would move the arm along the curve, or it.
     """
 
     arm: str
@@ -148,28 +148,26 @@ def difference(arm: Tuned, base: Tuned) -> Interval | None:
     return found or paired(arm.losses, base.losses)
 
 
-def on_curve(
-    setting: Setting, runs: Sequence[Result], losses: Mapping[int, float], seeds: Seeds
-) -> dict[int, float]:
-    """Losses of the seeds that a dense FFN of the curve has too; of all where there is
-    none.
-    """
-    arms = (tuned(runs, a.name, a.rate_of) for a in setting.groups["dense-curve"])
-    there = {seed for arm in arms if arm is not None for seed in seeds(arm)}
-    return {s: x for s, x in losses.items() if s in there} or dict(losses)
+def shared(losses: Mapping[int, float], seeds: Collection[int]) -> dict[int, float]:
+    """Losses of the seeds that are among these too; of all where none is."""
+    return {s: x for s, x in losses.items() if s in seeds} or dict(losses)
 
 
-def dense_curve(
+def dense_losses(
     setting: Setting, runs: Sequence[Result], seeds: Seeds = concluding
-) -> dict[int, list[float]]:
-    """Width to the losses of some seeds, of the dense FFNs that have runs."""
+) -> dict[int, dict[int, float]]:
+    """Width and seed to the loss, of the dense FFNs that have runs."""
     curve_arms = setting.groups["dense-curve"]
     found = (tuned(runs, arm.name, arm.rate_of) for arm in curve_arms)
     return {
-        arm.one.width: list(seeds(arm).values())
-        for arm in found
-        if arm is not None and arm.one.width
+        arm.one.width: seeds(arm) for arm in found if arm is not None and arm.one.width
     }
+
+
+def dense_curve(setting: Setting, runs: Sequence[Result]) -> dict[int, list[float]]:
+    """Width to the losses of the seeds that conclude."""
+    found = dense_losses(setting, runs)
+    return {width: list(losses.values()) for width, losses in found.items()}
 
 
 def worth(
@@ -179,17 +177,19 @@ def worth(
     vocab_size: int,
     seeds: Seeds = concluding,
 ) -> Worth | None:
-    """An arm's place on the curve; None before both have runs. An arm that only the seed
-    which chooses has run is read off that seed's curve.
+    """An arm's place on the curve, each by the seeds that both have; None before both have
+    runs. An arm that only the seed which chooses has run is read off that seed's curve.
     """
     one = tuned(runs, arm.name, arm.rate_of)
     if one is None:
         return None
     seeds = choosing if set(one.losses) == {SEEDS[0]} else seeds
-    dense = dense_curve(setting, runs, seeds)
-    if len(dense) < 2:
+    found = dense_losses(setting, runs, seeds)
+    if len(found) < 2:
         return None
-    losses = list(on_curve(setting, runs, seeds(one), seeds).values())
+    own = shared(seeds(one), {s for losses in found.values() for s in losses})
+    dense = {width: list(shared(x, own).values()) for width, x in found.items()}
+    losses = list(own.values())
     place = curve.equivalent_interval(dense, losses)
     beside = curve.neighbours(sorted(dense), place.value)
     least = min(len(losses), *(len(dense[width]) for width in beside))

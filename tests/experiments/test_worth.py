@@ -100,12 +100,15 @@ def test_one_seed_chooses_the_arm_and_the_others_conclude():
         assert row["multiplier"] == pytest.approx(width)
 
 
-def test_seeds_that_the_curve_has_not_do_not_move_an_arm_along_it():
+def test_seeds_that_one_side_lacks_move_neither_the_arm_nor_the_curve():
     setting, arm = claim(128), held(64)
     runs = runs_at(128, {64: 4.7, 32: 4.85})
     expected = worth.worth(setting, runs, arm, VOCABULARY)
     more = [run_of(setting, arm, 4.0, seed) for seed in (46, 47)]
     assert worth.worth(setting, [*runs, *more], arm, VOCABULARY) == expected
+    dense = setting.groups["dense-curve"]
+    curve = [run_of(setting, one, 4.0, seed) for one in dense for seed in (48, 49)]
+    assert worth.worth(setting, [*runs, *curve], arm, VOCABULARY) == expected
     assert expected is not None
     assert expected.loss == pytest.approx(4.7)
     # The difference to the hash takes every seed that both have.
