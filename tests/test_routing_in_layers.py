@@ -261,7 +261,7 @@ def test_hash_control_routes_equal_tokens_alike_and_needs_ids():
 
 def test_hash_has_no_losses_and_nothing_of_its_routing_moves():
     layer, ids = control("hash", tiles_per_token=2), np.arange(40, dtype=np.uint8) % 20
-    variables = initialized(SparseTriXFFN(16, num_tiles=8))
+    variables = jax.jit(layer.init)(jax.random.key(1), X, token_ids=ids)
 
     @jax.jit
     def run(params):
@@ -278,6 +278,7 @@ def test_hash_has_no_losses_and_nothing_of_its_routing_moves():
     grads, (info, new) = jax.grad(run, has_aux=True)(variables["params"])
     assert not any(leaf.any() for leaf in jax.tree.leaves(grads))
     assert info.gates.min() == info.gates.max() == 1
+    jax.tree.map(np.testing.assert_array_equal, new, variables["routing"])
     state = new["tiles"]["router"]
     assert not state["bias"].any()
     assert not state["signature"].any()  # it has no addresses to show
