@@ -28,6 +28,7 @@ from experiments.quality.worth import (
     concluding,
     difference,
     model_of,
+    shared,
     shown_pair,
     width_of,
     worth,
@@ -135,13 +136,13 @@ def comparison() -> str:
     found = {a.name: tuned(runs, a.name, a.rate_of) for a in arms}
     reference, rows = found["dense-512"], []
     assert reference is not None
-    seeds = set.intersection(*(set(concluding(one)) for one in found.values() if one))
+    seeds = set.intersection(*(set(concluding(a)) for a in found.values() if a))
     for arm in arms:
         one = found[arm.name]
         if one is not None:
             width = width_of(model_of(setting, arm, VOCABULARY))
             what = names.get(arm.name, arm.name.replace("-", " "))
-            losses = [loss for seed, loss in one.losses.items() if seed in seeds]
+            losses = list(shared(concluding(one), seeds).values())
             sizes = [f"{width.compute:,.0f}", f"{width.memory:,.0f}"]
             memory = f"{training_megabytes(one.one, reference.one):.1f}"
             seconds = seconds_of("wikipedia-128", arm.name)

@@ -177,8 +177,9 @@ def worth(
     vocab_size: int,
     seeds: Seeds = concluding,
 ) -> Worth | None:
-    """An arm's place on the curve, each by the seeds that both have; None before both have
-    runs. An arm that only the seed which chooses has run is read off that seed's curve.
+    """An arm's place on the curve, each side by the seeds that the other has too, by all
+    of them where it has none; None before both have runs. An arm that only the seed which
+    chooses has run is read off that seed's curve.
     """
     one = tuned(runs, arm.name, arm.rate_of)
     if one is None:
@@ -192,7 +193,7 @@ def worth(
     losses = list(own.values())
     place = curve.equivalent_interval(dense, losses)
     beside = curve.neighbours(sorted(dense), place.value)
-    least = min(len(losses), *(len(dense[width]) for width in beside))
+    least = max(1, min(len(own.keys() & found[width].keys()) for width in beside))
     width = width_of(model_of(setting, arm, vocab_size))
     return Worth(arm.name, width, place, least, fmean(losses))
 

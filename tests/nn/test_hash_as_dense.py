@@ -35,7 +35,9 @@ def test_parameters_alone_give_the_numbers_and_gradients_of_all_variables(variab
         jax.tree.map(np.testing.assert_array_equal, alone, whole)
 
 
-def test_training_warns_of_no_state_and_leaves_it_as_it_is(variables, recwarn):
+def test_training_without_state_warns_of_nothing_and_leaves_it_as_it_is(
+    variables, recwarn
+):
     params = {"params": variables["params"]}
     LAYER.apply(params, X, True, token_ids=IDS)
     assert not recwarn.list

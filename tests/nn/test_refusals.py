@@ -28,6 +28,8 @@ def variables():
     ("kind", "how", "message"),
     [
         (SparseTriXFFN, {"expansion": 2.3}, r"=36\.8 .* must be integers"),
+        (SparseTriXFFN, {"expansion": 2.5}, r"=40\.0 .* must be integers"),
+        (SparseTriXFFN, {"num_tiles": 4.0}, r"num_tiles=4\.0 must be integers"),
         (HierarchicalTriXFFN, {"tiles_per_cluster": 2.5}, "=2.5 must be integers"),
         (SparseTriXFFN, {"routing": "hash"}, "must be a RoutingConfig.* Got 'hash'"),
         (SparseTriXFFN, {"routing": {"source": "hash"}}, "must be a RoutingConfig"),
@@ -52,6 +54,8 @@ def test_a_mesh_of_explicit_axes_is_refused_with_what_to_write(variables):
     with jax.set_mesh(mesh):
         with pytest.raises(ValueError, match=r"jax\.sharding\.auto_axes"):
             jax.jit(call)(x)
+        whole = jax.device_put(X, NamedSharding(mesh, P()))
+        np.testing.assert_allclose(jax.jit(call)(whole), call(X), atol=1e-5)
         inside = jax.sharding.auto_axes(call, out_sharding=P("data"))
         np.testing.assert_allclose(jax.jit(inside)(x), call(X), atol=1e-5)
 

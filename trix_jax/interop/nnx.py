@@ -81,7 +81,8 @@ def freeze(model: nnx.Module, *args: Any, **how: Any) -> nnx.Module:
         **how: example keyword arguments.
 
     Raises:
-        ValueError: the model holds no ternary weights.
+        ValueError: the model holds no ternary weights; a layer that holds some has
+            parameters that the call did not see.
     """
     model = nnx.clone(model)
     model.eval()
@@ -93,11 +94,18 @@ def freeze(model: nnx.Module, *args: Any, **how: Any) -> nnx.Module:
     for _, layer in nnx.iter_modules(model):
         if not isinstance(layer, nnx.bridge.ToNNX):
             continue
+        alike = [call for call in calls if _same(call[0], layer.to_nnx__module)]
+        if not alike:
+            continue
         variables = _variables_of(layer)
-        for module, own, given in calls:
-            if _same(module, layer.to_nnx__module) and _fits(variables, own):
-                _pack(layer, variables, own, *given)
-                break
+        fitting = [call for call in alike if _fits(variables, call[1])]
+        if not fitting:
+            raise ValueError(
+                f"{type(layer.to_nnx__module).__name__} has parameters that no call of "
+                "the model saw: give arguments with which it is called."
+            )
+        _, shapes, given = fitting[0]
+        _pack(layer, variables, shapes, *given)
     return model
 
 

@@ -154,11 +154,13 @@ class TernaryKernel(nn.Module):
         return ops.pack(weights, self.by_row)._asdict()
 
     def _check_packed(self, packed):
-        """Refuses the words of a kernel of another shape: a cut of them would fit."""
+        """Refuses the words of a kernel of another shape: a cut of them would fit. Widths
+        that share their last word of four are not told apart.
+        """
         got, layout = packed.bits.shape, ops.layout_of(packed)
         padded = (*self.shape[:-1], 4 * -(-self.shape[-1] // 4))  # of `widen`
         shapes = [ops.packed_shape(shape, layout) for shape in (self.shape, padded)]
-        if got not in shapes:
+        if got not in shapes or packed.scale.shape[-1] not in (1, self.shape[-1]):
             raise ValueError(
                 f"packed/{'/'.join(self.path)}/bits must be {list(shapes[0])}, for a "
                 f"kernel of {list(self.shape)}. Got {list(got)}: frozen with other settings."

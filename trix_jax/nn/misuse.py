@@ -107,8 +107,8 @@ NO_STATE = (
 )
 
 NO_PLACE = (
-    "the collection 'routing' must have a place where the layer is lifted: under nn.scan "
-    "and nn.vmap write variable_axes={'params': 0, 'routing': 0}."
+    "the collection 'routing' must have a place at init: mutable there and, where the "
+    "layer is lifted by nn.scan or nn.vmap, in variable_axes={'params': 0, 'routing': 0}."
 )
 
 

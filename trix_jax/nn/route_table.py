@@ -132,7 +132,7 @@ def _of_model(model, variables):
 
 def _of_layer(model, variables, rows):
     """The table of the one layer that an FFN or a block has."""
-    paths = list(layer_states(variables["routing"]))
+    paths = list(layer_states(variables.get("routing", {})))
     if rows is None or len(paths) != 1 or model.routing.source == "hash":
         raise ValueError(
             "model must be a TransformerLM, or a layer that routes by scores and gets "

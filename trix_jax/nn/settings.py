@@ -8,6 +8,7 @@ field and a line of documentation in `TileSettings`, an argument and a line of
 
 import dataclasses
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, get_args
 
 import jax.numpy as jnp
@@ -160,7 +161,7 @@ class TileArguments(LayerArguments, kw_only=True):
 
 def check_divides(what: str, total: int, name: str, parts: int) -> int:
     """Returns `total / parts`, or raises a ValueError that names both."""
-    if total != int(total) or parts != int(parts):
+    if not (isinstance(total, Integral) and isinstance(parts, Integral)):
         raise ValueError(f"{what}={total} and {name}={parts} must be integers.")
     if parts < 1 or total % parts or total < parts:
         raise ValueError(f"{name}={parts} must divide {what}={total}.")

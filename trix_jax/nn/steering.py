@@ -83,7 +83,7 @@ def obey(
 
 
 def _order(variables, layer, tile, tokens, sign):
-    states = layer_states(variables["routing"])
+    states = layer_states(variables.get("routing", {}))
     if layer not in states:
         raise ValueError(f"layer must be one of {sorted(states)}. Got {layer}.")
     *stacked, count, _ = states[layer]["margins"].shape

@@ -52,9 +52,9 @@ class Corpus(NamedTuple):
             val = self._val_documents(files.val, report, self.val_opened)
             found = splits.survey_two(documents, val, with_characters)
             if not found.val_documents:
-                where = (
-                    f"val_path={config.val_path!r}" if config.val_path else files.val
-                )
+                where = f"The validation of path={config.path!r}"
+                if config.val_path:
+                    where = f"val_path={config.val_path!r}"
                 raise ValueError(f"{where} holds no text.")
         if not found.documents:
             raise ValueError(

@@ -5,6 +5,7 @@ step; it is removed once that is on the disk.
 """
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
@@ -173,6 +174,8 @@ def _open(
     hosts.check_same("the token store", store.fingerprint)
     before = read_config(workdir) if step is not None else None
     config = as_made(config, store)
+    if before and config.arm == config.model.ffn:  # a label that nobody typed
+        config = dataclasses.replace(config, arm=before.arm)
     vocabulary, end = store.tokenizer.vocab_size, store.tokenizer.eot
     config = resolve(config, vocabulary, before, end)
     for name, split in (("training", store.train), ("validation", store.val)):

@@ -22,8 +22,8 @@ from trix_jax.lm.data import Store
 from trix_jax.lm.train.extend import is_part_of
 
 DATA = "data."  # how a store was made; its fingerprint says whether it is the same
-# How a run is looked at and called, which may change: no step depends on it.
-WATCHING = {"arm"} | {
+# How a run is looked at, which may change while it trains: no step depends on it.
+WATCHING = {
     f"train.{name}"
     for name in (
         "log_every eval_every eval_epochs eval_batch_size checkpoint_every max_skipped"

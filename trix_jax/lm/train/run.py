@@ -7,9 +7,10 @@
 import contextlib
 import dataclasses
 import fcntl
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import jax
 import optax
@@ -146,6 +147,8 @@ def held(workdir: Path, report: Report) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _is_at(file, path):
+                raise BlockingIOError
         except BlockingIOError:
             raise RuntimeError(
                 f"another process trains in {workdir}: wait for it, or use another workdir."
@@ -158,9 +161,14 @@ def held(workdir: Path, report: Report) -> Iterator[None]:
             yield
         finally:
             if is_new and not (workdir / "config.yaml").exists():
-                path.unlink()
-                if not any(workdir.iterdir()):
+                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # what else is there stays
                     workdir.rmdir()
+
+
+def _is_at(file: IO, path: Path) -> bool:
+    """Whether an open file still has its name: who never began takes the lock away."""
+    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
 def check_same(config: RunConfig, workdir: Path, store: Store) -> None:
