@@ -66,6 +66,7 @@ def runs_at(d, held_losses):
     return [*dense, *ladder]
 
 
+@pytest.mark.slow
 def test_the_claim_is_the_number_of_tiles_whose_least_multiplier_is_greatest():
     # At 64 tiles the loss is that of 8 D, at 32 that of less than 4 D.
     runs = {d: runs_at(d, {64: 4.7, 32: 4.85}) for d in (64, 128)}

@@ -202,9 +202,8 @@ def test_kernels_know_activations_by_what_they_compute(act, is_known):
     assert knows(act) is is_known
 
 
-@pytest.mark.parametrize(
-    "activation", ["relu2", pytest.param("relu", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ["relu2", "relu"])
 def test_the_layers_gradient_is_traced_in_a_shard_map_that_checks_what_varies(
     activation,
 ):

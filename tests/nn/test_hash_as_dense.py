@@ -45,6 +45,7 @@ def test_training_without_state_warns_of_nothing_and_leaves_it_as_it_is(
     jax.tree.map(np.testing.assert_array_equal, new["routing"], variables["routing"])
 
 
+@pytest.mark.slow
 def test_frozen_parameters_alone_serve(variables):
     frozen = freeze(LAYER, {"params": variables["params"]}, X, token_ids=IDS)
     assert sorted(frozen) == ["packed", "params"]

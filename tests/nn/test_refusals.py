@@ -41,6 +41,7 @@ def test_settings_of_another_type_are_named(kind, how, message, no_type_hook):
         jax.eval_shape(kind(D, **how).init, jax.random.key(0), X)
 
 
+@pytest.mark.slow
 def test_a_mesh_of_explicit_axes_is_refused_with_what_to_write(variables):
     mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
     assert mesh.axis_types == (AxisType.Explicit,)  # JAX's default

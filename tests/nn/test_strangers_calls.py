@@ -37,13 +37,8 @@ def output(returned):
     return returned if isinstance(returned, jax.Array) else returned[0]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "hierarchical",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in LAYERS if n[0] != "h"),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYERS)
 def test_numpy_variables_are_taken_under_jit(name, no_type_hook):
     """As `flax.serialization` and `jax.device_get` give them."""
     layer = LAYERS[name]
@@ -56,6 +51,7 @@ def test_numpy_variables_are_taken_under_jit(name, no_type_hook):
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_eager_calls_compile_once(caplog):
     layer = LAYERS["sparse"]
     variables = layer.init(jax.random.key(1), X)
@@ -75,6 +71,7 @@ def test_eager_calls_compile_once(caplog):
     assert len(said) <= 2, said
 
 
+@pytest.mark.slow
 def test_int8_activations_of_float16_have_the_gradients_of_float32():
     layer = SparseTriXFFN(D, num_tiles=4, ternary=TernaryConfig(activations="int8"))
     x = (0.01 * X).astype(jnp.float16)
@@ -104,7 +101,7 @@ def test_orders_of_bytes_are_those_of_bools(no_type_hook):
         assert not (layer.apply(left, X)[1].tiles == 2).any()
 
 
-@pytest.mark.parametrize("padding", [-100, 64])
+@pytest.mark.parametrize("padding", [pytest.param(-100, marks=pytest.mark.slow), 64])
 def test_padding_ids_outside_the_vocabulary_leave_gradients_as_they_are(padding):
     config = TransformerConfig(
         vocab_size=64, context=8, d_model=D, n_layers=1, n_heads=2, ffn="sparse",

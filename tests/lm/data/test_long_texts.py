@@ -64,7 +64,7 @@ def test_any_text_in_short_parts_has_the_ids_of_the_whole(text, cuts):
         [" "],
     ],
 )
-@pytest.mark.parametrize("kind", ["bpe", "gpt2"])
+@pytest.mark.parametrize("kind", [pytest.param("bpe", marks=pytest.mark.slow), "gpt2"])
 def test_long_texts_have_the_ids_of_the_whole(kind, pieces, tokenizer_file):
     tokenizer = BPE if kind == "bpe" else load_tokenizer(tokenizer_file("gpt2"))
     text = long(pieces)
@@ -116,6 +116,7 @@ def test_a_word_ends_before_a_space_behind_any_character(space):
         assert apart == [word for word, _ in split(text)]
 
 
+@pytest.mark.slow
 def test_bpe_learns_the_same_from_parts():
     text = long([*"abcdefgh", " ", "\n", "\n\n", "'s"])
     tree = json.loads(train_bpe([text], 300).content())

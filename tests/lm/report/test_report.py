@@ -229,6 +229,7 @@ def test_demo_report_says_what_the_numbers_say(
     assert "After the prompt `def `:" in text
 
 
+@pytest.mark.slow
 def test_demo_report_claims_tuned_rates_of_what_they_were_tuned_for_alone(
     tmp_path, monkeypatch
 ):

@@ -74,9 +74,8 @@ def by_hand(model, variables, prompt, count, config):
     return text[len(prompt) :]
 
 
-@pytest.mark.parametrize(
-    "config", [pytest.param(GREEDY, marks=pytest.mark.slow), DRAWN]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [GREEDY, DRAWN])
 def test_tokens_are_those_of_whole_calls_past_the_context_too(model, variables, config):
     count = 2 * CONTEXT + 3
     found = list(generate(model, variables, PROMPTS[1], count, config))

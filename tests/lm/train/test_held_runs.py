@@ -223,6 +223,7 @@ def test_bits_of_routing_are_those_of_signatures_biases_and_held_rows(tiny_confi
     assert bits(**lookup) == bits(**clusters) - 2 * 16 * n * d
 
 
+@pytest.mark.slow
 def test_a_table_costs_its_bytes_and_saves_the_scores_of_its_layers(tiny_config):
     d, n, v, k = 16, 4, 40, 2
     base = dataclasses.replace(
