@@ -68,9 +68,9 @@ def reason_for(platform: str, kind: str, capability: str) -> str | None:
 def default_device() -> jax.Device:
     """Where JAX puts what nobody places: `jax.default_device`, else the first device."""
     chosen = jax.config.jax_default_device
-    if chosen is None or isinstance(chosen, str):
-        return jax.devices(chosen)[0]
-    return chosen
+    if chosen is None:
+        return jax.devices()[0]
+    return jax.devices(chosen)[0] if isinstance(chosen, str) else chosen
 
 
 def _default() -> _Device:
