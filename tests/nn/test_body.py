@@ -313,7 +313,7 @@ def test_cudnn_by_name_where_it_does_not_run_is_refused():
 
 
 @pytest.mark.slow
-def test_what_cudnn_is_asked_for_is_what_xla_computes(monkeypatch):
+def test_what_cudnn_is_asked_for_is_what_xla_computes(monkeypatch, no_type_hook):
     """Asked on a GPU that is not here; XLA answers in its place."""
     layers = {
         name: CausalSelfAttention(D, 2, implementation=name) for name in ("auto", "xla")
