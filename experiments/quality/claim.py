@@ -316,9 +316,10 @@ def claim(d_model: int) -> Setting:
             Step("best", 2),
             Step("dense-around", 4),
             Step("best", 4),
-            # Signatures whose routes stay against the hash: two seeds more, and rates.
+            # Signatures whose routes stay against the hash, by two seeds more, which the
+            # curve then needs too; and rates.
             *(
-                (Step("read", 1), Step("best", 6), Step("read", 6))
+                (Step("best", 6), Step("dense-around", 6), Step("read", 6))
                 if d_model == 128
                 else ()
             ),
