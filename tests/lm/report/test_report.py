@@ -230,9 +230,7 @@ def test_demo_report_says_what_the_numbers_say(
 
 
 @pytest.mark.slow
-def test_demo_report_claims_tuned_rates_of_what_they_were_tuned_for_alone(
-    tmp_path, monkeypatch
-):
+def test_demo_report_says_what_rates_were_tuned_for(tmp_path, monkeypatch):
     assert (PRESET.train.steps, PRESET.seed) == demo.SWEPT
     result = write_demo(tmp_path, 1.7, 1.8)
     own = demo._own(read_run(tmp_path / "trix").config)
