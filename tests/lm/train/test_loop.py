@@ -13,6 +13,7 @@ from trix_jax.lm.serve.load import load_run
 from trix_jax.lm.train import metrics
 from trix_jax.lm.train.loop import train
 from trix_jax.lm.train.optimizer import make_optimizer
+from trix_jax.lm.train.run import read_config
 from trix_jax.lm.train.step import init_state, make_train_step
 from trix_jax.nn.transformer import TransformerLM
 
@@ -174,6 +175,19 @@ def test_train_accumulated_micro_batches_match_one_batch(
     np.testing.assert_allclose(
         losses(tmp_path / "parts"), losses(tmp_path / "whole"), rtol=2e-5
     )
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_keeps_its_name(tiny_config, one_device, tmp_path):
+    short = changed(tiny_config, "train", steps=2, eval_every=2)
+    named = dataclasses.replace(short, arm="mine")
+    train(named, tmp_path, devices=one_device, report=quiet)
+    assert short.arm == short.model.ffn  # what a run is called that nobody names
+    train(short, tmp_path, devices=one_device, report=quiet)
+    assert read_config(tmp_path).arm == "mine"
+    other = dataclasses.replace(short, arm="other")
+    with pytest.raises(ValueError, match="arm was 'mine' and is 'other'"):
+        train(other, tmp_path, devices=one_device, report=quiet)
 
 
 @pytest.mark.slow
