@@ -92,8 +92,9 @@ def test_shard_map_as_it_is_gives_the_step_of_one_device(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("is_frozen", [True, False])
+@pytest.mark.parametrize(
+    ("name", "is_frozen"), [*((name, True) for name in LAYERS), ("sparse", False)]
+)
 def test_export_with_a_symbolic_batch_gives_the_numbers_of_a_call(name, is_frozen):
     layer, variables = LAYERS[name], variables_of(name)
     if is_frozen:

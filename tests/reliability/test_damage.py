@@ -98,8 +98,9 @@ def test_any_damage_to_a_file_gives_the_same_numbers_or_names_it(
     if part == ".":
         inside = [Path(name.name) for name in inside if len(name.parts) == 1]
     outcomes = {"recovered": 0, "refused": 0, "harmless": 0}
-    for victim in inside:
-        for harm in HARMS:
+    for number, victim in enumerate(inside):
+        # A checkpoint has many files of a kind: each meets every other harm.
+        for harm in HARMS[number % 2 :: 2] if "checkpoints" in part else HARMS:
             if victim.name in LOGS and harm in HARMS[:2]:
                 continue
             if not (run_dir / victim).stat().st_size and harm is not Path.unlink:

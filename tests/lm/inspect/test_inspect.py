@@ -66,7 +66,7 @@ def test_page_is_one_file_without_references(found, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sparse", "hierarchical", "lookup", "lookup_own"])
+@pytest.mark.parametrize("kind", ["hierarchical", "lookup", "lookup_own"])
 def test_packed_export_of_every_kind_is_looked_into(kind, run_dir, tmp_path):
     loaded, _, tokenizer = load_run(run_dir)
     ffn, _, reads = kind.partition("_")

@@ -185,7 +185,7 @@ def after_steps(config, devices, mapping):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "mapping", ["pmap", "shard_map", parallel.Spread(4), parallel.Spread(1, True)]
+    "mapping", ["pmap", parallel.Spread(4), parallel.Spread(1, True)]
 )
 def test_many_devices_hold_what_one_holds(config, mapping):
     settings = dataclasses.replace(config.train, batch_size=16)
