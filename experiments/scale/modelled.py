@@ -6,24 +6,38 @@ writes `results/modelled.json`, a row an experiment and arm. Memory is that of t
 compiled ahead of time for an H100, where the aot group is installed
 (`$TRIX_AOT_PYTHON`); else what the file has stays. Time is modelled:
 
-    GPU minutes = steps * least step * slack
+    GPU minutes = start + slack * least, or start + least + wait * calls
     core hours  = tokens * 3 * MACs a token / MACs a second of a core
 
-`least step` is `trix_jax.lm.experiment.budget.step_seconds`. `slack` is the median over
-E1's runs of the measured step on a GPU over the least one; before E1 has run there it is
-the budget's assumption. MACs a second are the median over the runs of E1's epoch on a
-CPU, or those of the run under way in DIR, and else what the file has. Compilation is not
-counted.
+`least` is the least time of a run's steps (`trix_jax.lm.experiment.budget.step_seconds`)
+and evaluations, a third of it a token. `start` is compilation, `START_SECONDS`. `slack` is
+the median over E1's runs of the measured step on a GPU over the least one. Before E1 has
+run there the runs of `SHARED` say it, which shared an H100, `SHARING` at a time, and
+minutes are a range between two explanations of the time that they took:
+
+- they filled the card, of which each had its share: `slack` is that share of their time
+  over the least one.
+- each waited for something else than the card: `wait` is their time above the least one,
+  a call. Calls are steps, as many as are accumulated in each, and evaluated batches, a
+  third of a call.
+
+MACs a second are those of the same arm in E1's epoch on a CPU, the median over its seeds,
+so that core hours of that epoch are measured. An arm that has not run there takes those of
+the arm that its name begins with; where none has run they are those of the run under way
+in DIR, or what the file has. Core hours count no evaluations and no compilation.
 """
 
 import argparse
+import shlex
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.scale.run import NAMES, RESULTS, read
+from experiments.quality import run as quality
+from experiments.scale.run import HERE, NAMES, RESULTS, ROOT, read
+from trix_jax.cli.experiment import parse_run
 from trix_jax.files import read_json, write_json
 from trix_jax.lm import aot
 from trix_jax.lm.config import RunConfig, load
@@ -32,6 +46,13 @@ from trix_jax.lm.train import metrics
 
 PATH = RESULTS / "modelled.json"
 ON_GPU, ON_CORE = "e1", "e1-one-epoch"  # what E1 is measured on
+SHARED, SHARING = (
+    "english-256-muon",
+    7,
+)  # runs at a time on one H100 (experiments/README.md)
+# Assumed: the fastest run of `SHARED` took 44 s in all.
+START_SECONDS = 30.0
+BYTES_A_TOKEN = 4  # about, of text; only where validation is a folder of its own
 COMPILED = ("lookup", "dense", "lookup-best", "sparse")
 
 Configs = dict[tuple[str, str], RunConfig]  # by experiment and arm
@@ -71,6 +92,7 @@ def model(
     folder: Path,
     known: Mapping[str, Any],
     peak: Callable[[str, str, RunConfig], int | None],
+    shared: Path = quality.RESULTS / f"{SHARED}.json",
 ) -> dict[str, Any]:
     """What the file holds.
 
@@ -80,40 +102,115 @@ def model(
         known: what it held before: memory stays where nothing is compiled, the speed of
             a core where no result says it.
         peak: bytes of an arm's step, or None.
+        shared: results of the runs that shared a GPU.
     """
     rows = known.get("rows", [])
     before = {(row["experiment"], row["arm"]): row["peak_bytes"] for row in rows}
-    measured_slack = slack_of(every, folder)
-    slack = measured_slack or budget.SLACK
-    macs, core_from = core_macs_of(every, folder), ON_CORE
+    slack, wait = slack_of(every, folder), None
+    slack_from = ON_GPU if slack else SHARED
+    if slack is None:
+        slack, wait = of_shared(results.read(shared))
+    speeds, core_from = core_macs_of(every, folder), ON_CORE
+    macs = statistics.median(speeds.values()) if speeds else None
     if macs is None:
         macs, core_from = known.get("core_macs_per_second"), known.get("core_from")
+        speeds = known.get("core_macs_per_second_of", {})
     return {
         "command": "python -m experiments.scale.modelled",
         "target": "h100",
+        "start_seconds": START_SECONDS,
         "slack": slack,
-        "slack_from": ON_GPU if measured_slack else "assumed",
+        "wait_seconds": wait,
+        "slack_from": slack_from,
         "core_macs_per_second": macs,
+        "core_macs_per_second_of": speeds,
         "core_from": core_from,
         "rows": [
             {"experiment": name, "arm": arm, "runs": runs[name, arm]}
-            | row_of(config, slack, macs)
+            | sizes(config)
+            | {"h100_minutes": h100_minutes(config, slack, wait)}
+            | core_hours(name, arm, config, speeds, macs)
             | {"peak_bytes": peak(name, arm, config) or before.get((name, arm))}
             for (name, arm), config in every.items()
         ],
     }
 
 
-def row_of(config: RunConfig, slack: float, macs: float | None) -> dict[str, Any]:
-    """Sizes and times of one run; none on a GPU for what is meant for a CPU."""
+def sizes(config: RunConfig) -> dict[str, int]:
+    """Of a run."""
     own = budget.counted(config)
-    total = 3 * own["tokens"] * budget.macs_per_token(config.model)
-    minutes = round(60 * own["h100_hours"] * slack, 2)
+    return {key: own[key] for key in ("params", "steps", "tokens")}
+
+
+def h100_minutes(
+    config: RunConfig, slack: float, wait: float | None
+) -> list[float] | None:
+    """Of one run, the ends of a range; none for what is meant for a CPU."""
+    if not is_for_gpus(config):
+        return None
+    least = least_seconds(config)
+    full = slack * least
+    waiting = full if wait is None else least + wait * calls(config)
+    return [round((START_SECONDS + s) / 60, 2) for s in sorted((full, waiting))]
+
+
+def core_hours(
+    name: str,
+    arm: str,
+    config: RunConfig,
+    speeds: Mapping[str, float],
+    macs: float | None,
+) -> dict[str, Any]:
+    """Of one run, and the arm whose speed they rest on; `measured` in its own epoch.
+
+    Args:
+        macs: a second, where no arm says it.
+    """
+    arms = [one for one in (arm, arm.partition("-")[0]) if one in speeds]
+    speed = speeds[arms[0]] if arms else macs
+    is_measured = name == ON_CORE and arm in speeds
+    total = 3 * budget.counted(config)["tokens"] * budget.macs_per_token(config.model)
     return {
-        **{key: own[key] for key in ("params", "steps", "tokens")},
-        "h100_minutes": minutes if is_for_gpus(config) else None,
-        "core_hours": None if macs is None else round(total / macs / 3600, 2),
+        "core_hours": None if speed is None else round(total / speed / 3600, 2),
+        "core_hours_from": "measured" if is_measured else arms[0] if arms else None,
     }
+
+
+def least_seconds(config: RunConfig) -> float:
+    """The least that the steps and evaluations of a run can take on an H100."""
+    train = config.train
+    step = budget.step_seconds(config, "h100")
+    tokens = train.batch_size * config.model.context
+    evaluated = evaluations(config) * val_tokens(config)
+    return step * (train.steps + evaluated / (3 * tokens))
+
+
+def calls(config: RunConfig) -> float:
+    """Of a run, in those of a training step without accumulation."""
+    train = config.train
+    batches = val_tokens(config) / (train.eval_batch_size * config.model.context)
+    return train.steps * train.accumulate + evaluations(config) * batches / 3
+
+
+def evaluations(config: RunConfig) -> int:
+    """At the end, every so many steps, and where asked after every epoch."""
+    train = config.train
+    found = -(-train.steps // train.eval_every)
+    if train.eval_epochs and config.data.max_tokens:
+        tokens = train.steps * train.batch_size * config.model.context
+        found += tokens // config.data.max_tokens
+    return found
+
+
+def val_tokens(config: RunConfig) -> float:
+    """About; without a limit training sees each token once."""
+    data = config.data
+    if data.val_path:
+        packages = read_json(HERE / "code_packages.json")
+        val = (one["bytes"] for one in packages if one["side"] == "val")
+        return sum(val) / BYTES_A_TOKEN
+    distinct = data.max_tokens or budget.counted(config)["tokens"]
+    return distinct * data.val_fraction / (1 - data.val_fraction)
 
 
 def is_for_gpus(config: RunConfig) -> bool:
@@ -124,20 +221,40 @@ def is_for_gpus(config: RunConfig) -> bool:
 def slack_of(every: Configs, folder: Path) -> float | None:
     """How many times the least step E1 took on a GPU, the median over its runs."""
     ratios = []
-    for arm, speed in speeds(folder, ON_GPU):
+    for arm, speed in speeds_of(folder, ON_GPU):
         config = every[ON_GPU, arm]
         seconds = config.train.batch_size * config.model.context / speed
         ratios.append(seconds / budget.step_seconds(config, "h100"))
     return statistics.median(ratios) if ratios else None
 
 
-def core_macs_of(every: Configs, folder: Path) -> float | None:
-    """Multiply-accumulates of training a second of a core, the median over E1's runs."""
-    rates = [
-        3 * budget.macs_per_token(every[ON_CORE, arm].model) * speed
-        for arm, speed in speeds(folder, ON_CORE)
-    ]
-    return statistics.median(rates) if rates else None
+def of_shared(runs: Sequence[results.Result]) -> tuple[float, float]:
+    """Slack and wait of runs that shared an H100, medians over them."""
+    slacks, waits = [], []
+    for one in runs:
+        if one.seconds:
+            config = config_of(one)
+            least, seconds = least_seconds(config), one.seconds - START_SECONDS
+            slacks.append(seconds / SHARING / least)
+            waits.append((seconds - least) / calls(config))
+    return statistics.median(slacks), statistics.median(waits)
+
+
+def config_of(one: results.Result) -> RunConfig:
+    """The resolved config of a run, by its command `trix-jax train PRESET ...`."""
+    preset, *flags = shlex.split(one.command)[2:]
+    return budget.filled(parse_run([str(ROOT / preset), *flags]))
+
+
+def core_macs_of(every: Configs, folder: Path) -> dict[str, float]:
+    """Multiply-accumulates of training a second of a core, of each arm of E1's epoch the
+    median over its seeds.
+    """
+    rates: dict[str, list[float]] = {}
+    for arm, speed in speeds_of(folder, ON_CORE):
+        macs = 3 * budget.macs_per_token(every[ON_CORE, arm].model)
+        rates.setdefault(arm, []).append(macs * speed)
+    return {arm: statistics.median(each) for arm, each in rates.items()}
 
 
 def core_macs_under_way(run: Path) -> dict[str, Any]:
@@ -150,7 +267,7 @@ def core_macs_under_way(run: Path) -> dict[str, Any]:
     return {"core_macs_per_second": macs, "core_from": done}
 
 
-def speeds(folder: Path, name: str) -> list[tuple[str, int]]:
+def speeds_of(folder: Path, name: str) -> list[tuple[str, int]]:
     """Arm and tokens a second of an experiment's finished runs."""
     every = results.read(folder / f"{name}.json")
     return [(o.arm, o.tokens_per_second) for o in every if o.tokens_per_second]

@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
+from experiments.scale import elsewhere
+from experiments.scale.elsewhere import Evidence
+from experiments.scale.needs import needs_note, needs_table
 from experiments.scale.run import NAMES
 from experiments.scale.verdicts import (
     HYPOTHESIS,
@@ -32,9 +35,7 @@ from trix_jax.lm.experiment.stats import Interval, spread
 from trix_jax.lm.experiment.tables import mean_loss, table
 
 HERE = Path(__file__).parent
-QUALITY = HERE.parent / "quality" / "results" / "shakespeare-char.json"
 FIGURE = "results/report.png"
-MIB = 2**20
 # What the original takes a lower loss from, in the words of its measures.
 WORDS = {"val_loss": "loss", "train_val_gap": "gap"}
 SEVERAL = 2
@@ -87,10 +88,11 @@ def write(folder: Path) -> Path:
     draw(runs, modelled["rows"], folder / FIGURE)
     parts = [
         "# E1 to E4: is the lookup layer better than a dense one?\n",
-        answer(runs, results.read(QUALITY)),
+        answer(runs),
         "## The four models\n",
         models_table(runs, modelled["rows"]),
         NOTE,
+        lookups_note(),
         "## The three reasons\n",
         reasons_table(runs),
         REASONS_NOTE,
@@ -114,27 +116,36 @@ def read_runs(folder: Path) -> dict[str, list[Result]]:
     return {name: results.read(folder / f"{name}.json") for name in NAMES}
 
 
-def answer(runs: Runs, quality: Sequence[Result]) -> str:
-    """The verdict, what it rests on, and what is known from elsewhere."""
-    word = of_claim(runs, HYPOTHESIS)
+def answer(runs: Runs) -> str:
+    """The verdicts, what they rest on, and how many runs there are."""
     every = [one for own in runs.values() for one in own]
     done = sum(one.is_finite for one in every)
     lost = len(every) - done
-    rates = [one for one in quality if one.arm == "lookup-16" and one.is_finite]
-    best = min(rates, key=lambda one: one.val_loss).learning_rate
-    losses = [one.val_loss for one in rates if one.learning_rate == best]
-    nothing = [o for o in quality if o.arm == "lookup-16-nothing" and o.is_finite]
-    rate = min(nothing, key=lambda one: one.val_loss).learning_rate
-    none = [one.val_loss for one in nothing if one.learning_rate == rate]
+    known = elsewhere.of_claim(HYPOTHESIS)
+    own, *_, plane = known
+    shakespeare = elsewhere.read(elsewhere.SHAKESPEARE)
+    losses = [
+        statistics.fmean(one.val_loss for one in elsewhere.best(shakespeare, arm))
+        for arm in (elsewhere.LOOKUP, elsewhere.NOTHING)
+    ]
     return (
-        f"**A lower loss than a dense FFN of equal parameters: {word}.** "
-        f"{done or 'No'} run{'' if done == 1 else 's'} of these experiments "
-        f"{'is' if done == 1 else 'are'} finished{f', {lost} diverged' if lost else ''}.\n"
+        f"**A lower loss than a dense FFN of equal parameters: {own.verdict} on TinyShakespeare, tuned; "
+        f"{of_claim(runs, HYPOTHESIS)} on E1 to E4.**\n\n"
+        f"- TinyShakespeare: the original's lookup layer ends {away(own)} a dense FFN with {own.share:.2f} of its FFN's "
+        f"parameters, at {losses[0]:.3f}; a model without any FFN ends at {losses[1]:.3f}. `lookup-best` ends "
+        f"{away(plane)} one with {plane.share:.2f} times its parameters: {plane.verdict}.\n"
+        f"- E1 to E4: {done or 'no'} run{'' if done == 1 else 's'} "
+        f"{'is' if done == 1 else 'are'} finished{f', {lost} diverged' if lost else ''}. "
         "No run is on FineWeb-Edu or on The Stack: English Wikipedia and Python packages stand for them.\n"
-        "On TinyShakespeare, where rates are tuned, the original's lookup layer ends at "
-        f"{statistics.fmean(losses):.3f} nats, and a model without any FFN at "
-        f"{statistics.fmean(none):.3f}.\n"
     )
+
+
+def away(one: Evidence) -> str:
+    """`0.277 ± 0.040 nats above`."""
+    found = one.found["val_loss"]
+    assert found
+    side = "above" if found.mean > 0 else "below"
+    return f"{abs(found.mean):.3f} ± {found.half:.3f} nats {side}"
 
 
 def models_table(runs: Runs, modelled: Sequence[dict[str, Any]]) -> str:
@@ -150,51 +161,105 @@ def models_table(runs: Runs, modelled: Sequence[dict[str, Any]]) -> str:
             size = f"{params[name, 'lookup'] / 1e6:.1f}M"
             asked = [model.name, model.asked, f"{used} (`{name}`)", size]
             rows.append([*asked, *cells, gap, word])
+    rows.append(shakespeare_row())
     head = "model;asked;used;parameters;lookup;lookup-best;dense;lookup less dense;lower loss"
     return table(head.split(";"), rows, left=3)
 
 
+def shakespeare_row() -> list[str]:
+    """The same of the tuned lookup layers of `experiments/quality`."""
+    known, runs = (
+        elsewhere.of_claim(HYPOTHESIS)[0],
+        elsewhere.read(elsewhere.SHAKESPEARE),
+    )
+    arms = (known.arm, elsewhere.PLANE, known.other)
+    losses = [spread([o.val_loss for o in elsewhere.best(runs, arm)]) for arm in arms]
+    size = f"{elsewhere.best(runs, known.arm)[0].params_total / 1e6:.1f}M"
+    used = f"width 128, tuned (`{known.setting}`)"
+    gap = shown(known.found["val_loss"])
+    return ["TinyShakespeare", "-", used, size, *losses, gap, known.verdict]
+
+
+def lookups_note() -> str:
+    """What `lookup-best` is, and what has not run."""
+    runs = elsewhere.read(elsewhere.SHAKESPEARE)
+    (four,) = elsewhere.best(runs, elsewhere.FOUR)
+    plane = elsewhere.best(runs, elsewhere.PLANE)
+    (alike,) = (one for one in plane if one.seed == four.seed)
+    many, clusters = (
+        f"`{name}`: {f'{n} runs' if n else 'not run'}"
+        for name, n in elsewhere.lookups_run().items()
+    )
+    return (
+        f"`lookup-best` is the best lookup of {len(plane)} seeds: one cell a spline, by token. Four in parallel are ahead "
+        f"at their one seed: {four.val_loss:.3f} beside {alike.val_loss:.3f} on TinyShakespeare. Many lookups a token, of "
+        f"256 to 4,096 found by clusters, are {many}. Clusters beside flat routes are {clusters}.\n"
+    )
+
+
 NOTE = (
     "Loss in nats a token, mean over seeds with half the 95 % interval; a dash has not run. "
-    "`lookup` is as asked, `lookup-best` the best lookup known, `dense` has the parameters of `lookup`. "
-    "All arms of an experiment train at one rate, the original's (`e4-small`: that of E1); none is tuned.\n"
+    "`lookup` is as asked, `dense` has the parameters of `lookup` (on TinyShakespeare fewer). "
+    "All arms of E1 to E4 train at one rate, the original's (`e4-small`: that of E1); none is tuned. "
+    "`e1-one-epoch` has that rate with 4,096 tokens a step, a sixteenth of the original's.\n"
 )
 REASONS_NOTE = (
-    "A difference is the arm less the other, paired by seed; below zero supports the reason. "
-    "The gap is validation loss less training loss, dropout included. One seed decides nothing. "
-    "[ARMS.md](ARMS.md) has every arm, and the same of the recommended layer.\n"
+    "The lookup's runs are E1 to E4; the sparse tiles' (four of sixteen, by token) are tuned ones of "
+    "`experiments/quality`. A difference is the arm less the other, paired by seed; below zero supports the reason. In "
+    "brackets is the dense FFN's compute over the arm's. The gap is validation loss less training loss, dropout "
+    "included. One seed decides nothing. [ARMS.md](ARMS.md) has every arm and pair.\n"
 )
 ARMS_NOTE = (
     "No run is on FineWeb-Edu or on The Stack. Losses are in nats a token, means over seeds with half the 95 % "
-    "interval. All arms train at the original's rate (`e4-small`: at that of E1); none is tuned.\n"
+    "interval. All arms train at the original's rate (`e4-small`: at that of E1); none is tuned. `e1-one-epoch` has "
+    "that rate with 4,096 tokens a step, a sixteenth of the original's. TinyShakespeare, and English of width 256, "
+    "are tuned runs of `experiments/quality`; in brackets is a dense FFN's width over the one that would be equal.\n"
 )
 
 
 def reasons_table(runs: Runs) -> str:
-    """The verdict on each reason, and what every experiment says of the lookup."""
+    """The verdicts on each reason, of the lookup and of the sparse tiles."""
     rows = []
     for claim in REASONS:
-        word, first = f"**{of_claim(runs, claim)}**", claim.pairs[:1]
-        rows.append([claim.name, claim.by, "", "", word])
-        rows += [["", "", *row] for row in pair_rows(runs, claim, first)]
-    return table(
-        "reason;decided by;experiment: pair;difference;verdict".split(";"), rows, left=3
-    )
+        arm, other = claim.pairs[0]
+        own = [(f"`{n}`", shown_of(r, (arm, other), claim)) for n, r in runs.items()]
+        told = "; ".join(f"{name} {text}" for name, text in own if text) or "not run"
+        word = of_claim(runs, claim)
+        reason = f"{claim.name}: {claim.by}"
+        rows.append([reason, f"{arm} less {other}", told, f"**{word}**"])
+        known = elsewhere.of_claim(claim)
+        others = dict.fromkeys(one.pair.partition(" less ")[2] for one in known)
+        told = "; ".join(f"{one.place} {told_of(one)}" for one in known)
+        word = elsewhere.verdict_of(claim)
+        rows.append(["", f"sparse less {', '.join(others)}", told, f"**{word}**"])
+    return table("reason: decided by;pair;difference;verdict".split(";"), rows, left=3)
 
 
-def pair_rows(
-    runs: Runs, claim: Claim, pairs: Sequence[tuple[str, str]]
-) -> list[list[str]]:
-    """Experiment and pair, difference, verdict; of what has run."""
+def shown_of(own: Sequence[Result], pair: tuple[str, str], claim: Claim) -> str:
+    """The differences of a pair, nothing where no seed has both."""
+    found = {m: difference(own, *pair, m) for m in claim.measures}
+    named = {m: f"{WORDS[m]} " if len(found) > 1 else "" for m in found}
+    return ", ".join(f"{named[m]}{shown(d)}" for m, d in found.items() if d)
+
+
+def told_of(one: Evidence) -> str:
+    """The same of a pair elsewhere; a gap that no run has is said."""
+    named = {m: f"{WORDS[m]} " if len(one.found) > 1 else "" for m in one.found}
+    cells = (f"{named[m]}{shown(d, 'not kept')}" for m, d in one.found.items())
+    share = f" ({one.share:.2f})" if one.share else ""
+    return ", ".join(cells) + share
+
+
+def pair_rows(runs: Runs, claim: Claim) -> list[list[str]]:
+    """Experiment and pair, difference, verdict; of what has run, here and elsewhere."""
     rows = []
     for name, own in runs.items():
-        for arm, other in pairs:
-            found = {m: difference(own, arm, other, m) for m in claim.measures}
-            named = {m: f"{WORDS[m]} " if len(found) > 1 else "" for m in found}
-            text = ", ".join(f"{named[m]}{shown(d)}" for m, d in found.items() if d)
-            word = of_pair(own, (arm, other), claim.measures)
-            if text:
-                rows.append([f"`{name}`: {arm} less {other}", text, word])
+        for pair in claim.pairs:
+            word = of_pair(own, pair, claim.measures)
+            if text := shown_of(own, pair, claim):
+                rows.append([f"`{name}`: {' less '.join(pair)}", text, word])
+    for one in elsewhere.of_claim(claim):
+        rows.append([f"{one.place}: {one.pair}", told_of(one), one.verdict])
     return rows
 
 
@@ -202,13 +267,12 @@ def arms_parts(runs: Runs) -> list[str]:
     """Every claim with all of its pairs, and every arm of every experiment."""
     parts = []
     for claim in (HYPOTHESIS, *REASONS):
-        if rows := pair_rows(runs, claim, claim.pairs):
-            head = ["experiment: pair", "difference", "verdict"]
-            parts += [f"## {claim.name}\n", table(head, rows)]
+        head = ["experiment: pair", "difference", "verdict"]
+        parts += [f"## {claim.name}\n", table(head, pair_rows(runs, claim))]
     for name, own in runs.items():
         if own:
             parts += [f"## Arms of `{name}`\n", arms_table(own)]
-    return parts or ["No run is finished.\n"]
+    return parts
 
 
 def arms_table(own: Sequence[Result]) -> str:
@@ -248,46 +312,6 @@ def lost_of(own: Sequence[Result], arm: str) -> str:
     return f" ({lost} diverged)" if lost else ""
 
 
-def needs_table(modelled: Sequence[dict[str, Any]]) -> str:
-    """Memory and time of the lookup and of all runs of an experiment."""
-    rows = []
-    for name in NAMES:
-        own = {row["arm"]: row for row in modelled if row["experiment"] == name}
-        one = own["lookup"]
-        peak, core = one["peak_bytes"], one["core_hours"]
-        cells = [f"`{name}`", str(sum(row["runs"] for row in own.values()))]
-        cells += [f"{one['tokens'] / 1e6:,.0f}M"]
-        cells += [f"{peak / MIB:,.0f}" if peak else "-"]
-        if one["h100_minutes"] is None:
-            cells += ["-", "-"]
-        else:
-            total = sum(row["runs"] * row["h100_minutes"] for row in own.values())
-            cells += [f"{one['h100_minutes']:,.1f}", f"{total:,.0f}"]
-        rows.append([*cells, f"{core:,.1f}" if core else "-"])
-    head = "experiment;runs;tokens;peak MiB;H100 minutes;all runs;core hours"
-    return table(head.split(";"), rows)
-
-
-def needs_note(modelled: dict[str, Any]) -> str:
-    """What the numbers of the table are."""
-    slack = f"{modelled['slack']:.1f} times the least step"
-    if modelled["slack_from"] == "assumed":
-        slack += ", which is assumed: nothing has run on a GPU"
-    else:
-        slack += f", as `{modelled['slack_from']}` measured"
-    core = "Nothing has been timed on a core."
-    if modelled["core_from"]:
-        core = (
-            "Core hours are modelled too, by the median multiply-accumulates a second over the arms of "
-            f"{modelled['core_from']}, on a core that others used too; single arms differ from it."
-        )
-    return (
-        "Tokens, memory, minutes and core hours are of one run of `lookup`. Memory is that of the step compiled for an "
-        "H100; a dash was not compiled. Minutes are **modelled**, compilation not counted: "
-        f"{slack}. {core}\n"
-    )
-
-
 def data_note(packages: Sequence[dict[str, Any]]) -> str:
     """Where the text comes from."""
     counts = Counter(one["licence"] for one in packages)
@@ -318,10 +342,10 @@ def losses_of(own: Sequence[Result], arm: str) -> str:
     return (spread(losses) if losses else "-") + lost_of(own, arm)
 
 
-def shown(found: Interval | None) -> str:
+def shown(found: Interval | None, absent: str = "-") -> str:
     """A difference with its interval."""
     if found is None:
-        return "-"
+        return absent
     if found.n < SEVERAL:
         return f"{found.mean:+.4f} (one seed)"
     return f"{found.mean:+.4f} ± {found.half:.4f}"
@@ -342,7 +366,10 @@ def draw(runs: Runs, modelled: Sequence[dict[str, Any]], path: Path) -> None:
         axes.set_title(f"{name}: validation loss, nats a token", fontsize=10)
     rows = [r for r in modelled if r["arm"] == "lookup" and r["h100_minutes"]]
     names, last = [row["experiment"] for row in rows], panels[len(done)]
-    last.barh(names, [row["h100_minutes"] for row in rows], color=CYCLE[0])
+    lows, highs = zip(*(row["h100_minutes"] for row in rows), strict=True)
+    widths = [max(high - low, low / 50) for low, high in zip(lows, highs, strict=True)]
+    last.barh(names, widths, left=lows, color=CYCLE[0])
+    last.set_xlim(left=0)
     for axes in panels[1 + len(done) :]:
         axes.set_axis_off()
     last.set_title("lookup: minutes a run on an H100, modelled", fontsize=10)

@@ -6,9 +6,11 @@ import pytest
 
 from experiments.quality import worth
 from experiments.quality.lookups import BEST, NUMBERS, SETTINGS, clustered, flat, lookup
+from experiments.quality.run import ROOT
 from experiments.quality.schedule import runs_to_come, spec_of
 from experiments.speed import hierarchy
 from trix_jax.cli.experiment import parse_run
+from trix_jax.files import read_json
 from trix_jax.lm.accounting import costs
 
 
@@ -58,3 +60,17 @@ def test_speed_of_clusters_is_measured_for_every_use():
     rows = hierarchy.compare(16, hierarchy.Shape(8, 4, 32), rounds=3)
     assert len(rows) == 4 * len(hierarchy.USES)
     assert all(0 < row["low"] <= row["high"] for row in rows)
+
+
+def test_page_has_every_measured_number_of_tiles_and_clusters():
+    measured = read_json(hierarchy.PATH)["rows"]
+    rows = {(r["num_tiles"], r["use"], r["kind"]): r for r in measured}
+    page = (ROOT / "docs" / "layers.md").read_text("utf-8")
+    for number in {one["num_tiles"] for one in measured}:
+        for top, word in ((2, "two"), (4, "four")):
+            uses = ("training", "all"), ("training", "open"), ("serving", "open")
+            found = [rows[number, use, f"{top} clusters, {over}"] for use, over in uses]
+            cells = (
+                "{of_flat:.2f} ({low:.2f} to {high:.2f})".format(**r) for r in found
+            )
+            assert f"| {number} | {word} | {' | '.join(cells)} |" in page

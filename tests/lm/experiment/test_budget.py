@@ -1,5 +1,6 @@
 """What an experiment is expected to need."""
 
+import dataclasses
 import json
 
 import pytest
@@ -53,12 +54,32 @@ def test_dry_run_charges_every_arm_its_own_seeds(small, monkeypatch, capsys, tmp
 
 def test_bytes_of_a_token_are_34_a_channel_and_5_a_head_and_key(models):
     # Few products: memory is what takes the step's time.
-    config = RunConfig(model=models["dense"], train=TrainConfig(batch_size=2**20))
+    model = dataclasses.replace(models["dense"], ffn_width=4 * 16)
+    config = RunConfig(model=model, train=TrainConfig(batch_size=2**20))
     tokens, a_layer = 2**20 * 16, 34 * 16 + 5 * 2 * 16
-    num_bytes = 4 * tokens * (a_layer + 4 * 64) + 28 * costs(models["dense"]).total
+    num_bytes = 4 * tokens * (a_layer + 4 * 64) + 28 * costs(model).total
     bandwidth = budget.train_steps.GPUS["h100"].bandwidth
     seconds = budget.step_seconds(config, "h100")
     assert seconds == pytest.approx(num_bytes / bandwidth)
+
+
+def test_bytes_of_an_ffn_are_4_a_hidden_unit_and_4_a_channel_of_each_tile(models):
+    dense = dataclasses.replace(models["dense"], ffn_width=8)
+    lookup = models["lookup"]
+    tokens, d = 2**20 * dense.context, dense.d_model
+    hidden = costs(lookup).ffn_active_training / (2 * d * lookup.n_layers)
+    copies = lookup.tiles_per_token * d
+    found = [
+        budget.step_seconds(
+            RunConfig(model=m, train=TrainConfig(batch_size=2**20)), "h100"
+        )
+        for m in (lookup, dense)
+    ]
+    per_token = 4 * dense.n_layers * 4 * (hidden + copies - 8)
+    state = 28 * (costs(lookup).total - costs(dense).total)
+    bandwidth = budget.train_steps.GPUS["h100"].bandwidth
+    wanted = (tokens * per_token + state) / bandwidth
+    assert found[0] - found[1] == pytest.approx(wanted)
 
 
 def test_vocabulary_of_a_store_is_its_tokenizer_s(tmp_path):

@@ -4,12 +4,14 @@ compile, time and money by a model.
     step >= max(6 * tokens * MACs / peak, bytes / bandwidth)
 
 MACs a token: attention's projections, its scores over the whole context, the FFNs as
-counted in `accounting`, the head. Bytes a token: `34 D + 5 a s` of activations a layer,
-16-bit ones, with a heads and s tokens of context (Korthikanti et al., 2022,
-https://arxiv.org/abs/2205.05198), and the logits in float32, each written and read
-forward and backward; and 28 bytes a parameter and update. Nothing is autotuned and
-launches are not counted, so that this is the least a step can take: the budget takes
-`SLACK` times it, and the first hundred steps tell.
+counted in `accounting`, the head. Bytes a token: `18 D + 4 W + 5 a s` of activations a
+layer, 16-bit ones, with a heads and s tokens of context (Korthikanti et al., 2022,
+https://arxiv.org/abs/2205.05198, whose `34 D` has a dense FFN of W = 4 D), and the logits
+in float32, each written and read forward and backward; and 28 bytes a parameter and
+update. W of tiles is the dense width of as many MACs, and each tile of a token takes a
+copy of its input and gives an output, `4 D` bytes. Nothing is autotuned, and launches,
+compilation and evaluations are not counted, so that this is the least a step can take:
+the budget takes `SLACK` times it, and the first hundred steps tell.
 """
 
 import dataclasses
@@ -91,10 +93,13 @@ def macs_per_token(c: TransformerConfig) -> int:
     return attention + costs(c).ffn_active + c.d_model * c.vocab_size
 
 
-def _bytes_per_token(c: TransformerConfig) -> int:
+def _bytes_per_token(c: TransformerConfig) -> float:
     """Bytes that a step reads and writes, a token: Korthikanti's are bytes already."""
     assert c.vocab_size is not None
-    layers = c.n_layers * (34 * c.d_model + 5 * c.n_heads * c.context)
+    width = costs(c).ffn_active_training / (2 * c.d_model * c.n_layers)
+    copies = 0 if c.ffn == "dense" else c.tiles_per_token
+    ffn = 4 * (width + copies * c.d_model)
+    layers = c.n_layers * (18 * c.d_model + ffn + 5 * c.n_heads * c.context)
     return 4 * (layers + 4 * c.vocab_size)
 
 
@@ -227,8 +232,8 @@ def _text(rows: list[dict[str, Any]], usd_per_hour: float, command: str) -> str:
             _table(rows),
             "",
             f"{memory} Everything with a unit of time or money is **modelled**: {SLACK:g} times the "
-            "least that arithmetic and memory traffic allow, never measured on such a machine; "
-            f"USD at {usd_per_hour:g} an H100-hour.",
+            "least that arithmetic and memory traffic allow, an assumption. Compilation and evaluations are not "
+            f"counted, and small steps take longer. USD at {usd_per_hour:g} an H100-hour.",
             "",
             f"All runs: {_duration(h100)} on one H100, {_duration(h100 / MANY)} on "
             f"eight. One seed of all of it, side by side on the original's one Thor: {_duration(thor)}, "
