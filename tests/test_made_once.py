@@ -130,6 +130,26 @@ def test_it_is_what_the_forward_pass_uses():
     assert not jnp.array_equal(layer.apply({"params": other}, x), y)
 
 
+def test_weights_that_are_real_for_a_while_ask_how_far_training_is():
+    variables, _, _ = compiled("late")
+    with pytest.raises(ValueError, match="progress must be given in training"):
+        ternary_once(LAYERS["late"](), variables, X)
+    assert ternary_once(LAYERS["late"](), variables, X, progress=1.0)["ternary"]
+
+
+@pytest.mark.parametrize("name", ["channel", "fixed"])
+def test_a_nan_weight_is_not_lost_in_int8(name):
+    variables, _, _ = compiled(name)
+    kernel = variables["params"]["kernel"]
+    nan = {**kernel, "kernel": kernel["kernel"].at[1, 2, 0].set(jnp.nan)}
+    variables = {**variables, "params": {"kernel": nan}}
+    layer = LAYERS[name]()
+    made = jax.jit(lambda v: ternary_once(layer, v, X))(variables)
+    y = layer.apply({**variables, **made}, X)
+    assert np.isnan(y[..., 2]).all()  # an output of the second tile
+    assert np.isfinite(y[..., :2]).all()
+
+
 def test_frozen_weights_are_made_already():
     layer, x = TriXLinear(8), X[0]
     variables = initialized(layer, x)

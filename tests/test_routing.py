@@ -262,6 +262,27 @@ def test_diversity_loss_is_zero_for_orthogonal_and_one_for_equal_signatures():
     assert routing.diversity_loss(jnp.ones((1, 3))) == 0
 
 
+@pytest.mark.parametrize("shape", [(40, 8), (8, 40), (2, 1)])
+def test_diversity_loss_is_the_mean_squared_cosine_of_few_tiles_and_of_many(shape):
+    signature = np.asarray(normal(*shape) + 0.3, np.float64)
+    unit = signature / np.linalg.norm(signature, axis=1, keepdims=True)
+    cosines = (unit @ unit.T)[~np.eye(len(unit), dtype=bool)]
+    loss = routing.diversity_loss(jnp.float32(signature))
+    np.testing.assert_allclose(loss, np.mean(cosines**2), rtol=1e-4)
+
+
+def test_neither_loss_nor_diagnostic_holds_all_pairs_of_many_tiles():
+    signature = normal(2500, 4)
+    loss = jax.jit(jax.value_and_grad(routing.diversity_loss))
+    cosine = jax.jit(routing.signature_cosine)
+    for function in (loss, cosine):
+        compiled = function.lower(signature).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < 0.8 * 4 * 2500**2
+    unit = np.asarray(signature / jnp.linalg.norm(signature, axis=1, keepdims=True))
+    expected = (np.abs(unit @ unit.T).sum() - 2500) / (2500 * 2499)
+    np.testing.assert_allclose(cosine(signature), expected, rtol=1e-4)
+
+
 # Diagnostics -----------------------------------------------------------------------------------------------------------
 
 

@@ -68,16 +68,28 @@ def test_update_moves_both_levels_of_a_hierarchy():
     new = routing.update(state, rate=0.5)["router"]
     # Cluster 0 holds tiles 2 and 0 (loads 2 and 4), cluster 1 tiles 1 and 3 (loads 0
     # and 1). The mean of all tiles is 1.75, so that cluster 1 is not asked for more
-    # than its own mean of 0.5.
+    # than its own mean of 0.5. A token opens one cluster, where the common part is 0.
     load = floats([1.75, 0.5, 1.75, 0.5])[0]
     moved = balance.step_bias(jnp.zeros(4), margins([4, 0, 2, 1]), 0.5, load)
-    np.testing.assert_array_equal(new["bias"], moved)
+    common = (moved + moved[jnp.asarray([2, 3, 0, 1])]) / 2
+    np.testing.assert_array_equal(new["bias"], moved - common)
     assert new["bias"][0] < new["bias"][2]
     assert new["bias"][3] < new["bias"][1]
     np.testing.assert_array_equal(np.sign(new["cluster_bias"]), [-1, 1])
     assert not new["margins"].any()
     assert not new["cluster_margins"].any()
     np.testing.assert_array_equal(new["members"], [[2, 0], [1, 3]])
+
+
+@pytest.mark.parametrize("opened", [1, 2])
+def test_what_biases_of_a_cluster_have_in_common_goes_where_one_is_open(opened):
+    members = [[0, 3], [1, 4], [2, 5]]
+    state = clustered_state([4, 4, 4, 4, 4, 4], members)
+    state["cluster_margins"] = margins([16 * opened / 3] * 3)
+    drifted = floats([2.0, -2.5, 0.5, 2.25, -2.5, 0.25])[0]
+    bias = routing.update({**state, "bias": drifted})["bias"]
+    common = floats([2.125, -2.5, 0.375] * 2)[0]
+    np.testing.assert_array_equal(bias, drifted - (common if opened == 1 else 0))
 
 
 def test_tiles_of_a_cluster_that_no_token_took_come_back():

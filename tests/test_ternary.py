@@ -168,16 +168,14 @@ def test_soft_staircase_tends_to_the_hard_one(rule):
     hard = jit_hard(w, TernaryConfig(rule=rule)).q
     gaps = []
     for temperature in (1.0, 0.1, 1e-4):
-        config = TernaryConfig(
-            mode="soft", rule=rule, temperature=temperature, final_temperature=1e-5
-        )
+        config = TernaryConfig(mode="soft", rule=rule, temperature=temperature)
         gaps.append(float(jnp.abs(jit_ternarize(w, config).q - hard).mean()))
     assert gaps == sorted(gaps, reverse=True)
     assert gaps[-1] < 1e-3
 
 
 def test_soft_staircase_is_smooth_odd_and_has_three_levels():
-    config = TernaryConfig(mode="soft", temperature=0.02, final_temperature=0.02)
+    config = TernaryConfig(mode="soft", temperature=0.02)
     w = jnp.asarray([[-1.5, -0.2, 0.0, 0.2, 1.5, 1.0, -1.0]])  # mean |w| = 0.77
     q = jit_ternarize(w, config).q
     np.testing.assert_allclose(q, [[-1, 0, 0, 0, 1, 1, -1]], atol=1e-6)
@@ -277,10 +275,24 @@ def test_expand_scale_repeats_each_group_over_its_rows():
         ({"rule": "median"}, "rule must be one of .* Got 'median'"),
         ({"granularity": "row"}, "granularity must be one of .* Got 'row'"),
         ({"group_size": 64}, "group_size must be at least 128.* Got 64"),
-        ({"temperature": 0.01}, "final_temperature <= temperature.* Got 0.05 and 0.01"),
-        ({"final_temperature": 0.0}, "0 < final_temperature.* Got 0.0"),
-        ({"hard_fraction": 1.5}, "hard_fraction <= 1.* Got 0.0 and 1.5"),
-        ({"full_precision_fraction": 0.9}, "full_precision_fraction.* Got 0.9 and 0.8"),
+        ({"mode": "soft", "temperature": 0.0}, "temperature must be pos.* Got 0.0"),
+        (
+            {"mode": "progressive", "temperature": 0.01},
+            "final_temperature <= temperature.* Got 0.05 and 0.01",
+        ),
+        (
+            {"mode": "progressive", "final_temperature": 0.0},
+            "0 < final_temperature.* Got 0.0",
+        ),
+        (
+            {"mode": "progressive", "hard_fraction": 1.5},
+            "hard_fraction <= 1.* Got 0.0 and 1.5",
+        ),
+        (
+            {"mode": "progressive", "full_precision_fraction": 0.9},
+            "full_precision_fraction.* Got 0.9 and 0.8",
+        ),
+        ({"full_precision_fraction": 1.5}, "full_precision_fraction.* Got 1.5"),
         ({"threshold": 0.7}, "threshold .* belongs to .* Got 0.7"),
         ({"rule": "fixed", "threshold": 0.0}, "threshold is positive.* Got 0.0"),
     ],
@@ -290,6 +302,38 @@ def test_config_with_a_bad_value_names_argument_rule_and_value(
 ):
     with pytest.raises(ValueError, match=message):
         TernaryConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+    "right",
+    [
+        {"full_precision_fraction": 0.9},
+        {"mode": "soft", "temperature": 0.04},
+        {"mode": "none", "hard_fraction": 0.0, "full_precision_fraction": 0.5},
+    ],
+)
+def test_a_config_is_not_refused_over_what_its_mode_does_not_read(right):
+    TernaryConfig(**right)
+
+
+@pytest.mark.parametrize("rule", ["absmean", "threshold"])
+def test_a_nan_weight_leaves_its_tile_without_a_scale(rule):
+    w = jnp.asarray(weights(2, 8, 3)).at[1, 2, 0].set(jnp.nan)
+    q, scale = jit_ternarize(w, TernaryConfig(rule=rule))
+    np.testing.assert_array_equal(np.isnan(scale[:, 0, 0]), [False, True])
+    assert np.isfinite(q[0]).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("rule", ["absmean", "threshold"])
+def test_scales_of_many_narrow_weights_are_those_of_float32(rule, dtype):
+    config = TernaryConfig(rule=rule)
+    w = jnp.asarray(weights(1, 512, 512), dtype)  # the sum of all is beyond float16
+    q, scale = jit_ternarize(w, config)
+    expected_q, expected = jit_ternarize(w.astype(jnp.float32), config)
+    assert q.dtype == scale.dtype == w.dtype
+    np.testing.assert_array_equal(scale.astype(jnp.float32), expected)
+    assert np.mean(q.astype(jnp.float32) != expected_q) < 1e-3
 
 
 @pytest.mark.parametrize("is_sign", [pytest.param(True, marks=pytest.mark.slow), False])

@@ -1,9 +1,9 @@
 """`freeze`: trained variables to packed variables, for the same module.
 
-A module takes part by having a method `pack(params, packed) -> dict`. It is given its
-own parameters, which then leave `"params"`, and what the modules inside it have packed;
-what it returns are its variables in the collection `"packed"`, where its `__call__`
-looks before it looks for parameters.
+A module takes part by having a method `pack_ternary(params, packed) -> dict`. It is
+given its own parameters, which then leave `"params"`, and what the modules inside it
+have packed; what it returns are its variables in the collection `"packed"`, where its
+`__call__` looks before it looks for parameters.
 """
 
 import warnings
@@ -20,6 +20,7 @@ from trix_jax.ternary import TERNARY, TernaryConfig
 from trix_jax.typing import Variables
 
 Path = tuple[str, ...]
+PACK = "pack_ternary"  # no name that a model of one's own has for something else
 SOFT = (
     "freeze of TernaryConfig(mode='soft'): training ends between the ternary values, and "
     "frozen weights are ternary, so that outputs change. 'progressive' ends ternary."
@@ -51,7 +52,8 @@ def freeze(
 
     Raises:
         ValueError: no ternary weights found, or they are frozen already, or a layer of
-            mode "none" keeps real weights; no `"params"`, or not the model's.
+            mode "none" keeps real weights; no `"params"`, or not the model's; a weight
+            that is NaN or infinite, where values are known.
     """
     if "params" not in variables:
         raise ValueError(
@@ -63,7 +65,7 @@ def freeze(
         )
     params = flatten_dict(unfreeze(variables["params"]))
     packed: dict[Path, Any] = {}
-    modules = modules_with("pack", model, variables, args, kwargs)
+    modules = modules_with(PACK, model, variables, args, kwargs)
     if not modules:
         raise ValueError(
             f"{type(model).__name__} holds no ternary weights: there is nothing to freeze."
@@ -80,7 +82,7 @@ def freeze(
         inside = {
             k[len(path) :]: v for k, v in packed.items() if k[: len(path)] == path
         }
-        new = module.pack(nn.unbox(own), nn.unbox(unflatten_dict(inside)))
+        new = getattr(module, PACK)(nn.unbox(own), nn.unbox(unflatten_dict(inside)))
         box = own.get("kernel")
         packed |= {(*path, name): _boxed(value, box) for name, value in new.items()}
     frozen = {"params": unflatten_dict(params), PACKED: unflatten_dict(packed)}

@@ -20,7 +20,7 @@ def ternary_once(
     model: nn.Module,
     variables: Variables,
     *args: Any,
-    progress: Scalar = 1.0,
+    progress: Scalar | None = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
     """Makes the ternary weights of `variables`, for calls that differ in their tokens
@@ -40,11 +40,13 @@ def ternary_once(
         variables: with `"params"`, whole or as they lie in a `shard_map`.
         *args: one example call's arguments, without `train`, as for `init`; only their
             shapes matter.
-        progress: share of training done, the same as in the calls.
+        progress: share of training done, the same as in the calls; 1 where they are an
+            evaluation. Only `full_precision_fraction` asks for it.
         **kwargs: as `args`.
 
     Raises:
-        ValueError: there are no `"params"`, or the weights are frozen.
+        ValueError: there are no `"params"`, or the weights are frozen; no `progress`
+            where weights stay real for a while.
     """
     if "params" not in variables:
         raise ValueError(

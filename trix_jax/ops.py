@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 import trix_kernels
-from trix_jax.ternary import Activations, Ternary, straight_through
+from trix_jax.ternary import Activations, Ternary
 from trix_jax.typing import Array, Float, Integer, Variables
 from trix_kernels import Packed as Packed
 from trix_kernels import choice
@@ -37,7 +37,6 @@ from trix_kernels.grouped_matmul.numbered import (
 )
 from trix_kernels.grouped_matmul.numbered import numbered_outer as numbered_outer
 from trix_kernels.grouped_matmul.products import Groups as Groups
-from trix_kernels.quantize import quantize
 from trix_kernels.tile_ffn import xla as ffn_xla
 from trix_kernels.tile_matmul import xla
 from trix_kernels.tile_matmul.api import int8_reason
@@ -163,23 +162,27 @@ def matmul(
     Args:
         activations: "int8" rounds every token to integers, see `trix_kernels.quantize`.
     """
+    # All tiles are one wider matrix: they read the same tokens.
     if isinstance(weights, Packed) and layout_of(weights) == "planar":
-        # Outputs are rows of the planar words: all tiles are one wider matrix.
-        n, width, words = weights.bits.shape
-        scale = jnp.broadcast_to(weights.scale, (n, weights.scale.shape[-2], width))
-        scale = jnp.moveaxis(scale, 0, 1).reshape(-1, n * width)
+        n, width, words = weights.bits.shape  # outputs are rows of the words
+        scale = _side_by_side(weights.scale, width)
         joined = Packed(weights.bits.reshape(n * width, words), scale)
         y = trix_kernels.ternary_matmul(x, joined, n * width, activations=activations)
         return y.reshape(-1, n, width)
-    x_NTI = jnp.broadcast_to(x[None], (weights[0].shape[0], *x.shape))
+    product = _matmul
     if isinstance(weights, Packed):
-        every = jnp.arange(weights.bits.shape[0])
-        y_NTO = trix_kernels.block_matmul(
-            x_NTI, weights, every, features, activations=activations
-        )
-    else:
-        y_NTO = _matmul(x_NTI, *weights, activations)
-    return jnp.moveaxis(y_NTO, 0, 1)
+        dtype = jnp.int8 if activations == "int8" else jnp.float32
+        weights = Ternary(*trix_kernels.unpack(weights, features, dtype))
+        product = xla.packed_matmul
+    q, scale = (_side_by_side(leaf, features) for leaf in weights)
+    y = product(x, q, scale, activations)
+    return y.reshape(x.shape[0], weights[0].shape[0], features)
+
+
+def _side_by_side(tiles: Array, features: int) -> Array:
+    """`[N, I, 1 or O]` as `[I, N * O]`."""
+    wide = jnp.broadcast_to(tiles, (*tiles.shape[:2], features))
+    return jnp.moveaxis(wide, 0, 1).reshape(tiles.shape[1], len(tiles) * features)
 
 
 def read_rows(
@@ -260,16 +263,9 @@ def tile_ffn(
 
 
 def _matmul(x, q, scale, activations: Activations):
-    """Computes `(x @ q) * scale` of weights in training, with gradients.
-
-    In the mode "int8" the integers are floats, which hold them and their sums exactly,
-    and the gradient of `x` passes straight through the rounding.
+    """Computes `(x @ q) * scale` of weights in training, with gradients; that of `x`
+    passes straight through the rounding to integers.
     """
     if activations == "float":
         return xla.matmul(x, q, scale)
-    values, token_scale = jax.lax.stop_gradient(quantize(x))
-    # A token's scale, and what it multiplies, underflow in float16.
-    wide = x.astype(jnp.float32) if x.dtype == jnp.float16 else x
-    real = wide / token_scale.astype(wide.dtype)
-    values = straight_through(values.astype(wide.dtype), real)
-    return xla.matmul(values, q, scale, token_scale, x.dtype)
+    return xla.int8_matmul(x, q, scale)

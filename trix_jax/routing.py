@@ -45,6 +45,7 @@ Source = Literal["weights", "random", "learned", "hash"]
 Hold = Literal["signatures", "scores", "routes"]
 BalanceOver = Literal["all", "open"]
 
+COSINES = 256  # tiles whose cosines to all others are in memory at a time
 DEAD_SHARE = 0.1  # a tile below this share of the uniform load 1/N is dead
 
 
@@ -282,13 +283,30 @@ def balance_loss(
 def diversity_loss(signature: Float[Array, "N D"]) -> Float[Array, ""]:
     """Computes the mean of `cos(signature_i, signature_j)^2` over i != j: 0 when all
     are orthogonal.
+
+    Of more tiles than channels it is taken from the smaller product, `sum_ij cos_ij^2 =
+    |U^T U|^2` of unit rows U.
     """
-    return _off_diagonal_mean(jnp.square(_cosines(signature)))
+    n, d = signature.shape
+    unit = _unit(signature)
+    if n <= d:
+        return _off_diagonal_mean(jnp.square(unit @ unit.T))
+    own = jnp.square(jnp.square(unit).sum(axis=-1)).sum()
+    return (jnp.square(unit.T @ unit).sum() - own) / (n * (n - 1))
 
 
 def signature_cosine(signature: Float[Array, "N D"]) -> Float[Array, ""]:
     """Mean absolute cosine between the signatures of different tiles."""
-    return _off_diagonal_mean(jnp.abs(_cosines(signature)))
+    n, unit = signature.shape[0], _unit(signature)
+    if n <= COSINES:
+        return _off_diagonal_mean(jnp.abs(unit @ unit.T))
+
+    def of_row(row):
+        cosines = jnp.abs(unit @ unit[row])
+        return jnp.where(jnp.arange(n) == row, 0, cosines).sum()
+
+    sums = jax.lax.map(of_row, jnp.arange(n), batch_size=COSINES)
+    return sums.sum() / (n * (n - 1))
 
 
 def usage_entropy(counts: Float[Array, "*B N"]) -> Float[Array, "*B"]:
@@ -330,11 +348,10 @@ def stability(
     return (kept & real).sum() / jnp.maximum(real.sum(), 1)
 
 
-def _cosines(signature):
-    unit = signature / jnp.sqrt(
+def _unit(signature):
+    return signature / jnp.sqrt(
         jnp.sum(jnp.square(signature), axis=-1, keepdims=True) + EPSILON
     )
-    return unit @ unit.T
 
 
 def _off_diagonal_mean(matrix):

@@ -27,8 +27,10 @@ def update(
     towards even loads.
 
     See `trix_jax.balance`. A tile's load is compared with the mean of all tiles, or of
-    its cluster if that is less; a cluster's with the mean of all clusters. Margins
-    restart at 0. A layer whose `frozen` is set keeps its biases.
+    its cluster if that is less; a cluster's with the mean of all clusters. Where tokens
+    open one cluster each, biases are centred inside every cluster: what its tiles have
+    in common chooses nothing, and would drift. Margins restart at 0. A layer whose
+    `frozen` is set keeps its biases.
 
     Args:
         routing: the `"routing"` collection as returned by `apply(...,
@@ -130,11 +132,16 @@ def rebuild_clusters(routing: Variables, iterations: int = 10) -> Variables:
 def _update_layer(state, rate):
     margins, new = state["margins"], {}
     if "members" in state:
-        new["bias"] = balance.step_bias(
-            state["bias"], margins, rate, _cluster_load(margins, state["members"])
+        members, of_clusters = state["members"], state["cluster_margins"]
+        load = balance.loads(margins)
+        target = jnp.minimum(
+            _cluster_mean(load, members), load.mean(axis=-1, keepdims=True)
         )
+        bias = balance.step_bias(state["bias"], margins, rate, target)
+        common = jnp.where(_opens_one(of_clusters), _cluster_mean(bias, members), 0)
+        new["bias"] = bias - common
         new["cluster_bias"] = balance.step_bias(
-            state["cluster_bias"], state["cluster_margins"], rate
+            state["cluster_bias"], of_clusters, rate
         )
     else:
         new["bias"] = balance.step_bias(state["bias"], margins, rate)
@@ -144,18 +151,23 @@ def _update_layer(state, rate):
     return {**state, **new, **empty}
 
 
-def _cluster_load(margins, members):
-    """What a tile should get: the mean load, or that of its cluster where the whole
-    cluster has less.
-    """
-    load = balance.loads(margins)
-    flat = members.reshape(load.shape)
-    by_cluster = jnp.take_along_axis(load, flat, axis=-1).reshape(members.shape)
+def _cluster_mean(values, members):
+    """The mean over each tile's cluster, a number a tile."""
+    flat = members.reshape(values.shape)
+    by_cluster = jnp.take_along_axis(values, flat, axis=-1).reshape(members.shape)
     mean = jnp.broadcast_to(by_cluster.mean(axis=-1, keepdims=True), members.shape)
-    mean = jnp.take_along_axis(
-        mean.reshape(load.shape), jnp.argsort(flat, axis=-1), axis=-1
+    return jnp.take_along_axis(
+        mean.reshape(values.shape), jnp.argsort(flat, axis=-1), axis=-1
     )
-    return jnp.minimum(mean, load.mean(axis=-1, keepdims=True))
+
+
+def _opens_one(cluster_margins):
+    """Whether the tokens counted opened one cluster each, as `top_k_clusters` says: every
+    cluster has a margin of every token.
+    """
+    tokens = cluster_margins.sum(axis=-1).mean(axis=-1, keepdims=True)
+    opened = balance.loads(cluster_margins).sum(axis=-1, keepdims=True)
+    return (opened > 0) & (opened < 1.5 * tokens)
 
 
 def _each_layer(tree, function, rows_function=dict):

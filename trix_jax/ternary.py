@@ -96,21 +96,32 @@ class TernaryConfig:
             raise ValueError(
                 f"group_size must be at least 128 weights a scale. Got {self.group_size}."
             )
-        if not 0 < self.final_temperature <= self.temperature:
-            raise ValueError(
-                "temperatures must satisfy 0 < final_temperature <= temperature. "
-                f"Got {self.final_temperature} and {self.temperature}."
-            )
-        if not 0 <= self.full_precision_fraction <= self.hard_fraction <= 1:
-            raise ValueError(
-                "fractions must satisfy 0 <= full_precision_fraction <= hard_fraction <= 1. "
-                f"Got {self.full_precision_fraction} and {self.hard_fraction}."
-            )
+        self._check_schedule()
         if self.threshold is not None and (
             self.rule == "absmean" or self.threshold <= 0
         ):
             raise ValueError(
                 f"threshold is positive and belongs to rules 'threshold' and 'fixed'. Got {self.threshold}."
+            )
+
+    def _check_schedule(self):
+        """Each mode's own settings; it reads no others."""
+        first, last = self.full_precision_fraction, self.hard_fraction
+        if self.mode == "ste" and not 0 <= first <= 1:
+            raise ValueError(f"full_precision_fraction must be in 0..1. Got {first}.")
+        if self.mode == "soft" and self.temperature <= 0:
+            raise ValueError(f"temperature must be positive. Got {self.temperature}.")
+        if self.mode != "progressive":
+            return
+        if not 0 < self.final_temperature <= self.temperature:
+            raise ValueError(
+                "temperatures must satisfy 0 < final_temperature <= temperature. "
+                f"Got {self.final_temperature} and {self.temperature}."
+            )
+        if not 0 <= first <= last <= 1:
+            raise ValueError(
+                "fractions must satisfy 0 <= full_precision_fraction <= hard_fraction <= 1. "
+                f"Got {first} and {last}."
             )
 
 
@@ -255,11 +266,12 @@ def _hard(w, config: TernaryConfig):
     if config.rule == "fixed":
         edge = 0.5 if config.threshold is None else config.threshold
         ones = jnp.ones((*w.shape[:-2], 1, 1), w.dtype)
-        return jnp.sign(w) * (jnp.abs(w) > edge).astype(w.dtype), ones, edge
+        q = jnp.sign(w) * (jnp.abs(w) > edge).astype(w.dtype)
+        return jnp.where(jnp.isnan(w), w, q), ones, edge
     magnitude = jax.lax.stop_gradient(jnp.abs(w))
     absmean = _group_mean(magnitude, jnp.ones_like(magnitude), config)
     if config.rule == "absmean":
-        scale = _positive(round_scale(absmean))
+        scale = _as_scale(absmean, w.dtype)
         return (
             jnp.clip(jnp.round(w / expand_scale(scale, w.shape[-2])), -1, 1),
             scale,
@@ -267,14 +279,15 @@ def _hard(w, config: TernaryConfig):
         )
     threshold = 0.7 if config.threshold is None else config.threshold
     kept = magnitude > threshold * expand_scale(absmean, w.shape[-2])
-    scale = _positive(round_scale(_group_mean(magnitude, kept.astype(w.dtype), config)))
-    edge = expand_scale(threshold * absmean / scale, w.shape[-2])
+    mean = _group_mean(magnitude, kept, config)  # without NaN, which are not kept
+    scale = _as_scale(jnp.where(jnp.isnan(absmean), absmean, mean), w.dtype)
+    edge = expand_scale(threshold * absmean / scale, w.shape[-2]).astype(w.dtype)
     return jnp.sign(w) * kept.astype(w.dtype), scale, edge
 
 
 def _group_mean(values, weight, config: TernaryConfig):
     """Weighted mean of `values` over the weights that share a scale, `[..., G, 1 or
-    O]`.
+    O]`, in float32 or wider.
     """
     *lead, rows, columns = values.shape
     groups = 1
@@ -286,13 +299,17 @@ def _group_mean(values, weight, config: TernaryConfig):
         groups = rows // config.group_size
     axes = (-2, -1) if config.granularity == "tile" else (-2,)
     shape = (*lead, groups, rows // groups, columns)
+    wide = jnp.promote_types(values.dtype, jnp.float32)
+    values, weight = values.astype(wide), weight.astype(wide)
     total = (values * weight).reshape(shape).sum(axes, keepdims=True)
     count = weight.reshape(shape).sum(axes, keepdims=True)
     return (total / jnp.maximum(count, 1)).squeeze(-2)
 
 
-def _positive(scale):
-    return jnp.where(scale > 0, scale, 1)
+def _as_scale(mean, dtype):
+    """Rounded; 1 where all weights are 0, and NaN where one is."""
+    scale = round_scale(mean).astype(dtype)
+    return jnp.where(scale == 0, 1, scale)
 
 
 def _staircase(u, edge, temperature):

@@ -17,6 +17,7 @@ References:
 
 from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int8
@@ -54,3 +55,26 @@ def quantize(x: Float[Array, "*B I"]) -> Quantized:
     # int8 has no NaN; the scale has. (A comparison with NaN is false.)
     values = jnp.where(jnp.abs(values) <= 127, values, 0).astype(jnp.int8)
     return Quantized(values, largest * np.float32(1 / 127))
+
+
+@jax.custom_jvp
+def quantize_through(
+    x: Float[Array, "*B I"],
+) -> tuple[Float[Array, "*B I"], Float[Array, "*B 1"]]:
+    """`quantize` for gradients: the integers as floats, which hold them and their sums
+    exactly, with the gradient of `x / scale`; the scale has none.
+    """
+    values, scale = quantize(x)
+    return values.astype(_wide(x).dtype), scale
+
+
+@quantize_through.defjvp
+def _quantize_through_jvp(primals, tangents):
+    values, scale = quantize_through(*primals)  # itself, for second derivatives
+    real = _wide(tangents[0]) / scale.astype(values.dtype)
+    return (values, scale), (real, jnp.zeros_like(scale))
+
+
+def _wide(x):
+    # A token's scale, and what it multiplies, underflow in float16.
+    return x.astype(jnp.float32) if x.dtype == jnp.float16 else x

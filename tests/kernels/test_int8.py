@@ -206,6 +206,30 @@ def test_gradients_pass_straight_through_the_rounding():
     assert (np.asarray(got[1])[-1] != 0).any()  # the zero token has one too
 
 
+@pytest.mark.parametrize(
+    ("which", "dtype"),
+    [
+        (1, "float32"),
+        pytest.param(1, "float16", marks=pytest.mark.slow),
+        pytest.param(0, "bfloat16", marks=pytest.mark.slow),
+    ],
+)
+def test_the_gradient_to_the_input_of_a_frozen_layer_is_that_of_training(which, dtype):
+    layer, x = layers(INT8)[which], tokens(np.random.default_rng(4), 5, 128)
+    x = jnp.clip(x, -100, 100).astype(dtype)
+    variables = jit(layer.init)(jax.random.key(1), x)
+    dy = jax.random.normal(jax.random.key(2), (128 if which == 0 else 64,), x.dtype)
+
+    def loss(x, v):
+        return (output(layer.apply(v, x)) * dy[None]).sum().astype(jnp.float32)
+
+    both = jit(jax.value_and_grad(loss))
+    trained, frozen = both(x, variables), both(x, freeze(layer, variables, x))
+    np.testing.assert_array_equal(frozen[0], trained[0])
+    np.testing.assert_array_equal(frozen[1], trained[1])
+    assert (np.asarray(trained[1])[:4] != 0).mean() > 0.9  # the last token is zero
+
+
 def test_an_unknown_kind_of_activations_is_refused(no_type_hook):
     with pytest.raises(ValueError, match="activations must be one of float, int8"):
         TernaryConfig(activations="int4")

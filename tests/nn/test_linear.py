@@ -113,3 +113,12 @@ def test_linear_follows_the_dtype_of_its_input_or_its_own(x_dtype):
     assert out.dtype == x_dtype
     named = LINEAR.clone(dtype=jnp.bfloat16)
     assert jax.eval_shape(named.apply, initialized(), x).dtype == jnp.bfloat16
+
+
+def test_linear_does_not_copy_its_input_for_every_tile():
+    x = jnp.ones((512, 256))
+    layer = TriXLinear(256, num_tiles=64)
+    variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+    compiled = jax.jit(layer.apply).lower(variables, x).compile()
+    weights = 4 * 256 * 256  # bytes; the input takes twice as many
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * weights

@@ -1,8 +1,10 @@
 """What a layer cannot take, said with what to write instead."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -90,3 +92,38 @@ def test_clusters_of_other_settings_are_refused():
     other = small.clone(tiles_per_cluster=4)
     with pytest.raises(ValueError, match=r"Got \[4, 2\]: the state of other settings"):
         jax.eval_shape(other.apply, variables, X)
+
+
+class WithItsOwnPack(nn.Module):
+    """A user's module whose `pack` has nothing to do with weights."""
+
+    def pack(self, luggage):
+        return {"suitcase": luggage}
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("own", nn.initializers.ones, (8,))
+        return TriXLinear(8, name="linear")(x) * scale[None]
+
+
+def test_freeze_leaves_a_module_alone_that_has_a_method_pack_of_its_own():
+    model = WithItsOwnPack()
+    variables = jax.jit(model.init)(jax.random.key(1), X)
+    frozen = freeze(model, variables, X)
+    assert frozen["params"].keys() == {"own"}
+    assert frozen["packed"].keys() == {"linear"}
+    np.testing.assert_allclose(
+        model.apply(frozen, X), model.apply(variables, X), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_freeze_refuses_weights_that_are_not_finite(value):
+    layer = TriXLinear(8)
+    variables = jax.jit(layer.init)(jax.random.key(1), X)
+    kernel = variables["params"]["kernel"]["kernel"]
+    spoilt = {"params": {"kernel": {"kernel": kernel.at[1, 2, 0].set(value)}}}
+    with pytest.raises(ValueError, match=r"params/kernel/kernel must .* Got 1 of 128"):
+        freeze(layer, spoilt, X)
+    traced = jax.eval_shape(lambda v: freeze(layer, v, X), spoilt)  # nothing is known
+    assert traced["packed"]["kernel"]["bits"].dtype == jnp.uint8

@@ -118,7 +118,7 @@ def _calls_of_packing_modules(model, args, how):
     def note(call, call_args, call_kwargs, context):
         module = context.module
         if context.method_name == "__call__":
-            if hasattr(module, "pack"):
+            if hasattr(module, frozen.PACK):
                 packing.append(_top(module))
             if module is _top(module):
                 given = jax.tree.map(_shape, (call_args, call_kwargs))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from trix_jax import ops
+from trix_jax.nn import misuse
 from trix_jax.ops import PACKED
 from trix_jax.ternary import (
     TERNARY,
@@ -110,7 +111,7 @@ class TernaryKernel(nn.Module):
         wide = jnp.promote_types(kernel.dtype, jnp.float32)
         weights = self._ternary(kernel.astype(wide), progress)
         return (
-            weights._replace(scale=self._scale())
+            weights._replace(scale=self._scale() * weights.scale)
             if fixed and self.learn_scale
             else weights
         )
@@ -121,15 +122,19 @@ class TernaryKernel(nn.Module):
         made = Ternary(*(self.get_variable(TERNARY, n) for n in Ternary._fields))
         return with_gradient(made, latent, self.config)
 
-    def ternary_once(self, params: dict, progress: Scalar) -> dict:
+    def ternary_once(self, params: dict, progress: Scalar | None) -> dict:
         """What several calls with these parameters may share: see `trix_jax.made_once`."""
         config = self.config
         if config.mode != "ste":
             return {}
+        done = misuse.check_progress(progress, config, training=True)
         kernel = jnp.asarray(params["kernel"], jnp.float32)
-        q, scale = jax.lax.stop_gradient(ternarize(kernel, config, progress))
-        is_ternary = config.full_precision_fraction == 0
-        return {"q": q.astype(jnp.int8) if is_ternary else q, "scale": scale}
+        q, scale = jax.lax.stop_gradient(ternarize(kernel, config, done))
+        if config.full_precision_fraction > 0:
+            return {"q": q, "scale": scale}
+        # int8 has no NaN; the scale has, under the rule "fixed" by this line alone.
+        is_lost = jnp.isnan(q).any(axis=(-2, -1), keepdims=True)
+        return {"q": q.astype(jnp.int8), "scale": jnp.where(is_lost, jnp.nan, scale)}
 
     def latent(self) -> Float[Array, "..."] | None:
         """The parameter in float32 or wider, where gradients of `q * scale` go to it as they are;
@@ -141,17 +146,31 @@ class TernaryKernel(nn.Module):
         kernel = nn.unbox(self.get_variable("params", "kernel"))
         return kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
 
-    def pack(self, params: dict, packed: dict) -> dict:
+    def pack_ternary(self, params: dict, packed: dict) -> dict:
         """The kernel in two bits; leading axes (scanned layers) pass through.
 
         Raises:
-            ValueError: the mode is "none".
+            ValueError: the mode is "none", or a weight is not finite.
         """
         del packed
+        self._check_finite(params)
         weights = hard_ternary(jnp.asarray(params["kernel"], jnp.float32), self.config)
         if "scale" in params:
             weights = Ternary(weights.q, round_scale(params["scale"]))
         return ops.pack(weights, self.by_row)._asdict()
+
+    def _check_finite(self, params):
+        """Refuses NaN and infinity, of which two bits keep nothing; under `jit` nobody can
+        tell.
+        """
+        for name, leaf in params.items():
+            if isinstance(leaf, jax.core.Tracer):
+                continue
+            if bad := int((~jnp.isfinite(leaf)).sum()):
+                raise ValueError(
+                    f"params/{'/'.join(self.path)}/{name} must be finite to be frozen. "
+                    f"Got {bad} of {jnp.size(leaf)} numbers that are NaN or infinite."
+                )
 
     def _check_packed(self, packed):
         """Refuses the words of a kernel of another shape: a cut of them would fit. Widths

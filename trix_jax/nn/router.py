@@ -276,7 +276,8 @@ class Router(nn.Module):
         balance_loss = routing.balance_loss(seen.scores, share, mask, count, seen.tiles)
         diversity = routing.diversity_loss(signature)
         total = config.balance_weight * balance_loss
-        total = total + config.diversity_weight * diversity
+        if config.diversity_weight:  # 0 times it would be computed all the same
+            total = total + config.diversity_weight * diversity
         return {"balance": balance_loss, "diversity": diversity, "total_aux": total}
 
 

@@ -195,7 +195,7 @@ class RoutedTiles(nn.Module):
         y = inputs.unflatten(inputs.hide(y, tokens.mask), lead)
         return y, inputs.in_shape_of(info, lead, tokens.mask), aux
 
-    def pack(self, params: dict, packed: dict) -> dict[str, Array]:
+    def pack_ternary(self, params: dict, packed: dict) -> dict[str, Array]:
         """What a frozen model keeps beside the packed kernels: the signature sums,
         integers that fit 16 bits.
         """

@@ -37,7 +37,7 @@ def tile_ffn(
         shape: F, the hidden width, and O.
         act: elementwise.
         used: blocks from this one on need not be computed; None computes all.
-        activations: "int8" takes packed weights and has no gradient.
+        activations: "int8" takes packed weights.
     """
     if activations == "int8":
         hidden = act(tile_matmul(x, up, block_tile, shape[0], activations))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, Num
 
 from trix_kernels.derivatives import with_backward
-from trix_kernels.quantize import Activations, quantize
+from trix_kernels.quantize import Activations, quantize, quantize_through
 from trix_kernels.varying import vary_alike
 from trix_kernels.weights import Packed, unpack
 
@@ -81,10 +81,34 @@ def packed_matmul(
     scale: Float[Array, "*N G S"],
     activations: Activations,
 ) -> Float[Array, "*B T O"]:
-    """`matmul` of activations as they are, or of their eight-bit integers."""
-    if activations == "float":
-        return matmul(x, q, scale)
+    """`matmul` of activations as they are, or of their eight-bit integers, through whose
+    rounding gradients pass straight.
+    """
+    return matmul(x, q, scale) if activations == "float" else _of_integers(x, q, scale)
+
+
+@jax.custom_jvp
+def _of_integers(x, q, scale):
     values, token_scale = quantize(x)
+    return matmul(values, q, scale, token_scale, x.dtype)
+
+
+@_of_integers.defjvp
+def _of_integers_jvp(primals, tangents):
+    (x, q, scale), (dx, _, dscale) = primals, tangents
+
+    def of_floats(x, scale):
+        return int8_matmul(x, q, scale)
+
+    _, tangent = jax.jvp(of_floats, (x, scale), (dx, dscale))
+    return _of_integers(*primals), tangent
+
+
+def int8_matmul(
+    x: Float[Array, "*B T I"], q: Num[Array, "*N I O"], scale: Float[Array, "*N G S"]
+) -> Float[Array, "*B T O"]:
+    """`matmul` of the eight-bit integers of `x` as floats, with gradients to all three."""
+    values, token_scale = quantize_through(x)
     return matmul(values, q, scale, token_scale, x.dtype)
 
 
