@@ -279,6 +279,20 @@ def fixed(number: int, d_model: int) -> tuple[Arm, ...]:
     )
 
 
+LOSSES = "-losses"
+
+
+def with_losses(arms: tuple[Arm, ...]) -> tuple[Arm, ...]:
+    """Runs by a hash until commit 921d8bd: with auxiliary losses of scores that a hash does
+    not use. No step asks for them.
+    """
+    return tuple(
+        dataclasses.replace(arm, name=f"{arm.name}{LOSSES}")
+        for arm in arms
+        if HASH in arm.flags
+    )
+
+
 def claim(d_model: int) -> Setting:
     """The claim at one width of the model."""
     curve = curve_of(d_model)
@@ -308,6 +322,7 @@ def claim(d_model: int) -> Setting:
             "together": together(64, d_model),
             "fixed": fixed(64, d_model),
             "read": fixed(64, d_model)[:1],
+            "before": with_losses((*together(64, d_model), *by_activation(d_model))),
         },
         order=(
             Step("dense-around", 1),

@@ -5,25 +5,29 @@ the results of `claim.py`; and `claim.json`. The whole ladder is the appendix's.
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 
-from matplotlib.figure import Figure
-
-from experiments.quality import curve
+from experiments.quality import beside, claim_figure, curve
 from experiments.quality.arms import Arm
 from experiments.quality.claim import LADDER, WIDTHS, claim, held
+from experiments.quality.claim_words import (
+    estimate_text,
+    tiles_in_words,
+    worth_in_words,
+)
 from experiments.quality.design import SEEDS, Setting
 from experiments.quality.worth import (
     Worth,
+    best_at_all_widths,
     candidates,
     choosing,
     claim_tree,
     dense_curve,
+    model_of,
     worth,
 )
 from trix_jax.files import write_whole
 from trix_jax.lm.experiment import results
-from trix_jax.lm.experiment.plots import STYLES, finish
 from trix_jax.lm.experiment.results import Result
 from trix_jax.lm.experiment.tables import rate_of, table
 from trix_jax.lm.experiment.tuning import Tuned, tuned
@@ -31,14 +35,19 @@ from trix_jax.lm.experiment.tuning import Tuned, tuned
 VOCABULARY = 4096
 FIGURE = "claim.png"
 MOST_ROWS = 8  # of the table that opens the page
-HEAD = "arm,D,rate,seeds,validation loss,compute width,memory width,equivalent width,multiplier,seconds a step"
+HEAD = (
+    "FFN,D,rate,seeds,loss,bits a byte,compute width,memory width,equivalent width,"
+    "multiplier,over compute,over memory,by pairs"
+)
 NOTE = (
-    "W: the greater of the compute width (multiply-accumulates a token as served over 2 D, routing included) "
-    "and the memory width (served FFN bits, and what routing stores, over 16 bits a weight). Equivalent width: "
-    "the dense width of equal loss, read off the dense curve, 95% by bootstrap over seeds, never extrapolated. "
-    "Seconds: the median step, on cores that other work may have shared. "
-    f"Seed {SEEDS[0]} chose the rates; where others have run, they alone conclude, those that the curve has too. A star marks a rate whose "
-    "neighbours have not both been run.\n"
+    "Equivalent width: the dense width of equal loss, never extrapolated; `below` and `above` are off the curve. "
+    "Multiplier: equivalent width over W, with its 95 %. "
+    f"Seed {SEEDS[0]} chose the rates; where others have run, they alone conclude. "
+    "A star marks a rate whose neighbours have not both been run.\n"
+)
+W = (
+    "W, the width that an FFN takes, is the greater of compute a token and memory as served, as the hidden width of a "
+    "dense FFN of 16 bits."
 )
 
 Runs = Mapping[int, Sequence[Result]]  # by the model's width
@@ -56,7 +65,7 @@ def section(folder: Path) -> list[str]:
     """The figure and the table, and `claim.json` beside the results; nothing before
     there are a curve and tiles on it.
     """
-    runs = on_a_curve(folder)
+    runs = in_order(on_a_curve(folder))
     if not runs:
         return []
     tree = claim_tree(runs, VOCABULARY)
@@ -64,15 +73,30 @@ def section(folder: Path) -> list[str]:
         folder / "results" / "claim.json",
         json.dumps(tree, indent=1, allow_nan=False) + "\n",
     )
-    draw(runs, folder / "results" / FIGURE)
-    most = MOST_ROWS // len(runs)
-    rows = [row for d, found in runs.items() for row in rows_of(d, found)[:most]]
+    panels = {d: points(d, found) for d, found in runs.items()}
+    claim_figure.draw(panels, folder / "results" / FIGURE)
+    most, names, rows = MOST_ROWS // len(runs), named(runs), []
+    for d, found in runs.items():
+        rows += rows_of(d, found, names[d])[:most]
     return [
         "## What are tiles worth?\n",
         f"![Loss over W](results/{FIGURE})\n",
         table(HEAD.split(","), rows),
         NOTE,
+        beside.ASSUMED,
     ]
+
+
+def costs(folder: Path) -> list[str]:
+    """What the page speaks of, beside the dense FFNs of its curve."""
+    runs = in_order(on_a_curve(folder))
+    names = named(runs)
+    return beside.section(
+        {
+            d: (found, names[d], words_of(d, names[d]), place_of(d, found, names[d]))
+            for d, found in runs.items()
+        }
+    )
 
 
 def ladders(folder: Path) -> list[str]:
@@ -80,9 +104,12 @@ def ladders(folder: Path) -> list[str]:
     parts = []
     for d, found in on_a_curve(folder).items():
         dense = dense_curve(claim(d), found)
-        widths = ", ".join(f"{w}: {fmean(dense[w]):.4f}" for w in sorted(dense))
+        widths = ", ".join(
+            f"{w}: {fmean(dense[w]):.4f} ({len(dense[w])})" for w in sorted(dense)
+        )
         rows = table(HEAD.split(","), rows_of(d, found))
-        parts += [f"## The ladder, D = {d}\n", rows, f"Dense: {widths}.\n"]
+        said = f"Dense, in brackets the seeds that conclude: {widths}.\n"
+        parts += [f"## The ladder, D = {d}\n", rows, said]
     return parts
 
 
@@ -103,24 +130,84 @@ def places(d: int, runs: Sequence[Result]) -> list[tuple[Arm, Tuned, Worth]]:
 
 
 def chosen(d: int, runs: Sequence[Result]) -> str:
-    """The arm of the greatest multiplier, by the seed that chooses."""
+    """The arm of the greatest multiplier, by the seed that chooses; of those beyond the
+    curve, and others that tie, the one of least loss.
+    """
 
-    def multiplier(arm: Arm) -> float:
+    def multiplier(arm: Arm) -> tuple[float, float]:
         place = worth(claim(d), runs, arm, VOCABULARY, choosing)
         assert place is not None
-        return place.multiplier.value
+        return place.multiplier.value, -place.loss
 
     return max((arm for arm, *_ in places(d, runs)), key=multiplier).name
 
 
-def untuned(setting: Setting, runs: Sequence[Result], arm: Arm, place: Worth) -> str:
-    """Which rates behind a place on the curve are not bracketed, in words."""
+def named(runs: Runs) -> dict[int, str]:
+    """The arm that the page speaks of at each width of the model: that of `claim.json`;
+    before one has run at all of its widths, the best of each.
+    """
+    same = best_at_all_widths(runs, VOCABULARY)
+    return {
+        d: same[d].arm if d in same else chosen(d, found) for d, found in runs.items()
+    }
+
+
+def place_of(d: int, runs: Sequence[Result], name: str) -> Worth:
+    """Where an arm that has a place is on the curve."""
+    place = worth(claim(d), runs, claim(d).arm(name), VOCABULARY)
+    assert place is not None
+    return place
+
+
+def in_order(runs: Runs) -> dict[int, Sequence[Result]]:
+    """The widths of the model, those first whose best arm has most seeds."""
+    names = named(runs)
+    seeds = {d: place_of(d, found, names[d]).seeds for d, found in runs.items()}
+    return {d: runs[d] for d in sorted(runs, key=lambda d: (-seeds[d], -d))}
+
+
+def words_of(d: int, name: str) -> str:
+    """What an arm is, in words."""
+    return tiles_in_words(model_of(claim(d), claim(d).arm(name), VOCABULARY))
+
+
+def said(runs: Runs) -> dict[int, str]:
+    """What the page says of tiles at each width of the model."""
+    found, seen = {}, set()
+    for d, name in named(in_order(runs)).items():
+        place = place_of(d, runs[d], name)
+        words = words_of(d, name)
+        text = worth_in_words(d, "the same" if words in seen else words, place)
+        seen.add(words)
+        rates = untuned(claim(d), runs[d], claim(d).arm(name), place)
+        found[d] = " ".join([f"**{text[0]}**", *text[1:], *rates])
+    return found
+
+
+def points(d: int, runs: Sequence[Result]) -> list[claim_figure.Point]:
+    """What the figure shows; the ladder has one label."""
+    steps = {held(number).name for number in LADDER}
+    return [
+        claim_figure.Point(
+            "4 ternary tiles by signatures that are held"
+            if arm.name in steps
+            else words_of(d, arm.name),
+            place,
+        )
+        for arm, _, place in places(d, runs)
+    ]
+
+
+def untuned(
+    setting: Setting, runs: Sequence[Result], arm: Arm, place: Worth
+) -> list[str]:
+    """Which rates behind a place on the curve are not bracketed, in a sentence."""
     widths = sorted(dense_curve(setting, runs))
     beside = curve.neighbours(widths, place.equivalent.value)
     dense = [a for a in setting.groups["dense-curve"] if width_in(a.name) in beside]
     found = [tuned(runs, one.name, one.rate_of) for one in (arm, *dense)]
     names = [f"`{one.arm}`" for one in found if one and not one.is_bracketed]
-    return f", rates not bracketed of {' and '.join(names)}" if names else ""
+    return [f"Rates not bracketed: {', '.join(names)}."] if names else []
 
 
 def width_in(name: str) -> int:
@@ -128,74 +215,33 @@ def width_in(name: str) -> int:
     return int(name.rpartition("-")[2])
 
 
-def rows_of(d: int, runs: Sequence[Result]) -> list[list[str]]:
-    """A row an arm, greatest multiplier first."""
+def rows_of(d: int, runs: Sequence[Result], first: str = "") -> list[list[str]]:
+    """A row an arm: `first`, then greatest multiplier first."""
     rows = []
     for arm, one, place in sorted(
-        places(d, runs), key=lambda row: -row[2].multiplier.value
+        places(d, runs),
+        key=lambda row: (row[0].name != first, -row[2].multiplier.value),
     ):
-        seconds = [
-            run.tokens / run.steps / run.tokens_per_second
-            for run in one.runs.values()
-            if run.tokens and run.tokens_per_second
-        ]
+        value, width = place.equivalent.value, place.width
+        over = [estimate_text(alone(value / w), 2) for w in width]
         rows.append(
             [
-                arm.name,
+                f"{words_of(d, arm.name)} (`{arm.name}`)",
                 str(d),
                 rate_of(one),
                 str(place.seeds),
                 f"{place.loss:.4f}",
-                f"{place.width.compute:.0f}",
-                f"{place.width.memory:.0f}",
+                beside.bits(one, place.read.own),
+                *(f"{w:.0f}" for w in width),
                 estimate_text(place.equivalent, 0),
                 estimate_text(place.multiplier, 2),
-                f"{median(seconds):.2f}" if seconds else "",
+                *over,
+                beside.by_pairs(d, runs, one, place),
             ]
         )
     return rows
 
 
-def estimate_text(found: curve.Estimate, digits: int) -> str:
-    """A number with its interval; "below" and "above" for what is off the curve."""
-
-    def text(value: float) -> str:
-        if value == curve.BELOW:
-            return "below"
-        return "above" if value == curve.ABOVE else f"{value:.{digits}f}"
-
-    middle, low, high = map(text, found)
-    return middle if low == middle == high else f"{middle} ({low} to {high})"
-
-
-def draw(runs: Runs, path: Path) -> None:
-    """Loss over W, a panel a width of the model: the dense curve and what is on it."""
-    figure = Figure(figsize=(5 * len(runs), 4), dpi=150, layout="constrained")
-    panels = figure.subplots(1, len(runs), squeeze=False)[0]
-    for axes, (d, found) in zip(panels, runs.items(), strict=True):
-        dense = dense_curve(claim(d), found)
-        line = sorted((w, fmean(losses)) for w, losses in dense.items())
-        axes.plot(*zip(*line, strict=True), "o-", color="black", label="dense")
-        on_it = places(d, found)
-        steps = {held(number).name for number in LADDER}
-        colour = STYLES[0][0]
-        points = [(p.width.greater, p.loss) for arm, _, p in on_it if arm.name in steps]
-        if points:
-            axes.plot(
-                *zip(*points, strict=True), "D-", color=colour, label="tiles, held"
-            )
-        for (arm, _, place), (colour, _) in zip(
-            [row for row in on_it if row[0].name not in steps],
-            STYLES[1:],
-            strict=False,
-        ):
-            axes.plot(
-                place.width.greater, place.loss, "s", color=colour, label=arm.name
-            )
-        axes.set_xscale("log", base=2)
-        ticks = [w for w, _ in line]
-        axes.set_xticks(ticks, [str(w) for w in ticks])
-        axes.minorticks_off()
-        axes.set_xlabel(f"D = {d}: W, as the width of a dense FFN of 16 bits")
-        finish(axes)
-    figure.savefig(path)
+def alone(value: float) -> curve.Estimate:
+    """A number without an interval."""
+    return curve.Estimate(value, value, value)

@@ -13,6 +13,7 @@ References:
     https://doi.org/10.2307/2331554.
 """
 
+import functools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -109,8 +110,18 @@ def equivalent_interval(
     """An arm's equivalent width; seeds of the arm and of every dense width are drawn
     anew together.
     """
-    widths = sorted(dense)
-    groups = [dense[w] for w in widths]
+    found = tuple((width, tuple(dense[width])) for width in sorted(dense))
+    return _equivalent_interval(found, tuple(arm), draws)
+
+
+@functools.lru_cache(maxsize=256)  # pages ask for a place again and again
+def _equivalent_interval(
+    dense: tuple[tuple[int, tuple[float, ...]], ...],
+    arm: tuple[float, ...],
+    draws: int,
+) -> Estimate:
+    widths = [width for width, _ in dense]
+    groups = [losses for _, losses in dense]
     means = [float(np.mean(g)) for g in [*groups, arm]]
     drawn = [
         equivalent(widths, m[:-1], m[-1])

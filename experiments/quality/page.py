@@ -11,9 +11,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-from experiments.quality import claim, claim_page, curve
+from experiments.quality import claim, claim_page, curve, standing
 from experiments.quality.arms import best, by_hash
+from experiments.quality.claim_words import chooser
 from experiments.quality.design import SEEDS, SETTINGS, Setting
+from experiments.quality.questions import QUESTIONS, Question
 from experiments.quality.widths import (
     Curve,
     dense_losses,
@@ -23,9 +25,10 @@ from experiments.quality.widths import (
     twins,
 )
 from experiments.quality.worth import (
+    compared_seeds,
     concluding,
-    dense_curve,
     difference,
+    model_of,
     shown_pair,
 )
 from trix_jax.lm.experiment import results
@@ -35,85 +38,6 @@ from trix_jax.lm.experiment.tables import rate_of, table
 from trix_jax.lm.experiment.tuning import Tuned, tuned
 
 LOST = 0.02  # nats: what one seed loses by to be listed as lost
-
-
-class Question(NamedTuple):
-    """A group of arms, compared with one."""
-
-    title: str
-    group: str
-    base: str
-    about: str
-
-
-QUESTIONS = (
-    Question(
-        "What to hold, and when?",
-        "holding",
-        "tiles-64-held",
-        "`held` reads the signatures after a tenth of the training and keeps them. "
-        "`scores` keeps the router's input too, `routes` each token's tiles and gates.",
-    ),
-    Question(
-        "Who else may choose the tiles?",
-        "routes",
-        "tiles-64-held",
-        "`moving` are signatures as they are read at every step, `random` and `learned` "
-        "rows of the router's own.",
-    ),
-    Question(
-        "What else makes tiles worth more?",
-        "worth",
-        "tiles-64-held",
-        "`late` begins with real weights, `shared` has a small dense part beside three "
-        "tiles, `fine` takes sixteen tiles a quarter as wide.",
-    ),
-    Question(
-        "What does being ternary cost?",
-        "ternary",
-        "tiles-64-hash",
-        "`float` keeps real weights, `late` until 30% of the training, `later` until "
-        "70%; `channel` has a scale an output, `progressive` a staircase that sharpens, "
-        "`threshold` the rule of ternary weight networks.",
-    ),
-    Question(
-        "As much compute as memory?",
-        "balanced",
-        "tiles-64-hash",
-        "Two bits a weight take an eighth of the memory of sixteen: four of 64 tiles "
-        "take half as much compute as memory, counted as the width of a dense FFN. An "
-        "`eighth` of the tiles a token, or half of the tiles, is level.",
-    ),
-    Question(
-        "And with a small real FFN among them?",
-        "together",
-        "tiles-64-hash-eighth",
-        "`shared`: seven tiles and a real FFN of a tile's width that is always on, by the "
-        "hash or by held signatures of signs.",
-    ),
-    Question(
-        "And with routes that stay?",
-        "fixed",
-        "tiles-64-hash-eighth-shared",
-        "Signs as signatures, held after a tenth of the training. `routes`: each token's "
-        "tiles and gates stay as they were then; `ungated`: gates are one, as the hash "
-        "has them; `table`: both; `early-table`: after a fiftieth.",
-    ),
-    Question(
-        "Do tiles want a rate of their own?",
-        "ffn-rates",
-        "tiles-64-hash",
-        "The projections of FFNs learn at a multiple of the rate of all else, which is "
-        "the arm's best.",
-    ),
-    Question(
-        "Which body?",
-        "bodies",
-        "body-gpt2",
-        "A dense FFN four times as wide as the model chose it: `modern` is rotary "
-        "positions, RMSNorm and QK-norm; `fan-in` initializes with 1/sqrt(fan-in).",
-    ),
-)
 
 
 class Found(NamedTuple):
@@ -132,9 +56,14 @@ class Found(NamedTuple):
         likes = {arm.name: arm.rate_of for arm in arms}
         return tuned(self.runs, name, likes.get(name))
 
-    def losses(self, arm: Tuned) -> dict[int, float]:
-        """Of the seeds that conclude: of the settings before, all."""
-        return concluding(arm) if self._is_claim else arm.losses
+    def losses(self, arm: Tuned, base: Tuned) -> list[float]:
+        """Of the seeds that `difference` pairs; where there are none, of those that
+        conclude. Of the settings before, of all.
+        """
+        if not self._is_claim:
+            return losses_of(arm)
+        seeds = compared_seeds(arm, base) or list(concluding(arm))
+        return [arm.losses[seed] for seed in seeds]
 
     def difference(self, arm: Tuned, base: Tuned) -> Interval | None:
         """`arm - base`, over the seeds that conclude."""
@@ -154,12 +83,13 @@ def text(folder: Path) -> str:
     claims = [one for one in new if one.setting is not claim.BODY]
     parts = [
         "# What is a TriX FFN worth?\n",
-        f"{_verdict(claims)}\n",
-        "Made by `python -m experiments.report` from `results/`; all tables are in the "
-        "[appendix](APPENDIX.md). Losses are nats a token, differences are paired by "
-        "seed at each arm's best rate, and positive is worse.\n",
+        *_verdict(claims, claim_page.said(claim_page.on_a_curve(folder))),
+        "Made by `python -m experiments.report`; all tables are in the "
+        "[appendix](APPENDIX.md). Losses are nats a token; differences are paired by seed "
+        "at each arm's best rate; positive is worse.\n",
         *claim_page.section(folder),
         *_against_hash([*claims, *old]),
+        *claim_page.costs(folder),
         *(part for what in QUESTIONS for part in _question(what, new)),
         *_old_settings(old),
         *_lost([*new, *old]),
@@ -174,60 +104,38 @@ def _found(settings: dict[str, Setting], folder: Path) -> Iterator[Found]:
             yield Found(setting, alike)
 
 
-def _verdict(claims: Sequence[Found]) -> str:
-    """What the claim's settings say of tiles and dense FFNs, and of signatures and the
-    hash, in a sentence each.
+def _verdict(claims: Sequence[Found], worth: dict[int, str]) -> list[str]:
+    """What the claim's settings say of tiles and dense FFNs, a paragraph a width of the
+    model, and of signatures and the hash at the first that has both.
+
+    Args:
+        worth: what tiles are worth, by width of the model.
     """
-    said = []
-    for one in claims:
-        said += _worth(one)
-        pair = shown_pair(one.runs)
-        found = one.difference(*pair) if pair else None
-        if pair is None or found is None:
-            continue
-        side = "behind" if found.mean > 0 else "ahead of"
-        word = verdict(found, "decided", "decided", "undecided")
-        said.append(
-            f"**{one.setting.name}: `{pair[0].arm}`, whose signatures {_kept(pair[0])}, "
-            f"ends {abs(found.mean):.4f} nats {side} a hash of {_hashed(pair[1])}; {_seeds(found)}, {word}.**"
-        )
-    return " ".join(said) or "The claim has no runs yet."
+    by_width = {int(one.setting.name.rpartition("-")[2]): one for one in claims}
+    order = [*worth, *(d for d in by_width if d not in worth)]
+    both = [text for d in order if (text := _signatures(d, by_width[d]))]
+    first, *others = [*worth.values(), *both[: not worth], ""]
+    opening = " ".join(part for part in (first, *both[: bool(worth)]) if part)
+    said = [opening, claim_page.W if worth else "", *others]
+    return [f"{text}\n" for text in said if text] or ["The claim has no runs yet.\n"]
 
 
-def _kept(arm: Tuned) -> str:
-    return "are read and held" if "-held" in arm.arm else "move"
-
-
-def _hashed(arm: Tuned) -> str:
-    return "the token and the one before" if "-pairs" in arm.arm else "the token"
-
-
-def _worth(one: Found) -> list[str]:
-    """The arm of the greatest multiplier, in words; nothing before there is a curve."""
-    d = int(one.setting.name.rpartition("-")[2])
-    places = claim_page.places(d, one.runs)
-    if not places:
-        return []
-    chosen = claim_page.chosen(d, one.runs)
-    asked, _, place = next(row for row in places if row[0].name == chosen)
-    widths = sorted(dense_curve(one.setting, one.runs))
-    narrow, wide = widths[0], widths[-1]
-    seeds = "one seed, undecided" if place.seeds == 1 else f"{place.seeds} seeds"
-    seeds += claim_page.untuned(one.setting, one.runs, asked, place)
-    at = f"{one.setting.name}: `{place.arm}`, of W {place.width.greater:.0f}, is worth"
-    if all(row[2].equivalent.value == curve.BELOW for row in places):
-        taken = sorted(row[2].width.greater for row in places)
-        at = f"{one.setting.name}: no tiles, of W {taken[0]:.0f} to {taken[-1]:.0f}, are worth"
-        text = f"the dense FFN {narrow} wide, the narrowest that has run"
-    elif place.equivalent.value == curve.BELOW:
-        text = f"less than the dense FFN {narrow} wide, the narrowest that has run"
-    elif place.equivalent.value == curve.ABOVE:
-        text = f"more than the dense FFN {wide} wide, the widest that has run"
-    else:
-        times = claim_page.estimate_text(place.multiplier, 2)
-        width = claim_page.estimate_text(place.equivalent, 0)
-        text = f"a dense FFN {width} wide, {times} times its W"
-    return [f"**{at} {text}; {seeds}.**"]
+def _signatures(d: int, one: Found) -> str:
+    """Signatures against a hash of the token, in a sentence; nothing before both ran."""
+    pair = shown_pair(one.runs)
+    found = one.difference(*pair) if pair else None
+    if pair is None or found is None:
+        return ""
+    ours, theirs = (
+        chooser(model_of(one.setting, one.setting.arm(arm.arm), claim_page.VOCABULARY))
+        for arm in pair
+    )
+    side = "behind" if found.mean > 0 else "ahead of"
+    word = verdict(found, "decided", "decided", "undecided")
+    return (
+        f"At width {d}, tiles by {ours} end {abs(found.mean):.4f} nats {side} the same by "
+        f"{theirs}; {_seeds(found)}, {word}."
+    )
 
 
 def _seeds(found: Interval) -> str:
@@ -252,8 +160,8 @@ def _against_hash(all_found: Sequence[Found]) -> list[str]:
     head = "setting,signatures,hash,rate,loss,less the hash,95%,seeds,verdict"
     return [
         "## Is reading signatures better than hashing tokens?\n",
-        "The hash gives each token id a fixed set of tiles and has no gate; it looks at "
-        "no weight. The signatures look at the token's row of the embedding table.\n",
+        "The hash gives each token id a fixed set of tiles and has no gate. Signatures "
+        "look at the token's embedding.\n",
         table(head.split(","), rows, left=3),
     ]
 
@@ -261,7 +169,7 @@ def _against_hash(all_found: Sequence[Found]) -> list[str]:
 def _against(one: Found, arm: Tuned, base: Tuned) -> list[str]:
     """Rate, loss, difference, its interval, seeds and the verdict."""
     found = one.difference(arm, base)
-    loss = spread(list(one.losses(arm).values()))
+    loss = spread(one.losses(arm, base))
     if found is None:
         return [rate_of(arm), loss, "", "", "0", "no common seed"]
     bound = f"± {found.half:.4f}" if found.n > 1 else ""
@@ -285,12 +193,23 @@ def _question(what: Question, found: Sequence[Found]) -> list[str]:
                 rows.append([there.arm, one.setting.name, *_against(one, there, base)])
     if not rows and not left:
         return []
-    head = "arm,setting,rate,loss,difference,95%,seeds,verdict"
+    head = f"arm,setting,rate,loss,less `{what.base}`,95%,seeds,verdict"
     left = [name for name in left if name.strip("`") not in {row[0] for row in rows}]
     shown = [table(head.split(","), rows, left=2)] if rows else []
-    waiting = [f"Planned and not run: {', '.join(left)}.\n"] if left else []
-    intro = f"{what.about} Differences are to `{what.base}`.\n"
-    return [f"## {what.title}\n", intro, *shown, *waiting]
+    waiting = [f"Not run: {', '.join(left)}.\n"] if left else []
+    still = _standing(found) if what.group == "holding" else []
+    return [f"## {what.title}\n", f"{what.about}\n", *shown, *waiting, *still]
+
+
+def _standing(found: Sequence[Found]) -> list[str]:
+    """Whether held routes stand still."""
+    arms = [
+        (one.setting.name, arm)
+        for name in standing.NAMES
+        for one in found
+        if (arm := one.arm(name)) is not None
+    ]
+    return standing.section(arms)
 
 
 def _old_settings(old: Sequence[Found]) -> list[str]:
@@ -322,9 +241,9 @@ def _old_settings(old: Sequence[Found]) -> list[str]:
     return [
         "## The settings before\n",
         f"`{best.name}`: four of sixteen ternary tiles, routed by token with signatures "
-        "that move, in GPT-2's body with windows at random offsets (sampler `offsets`). "
-        "No loss of theirs is compared with one above. A curve does not carry a "
-        "comparison where a doubling is worth less than three standard errors.\n",
+        "that move, in GPT-2's body, windows at random offsets (sampler `offsets`). "
+        "No loss is compared with one above. A curve does not carry a comparison where "
+        "a doubling is worth less than three standard errors.\n",
         table(head.split(","), rows),
     ]
 
@@ -348,8 +267,10 @@ BASES = {"ablations": best.name, "together": f"{best.name}-late"}
 
 
 def _lost(all_found: Sequence[Found]) -> list[str]:
-    """Arms that were worse than what they were to improve, one a line."""
-    rows, undecided = [], 0
+    """Arms that were worse than what they were to improve, one a line; and what ran with
+    auxiliary losses that the library no longer has.
+    """
+    rows, before, undecided = [], [], 0
     for one in all_found:
         for arm, base in _compared(one):
             found = one.difference(arm, base)
@@ -357,16 +278,40 @@ def _lost(all_found: Sequence[Found]) -> list[str]:
                 continue
             undecided += found.n > 1 and found.side == "undecided"
             if found.side == "above" or (found.n == 1 and found.mean > LOST):
-                shift = f"{found.mean:+.4f}"
-                rows.append([arm.arm, one.name, base.arm, shift, _seeds(found)])
-    if not rows:
+                rows.append(_tried(one, arm, base, found))
+        for arm, base in _with_losses(one):
+            if (found := one.difference(arm, base)) is not None:
+                before.append(_tried(one, arm, base, found))
+    if not rows and not before:
         return []
+    about = (
+        f"Worse by the whole interval, or by over {LOST} nats of the one seed "
+        f"({SEEDS[0]}) that has run. {undecided} further comparisons are undecided."
+    )
+    if before:
+        about += (
+            f" `{claim.LOSSES}`, won or lost: the same with the auxiliary losses of scores "
+            "that a hash does not use, until commit 921d8bd."
+        )
+    head = ["arm", "setting", "than", "rate", "by", "95%"]
     return [
         "## What was tried and lost\n",
-        f"Worse by the whole of its interval, or by more than {LOST} nats of the one seed "
-        f"({SEEDS[0]}) that has run. {undecided} further comparisons are undecided.\n",
-        table(["arm", "setting", "than", "by", "95%"], rows, left=3),
+        f"{about}\n",
+        table(head, [*rows, *before], left=3),
     ]
+
+
+def _tried(one: Found, arm: Tuned, base: Tuned, found: Interval) -> list[str]:
+    shift = f"{found.mean:+.4f}"
+    return [arm.arm, one.name, base.arm, rate_of(arm), shift, _seeds(found)]
+
+
+def _with_losses(one: Found) -> Iterator[tuple[Tuned, Tuned]]:
+    """Arms that ran with auxiliary losses, and the same without."""
+    for asked in one.setting.groups.get("before", ()):
+        arm, base = one.arm(asked.name), one.arm(asked.name.removesuffix(claim.LOSSES))
+        if arm is not None and base is not None:
+            yield arm, base
 
 
 def _compared(one: Found) -> Iterator[tuple[Tuned, Tuned]]:

@@ -36,6 +36,13 @@ CONTROLS = {
     "frozen random by token": f"{best.name}-random",
     "frozen random by hidden state": f"{hidden.name}-random",
 }
+# Groups of arms whose sweeps share a panel.
+PANELS = (
+    ("arms",),
+    ("routes",),
+    ("bodies",),
+    ("balanced", "together", "fixed", "before"),
+)
 PAIRED = "Differences are paired by seed: positive is worse."
 
 
@@ -230,10 +237,9 @@ def sweeps(setting: Setting, runs: Sequence[Result], folder: Path) -> list[str]:
     have = {run.arm for run in runs if run.seed == SEEDS[0]}
     arms = itertools.chain(*setting.groups.values())
     names = [n for n in dict.fromkeys(arm.name for arm in arms) if n in have]
-    groups = [setting.groups.get(group, ()) for group in ("arms", "routes", "bodies")]
     panels = [
         [name for name in names if name.startswith("dense-")],
-        *([arm.name for arm in group if arm.name in have] for group in groups),
+        *([name for name in shown if name in have] for shown in panels_of(setting)),
     ]
     path = folder / f"{named(setting, runs)}-rates.png"
     plots.rates(path, runs, [panel for panel in panels if panel], SEEDS[0])
@@ -242,6 +248,15 @@ def sweeps(setting: Setting, runs: Sequence[Result], folder: Path) -> list[str]:
         f"![Loss over learning rate](results/{path.name})\n",
         sweep_table(runs, names, SEEDS[0]),
     ]
+
+
+def panels_of(setting: Setting) -> list[list[str]]:
+    """The names of each panel's arms."""
+    arms = [
+        [arm for group in groups for arm in setting.groups.get(group, ())]
+        for groups in PANELS
+    ]
+    return [list(dict.fromkeys(arm.name for arm in some)) for some in arms]
 
 
 def nanogpt(runs: Sequence[Result]) -> list[str]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.quality import curve
@@ -13,6 +14,7 @@ from trix_jax.lm.experiment.results import twin_widths
 from trix_jax.lm.experiment.stats import paired, spread
 from trix_jax.lm.experiment.tables import rate_of, table
 from trix_jax.lm.experiment.tuning import Tuned
+from trix_jax.lm.report.plots import spread as spread_apart
 
 MARKERS = {"compute": "o", "bits": "D", "parameters": "s"}
 SEEDS = 3  # fewer decide nothing
@@ -20,6 +22,7 @@ LEAST_ENTROPY = 0.7  # share of ln N
 SPARSITY = 1.5  # equivalent over active width, at one tile a token
 NEAR = 0.03  # nats from the parameter-equal dense LM
 QUARTER = 0.25
+NAME_POINTS = 11.0  # from one arm's name to the next, of ten points
 THIN = "undecided: too few seeds"
 
 Curve = Mapping[int, Tuned]  # width to the tuned dense LM
@@ -82,6 +85,7 @@ def losses_over_width(arms: Sequence[Tuned], dense: Curve, path: Path) -> None:
     draw_dense(axes, dense)
     for arm, style in zip(arms, itertools.cycle(STYLES), strict=False):
         draw_arm(axes, arm, twins(arm, dense), *style)
+    name_arms(axes, arms, [max(twins(arm, dense).values()) for arm in arms])
     for what, marker in MARKERS.items():
         face = "grey" if what == "compute" else "white"
         label = {"compute": "active width"}.get(what, f"width of equal {what}")
@@ -121,8 +125,30 @@ def draw_arm(axes, arm: Tuned, equal: dict[str, float], colour: str, line: str) 
     for what, marker in MARKERS.items():
         face = colour if what == "compute" else "white"
         axes.plot(equal[what], mean, marker, color=colour, mfc=face, ms=7)
-    place = {"xytext": (9, 0), "textcoords": "offset points", "va": "center"}
-    axes.annotate(arm.arm, (span[1], mean), color=colour, **place)
+
+
+def name_arms(axes, arms: Sequence[Tuned], ends: Sequence[float]) -> None:
+    """Names where the lines end, apart from each other; the limits of the loss stay.
+
+    Args:
+        ends: the width at which each line ends.
+    """
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high)
+    points = axes.bbox.height * 72 / axes.figure.dpi / (high - low)  # a nat
+    wanted = np.asarray([mean_loss(arm) * points for arm in arms])
+    for arm, end, at, moved, (colour, _) in zip(
+        arms,
+        ends,
+        wanted,
+        spread_apart(wanted, NAME_POINTS),
+        itertools.cycle(STYLES),
+        strict=False,
+    ):
+        place = {"xytext": (9, moved - at), "textcoords": "offset points"}
+        axes.annotate(
+            arm.arm, (end, mean_loss(arm)), color=colour, va="center", **place
+        )
 
 
 def targets_table(

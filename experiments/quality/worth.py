@@ -47,7 +47,7 @@ OTHERS = ("hash", "random", "learned")  # who choose tiles without reading their
 # How many tiles a token takes, and what they are: arms of another form cost otherwise.
 FORMS = ("-eighth-shared", "-shared", "-eighth", "-fine", "-late", "-later", "-float")
 FORMS += ("-channel", "-progressive", "-threshold", "-ffn-2", "-ffn-0.5", "-ffn-0.25")
-FORMS += ("-gelu",)
+FORMS += ("-gelu", "-losses")
 # How routes are held, which changes who chooses and no tile.
 HELD_AS = ("-routes", "-ungated", "-early-table", "-table")
 
@@ -64,6 +64,24 @@ class Width(NamedTuple):
         return max(self)
 
 
+class Reading(NamedTuple):
+    """What a place on the curve is read off.
+
+    Attributes:
+        own: seed to the arm's loss, of the seeds that the curve has too.
+        dense: dense width to its losses by seed: the arm's seeds, or where the width has
+            none of them, those that it has.
+    """
+
+    own: dict[int, float]
+    dense: dict[int, dict[int, float]]
+
+    @property
+    def losses(self) -> dict[int, list[float]]:
+        """Dense width to its losses."""
+        return {width: list(found.values()) for width, found in self.dense.items()}
+
+
 class Worth(NamedTuple):
     """An arm on the dense curve.
 
@@ -72,6 +90,7 @@ class Worth(NamedTuple):
         seeds: that conclude: of the arm and of the dense FFNs beside it, the least.
         loss: the arm's mean over the seeds that the curve has too. Seeds share what is
             easy and hard in them: others would move the arm along the curve, or it.
+        read: what it is read off.
     """
 
     arm: str
@@ -79,6 +98,7 @@ class Worth(NamedTuple):
     equivalent: curve.Estimate
     seeds: int
     loss: float
+    read: Reading
 
     @property
     def multiplier(self) -> curve.Estimate:
@@ -142,10 +162,22 @@ def difference(arm: Tuned, base: Tuned) -> Interval | None:
     """`arm - base`, paired over the seeds that conclude and both have; over the one that
     chose, where they have no other in common.
     """
-    found = paired(
-        arm.losses, {s: base.losses[s] for s in base.losses if s != SEEDS[0]}
-    )
-    return found or paired(arm.losses, base.losses)
+    seeds = compared_seeds(arm, base)
+    return paired({s: arm.losses[s] for s in seeds}, base.losses)
+
+
+def compared_seeds(arm: Tuned, base: Tuned) -> list[int]:
+    """The seeds that `difference` pairs."""
+    both = arm.losses.keys() & base.losses.keys()
+    return sorted(both - {SEEDS[0]} or both)
+
+
+def seeds_text(seeds: Collection[int]) -> str:
+    """`42`, `43 to 45`, `42, 44`."""
+    few, many = min(seeds), max(seeds)
+    if len(seeds) > 2 and many - few == len(seeds) - 1:
+        return f"{few} to {many}"
+    return ", ".join(map(str, sorted(seeds)))
 
 
 def shared(losses: Mapping[int, float], seeds: Collection[int]) -> dict[int, float]:
@@ -189,13 +221,13 @@ def worth(
     if len(found) < 2:
         return None
     own = shared(seeds(one), {s for losses in found.values() for s in losses})
-    dense = {width: list(shared(x, own).values()) for width, x in found.items()}
+    read = Reading(own, {width: shared(x, own) for width, x in found.items()})
     losses = list(own.values())
-    place = curve.equivalent_interval(dense, losses)
-    beside = curve.neighbours(sorted(dense), place.value)
+    place = curve.equivalent_interval(read.losses, losses)
+    beside = curve.neighbours(sorted(read.dense), place.value)
     least = max(1, min(len(own.keys() & found[width].keys()) for width in beside))
     width = width_of(model_of(setting, arm, vocab_size))
-    return Worth(arm.name, width, place, least, fmean(losses))
+    return Worth(arm.name, width, place, least, fmean(losses), read)
 
 
 def candidates(d_model: int) -> tuple[Arm, ...]:
@@ -212,7 +244,8 @@ def best_at_all_widths(
     runs: Mapping[int, Sequence[Result]], vocab_size: int
 ) -> dict[int, Worth]:
     """The arm whose least multiplier over the widths is greatest for the seed that
-    chooses, with what the others conclude; by width of the model.
+    chooses, of those that tie the one of least loss, with what the others conclude; by
+    width of the model.
     """
 
     def rows(name: str, seeds: Seeds) -> dict[int, Worth]:
@@ -223,8 +256,12 @@ def best_at_all_widths(
         }
         return {d: row for d, row in found.items() if row is not None}
 
-    def least(name: str) -> float:
-        return min(row.multiplier.value for row in rows(name, choosing).values())
+    def least(name: str) -> tuple[float, float]:
+        found = rows(name, choosing).values()
+        return (
+            min(row.multiplier.value for row in found),
+            -fmean(row.loss for row in found),
+        )
 
     found = {
         arm.name: whole

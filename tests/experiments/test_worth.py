@@ -83,6 +83,15 @@ def test_the_claim_is_the_number_of_tiles_whose_least_multiplier_is_greatest():
     assert not worth.claim_tree({128: runs[128]}, VOCABULARY)["settings"]
 
 
+def test_of_arms_beyond_the_curve_the_one_of_least_loss_is_chosen():
+    for better, name in ((32, "tiles-32-held"), (64, "tiles-64-held")):
+        losses = {32: 4.5, 64: 4.5} | {better: 4.4}
+        runs = {d: runs_at(d, losses) for d in (64, 128)}
+        assert claim_page.chosen(128, runs[128]) == name
+        found = worth.best_at_all_widths(runs, VOCABULARY)
+        assert {row.arm for row in found.values()} == {name}
+
+
 def test_one_seed_chooses_the_arm_and_the_others_conclude():
     runs = {d: runs_at(d, {64: 4.7, 32: 4.85}) for d in (64, 128)}
     other = {64: 4.95, 32: 4.6}  # what the other seeds would have chosen by
@@ -223,26 +232,31 @@ def test_the_page_opens_with_a_figure_and_a_table_of_what_is_there(tmp_path):
         ]
         results.write(tmp_path / "results" / f"wikipedia-{d}.json", runs)
     text = "\n".join(claim_page.section(tmp_path))
-    rows = [line for line in text.splitlines() if line.startswith("| tiles-")]
+    rows = [line for line in text.splitlines() if "(`tiles-" in line]
     assert len(rows) == 4
+    assert " | 128 | " in rows[0]  # as many seeds: the wider one
     assert (
         len(
             [
                 r
                 for r in "\n".join(claim_page.ladders(tmp_path)).splitlines()
-                if "tiles-" in r
+                if "(`tiles-" in r
             ]
         )
         == 4
     )
-    assert (
-        "| tiles-64-held | 64 | 0.002* | 3 | 4.7000 | 96 | 162 | 512 | 3.17 | 0.50 |"
-        in text
-    )
-    assert (
-        "| tiles-64-held | 128 | 0.002* | 3 | 4.7000 | 160 | 289 | 1024 | 3.55 | 0.50 |"
-        in text
-    )
+    held = "4 of 64 ternary tiles by signatures that are held (`tiles-64-held`)"
+    for d, cells in (
+        (
+            64,
+            "4.7000 |  | 96 | 162 | 512 | 3.17 | 5.33 | 3.17 | +0.0000 ± 0.0000 at 512: low ≤ 3.17 |",
+        ),
+        (
+            128,
+            "4.7000 |  | 160 | 289 | 1024 | 3.55 | 6.40 | 3.55 | +0.0000 ± 0.0000 at 1024: low ≤ 3.55 |",
+        ),
+    ):
+        assert f"| {held} | {d} | 0.002* | 3 | {cells}" in text
     assert (tmp_path / "results" / "claim.png").stat().st_size > 10_000
     found = json.loads((tmp_path / "results" / "claim.json").read_text())
     assert [row["width"] for row in found["settings"]] == [64, 128]
