@@ -126,7 +126,10 @@ def by_activation(d_model: int) -> tuple[Arm, ...]:
     )
     gelu = (
         dataclasses.replace(
-            arm, name=f"{arm.name}-gelu", flags=f"{arm.flags} --model.activation gelu"
+            arm,
+            name=f"{arm.name}-gelu",
+            flags=f"{arm.flags} --model.activation gelu",
+            rate_of=None,
         )
         for arm in together(64, d_model)[:1]
     )
@@ -244,18 +247,21 @@ def more_worth(number: int, d_model: int) -> tuple[Arm, ...]:
 
 def together(number: int, d_model: int) -> tuple[Arm, ...]:
     """As much compute as memory, and one of the tiles a token is a small real FFN that is
-    always on; with signs as held signatures, and with the hash.
+    always on; with signs as held signatures, and with the hash. At width 128 the hash
+    has the rate that was swept before (`with_losses`).
     """
     parts = (
         f"--model.tiles-per-token {number // 8 - 1}",
         f"--model.shared-width {d_model // 4}",
     )
     sign = "--model.routing.signature sign"
-    arms = (
-        tiles(number, "hash-eighth-shared", HASH, *parts),
-        tiles(number, "held-eighth-shared", f"{HOLD} 0.1", sign, *parts),
+    hashed = tiles(number, "hash-eighth-shared", HASH, *parts)
+    swept = f"{hashed.name}{LOSSES}" if d_model == 128 else None
+    read = tiles(number, "held-eighth-shared", f"{HOLD} 0.1", sign, *parts)
+    return (
+        dataclasses.replace(hashed, start=8e-3, rate_of=swept),
+        dataclasses.replace(read, start=8e-3),
     )
-    return tuple(dataclasses.replace(arm, start=8e-3) for arm in arms)
 
 
 def fixed(number: int, d_model: int) -> tuple[Arm, ...]:
@@ -287,7 +293,7 @@ def with_losses(arms: tuple[Arm, ...]) -> tuple[Arm, ...]:
     not use. No step asks for them.
     """
     return tuple(
-        dataclasses.replace(arm, name=f"{arm.name}{LOSSES}")
+        dataclasses.replace(arm, name=f"{arm.name}{LOSSES}", rate_of=None)
         for arm in arms
         if HASH in arm.flags
     )
