@@ -1,6 +1,7 @@
 """N-gram floors against the formula written out one token at a time."""
 
 import math
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -8,7 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trix_jax.lm.ngram import ngram_losses
+from trix_jax.cli.report import run_report
+from trix_jax.lm import ngram
+from trix_jax.lm.ngram import floors, ngram_losses
+from trix_jax.lm.serve.load import open_run_data
 
 TOKENS = st.lists(st.integers(0, 4), min_size=2, max_size=40)
 
@@ -66,3 +70,16 @@ def test_ngram_losses_deterministic_cycle_falls_with_order():
 def test_ngram_losses_nothing_to_count_raises(train, val, orders):
     with pytest.raises(ValueError, match="train must have a token, val two"):
         ngram_losses(np.array(train, np.int32), np.array(val), orders)
+
+
+def test_floors_count_and_score_what_is_asked(run_dir, tmp_path, monkeypatch):
+    store = open_run_data(run_dir)
+    train, val = store.train.window(0, 50), store.val.window(0, 31)
+    size = store.tokenizer.vocab_size
+    assert floors(store, (1, 2), 50, 30) == ngram_losses(train, val, (1, 2), size)
+    whole = floors(store, (1,))
+    assert whole == floors(store, (1,), scored=len(store.val) + 9)
+    monkeypatch.setattr(ngram, "COUNTED", 50)
+    run = shutil.copytree(run_dir, tmp_path / "run")
+    text = run_report(run, pytest.fail).read_text()
+    assert "bigram, counting 50 tokens, on the first 50 of validation |" in text

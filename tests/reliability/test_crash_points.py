@@ -22,7 +22,7 @@ import pytest
 
 from trix_jax.lm.checkpoint import checkpoint
 from trix_jax.lm.data import DataConfig, prepare
-from trix_jax.lm.train import metrics
+from trix_jax.lm.train import metrics, milestone
 from trix_jax.lm.train.loop import train
 from trix_jax.lm.train.step_log import StepLog
 
@@ -200,3 +200,33 @@ def test_kill_at_any_point_of_a_run_is_gone_on_with_bit_for_bit(
         assert_same_arrays(arrays_of(state), arrays)
         shutil.rmtree(state)
     print(f"{len(states)} kills in {watch.moments} moments: no step lost")
+
+
+@pytest.mark.slow
+def test_kill_at_any_point_of_an_owed_evaluation_is_gone_on_with(
+    tmp_path, watch, tiny_config, one_device, run_dir, monkeypatch
+):
+    """That of the last step, so that the rest of the run is the evaluation, its save and
+    the summary.
+    """
+    run, sound = tmp_path / "run", milestone.evaluate
+
+    def evaluate(model, variables, store, batch_size, progress, **more):
+        if progress == 1:
+            raise MemoryError
+        return sound(model, variables, store, batch_size, progress, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(milestone, "evaluate", evaluate)
+        with pytest.raises(MemoryError):
+            train(tiny_config, run, devices=one_device, report=quiet)
+    with watch.of(run, tmp_path / "copies"):
+        train(tiny_config, run, devices=one_device, report=quiet)
+    states = states_in(tmp_path / "copies")
+    assert len(states) > 15
+    expected, arrays = (story(run_dir), files_of(run_dir)), arrays_of(run_dir)
+    for state in [run, *states]:
+        train(tiny_config, state, devices=one_device, report=quiet)
+        assert (story(state), files_of(state)) == expected
+        assert_same_arrays(arrays_of(state), arrays)
+    print(f"{len(states)} kills in {watch.moments} moments of an owed evaluation")

@@ -264,3 +264,15 @@ def test_other_data_with_another_tokenizer_is_refused_and_nothing_is_overwritten
         train(config, run, devices=one_device, other_data=True, report=quiet)
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
     assert (run / "tokenizer.json").read_bytes() == own
+
+
+def test_other_data_that_is_text_is_told_to_be_prepared_elsewhere(
+    run_dir, tiny_config, one_device, tmp_path
+):
+    run = shutil.copytree(run_dir, tmp_path / "run")
+    text = Path(tiny_config.data.path).read_text()
+    (tmp_path / "other.txt").write_text(text[1000:])
+    data = dataclasses.replace(tiny_config.data, path=str(tmp_path / "other.txt"))
+    config = dataclasses.replace(tiny_config, data=data)
+    with pytest.raises(ValueError, match=r"a store of its own: trix-jax prepare --w"):
+        train(config, run, devices=one_device, other_data=True, report=quiet)

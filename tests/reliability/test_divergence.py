@@ -135,6 +135,8 @@ def test_metrics_and_summary_have_the_documented_keys(touchy):
             assert line.keys() | sometimes == wanted[event] | {"event"}
     summary = json.loads((run / "summary.json").read_text())
     assert summary.keys() | {"init_from"} == wanted["summary"]
+    text = DOCS.read_text("utf-8")
+    assert [name for name in summary["params"] if f"`{name}`" not in text] == []
 
 
 def test_run_with_skipped_steps_resumes_bit_for_bit(touchy, tmp_path):
@@ -213,8 +215,8 @@ def test_validation_loss_that_is_not_finite_stops_and_is_not_saved(
 ):
     sound = milestone.evaluate
 
-    def evaluate(model, variables, store, batch_size, progress):
-        result = sound(model, variables, store, batch_size, progress)
+    def evaluate(model, variables, store, batch_size, progress, **more):
+        result = sound(model, variables, store, batch_size, progress, **more)
         return result if progress < 1 else result._replace(val_loss=float("nan"))
 
     monkeypatch.setattr(milestone, "evaluate", evaluate)

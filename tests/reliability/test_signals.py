@@ -1,5 +1,7 @@
 """Signals and the trigger file, at every stage of a run, in this process."""
 
+import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -13,7 +15,7 @@ import pytest
 
 from trix_jax.cli import main
 from trix_jax.lm.checkpoint import checkpoint
-from trix_jax.lm.data import store
+from trix_jax.lm.data import prepare, store
 from trix_jax.lm.signals import Interrupted, Signals
 from trix_jax.lm.train import loop, metrics, milestone
 
@@ -80,9 +82,9 @@ def test_signal_in_an_evaluation_saves_and_the_same_call_goes_on(
 ):
     run, sound = tmp_path / "run", milestone.evaluate
 
-    def evaluate(*args):
+    def evaluate(*args, **kwargs):
         send(number)
-        return sound(*args)
+        return sound(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(milestone, "evaluate", evaluate)
@@ -206,3 +208,83 @@ def test_trigger_file_asks_for_one_checkpoint(
     assert not (run / loop.TRIGGER).exists()
     assert sum("step 7 is saved" in text for text in messages) == 1
     assert_same_run(run, run_dir)
+
+
+def failing_at(step, config):
+    """An evaluation for which there is no memory at a step."""
+    sound = milestone.evaluate
+
+    def evaluate(*args, **kwargs):
+        if args[4] == step / config.train.steps:
+            raise MemoryError("no memory")
+        return sound(*args, **kwargs)
+
+    return evaluate
+
+
+def stopped(config, run, devices, monkeypatch, step, how):
+    """A run whose evaluation at a step was due and not made."""
+    with monkeypatch.context() as patch:
+        patch.setattr(milestone, "evaluate", failing_at(step, config))
+        if how == "signal":
+            with_signal_before_batch(patch, step - 1, signal.SIGTERM)
+        told = {"signal": (Interrupted, f"after step {step}, saved")}
+        error, match = told.get(how, (MemoryError, "no memory"))
+        with pytest.raises(error, match=match):
+            loop.train(config, run, devices=devices, report=quiet)
+    meta = checkpoint.read_meta(run / "checkpoints", step)
+    assert (meta["val_loss"], meta["evaluation_owed"]) == (None, True)
+
+
+def notes_of(run, step=10):
+    meta = checkpoint.read_meta(run / "checkpoints", step)
+    summary = json.loads((run / "summary.json").read_text())
+    return [{k: v for k, v in x.items() if k != "seconds"} for x in (meta, summary)]
+
+
+@pytest.mark.parametrize("how", ["signal", "failure"])
+@pytest.mark.parametrize("step", [5, 10])
+def test_evaluation_that_was_not_made_is_the_first_thing_when_the_run_goes_on(
+    tiny_config, one_device, run_dir, tmp_path, monkeypatch, step, how
+):
+    run = tmp_path / "run"
+    stopped(tiny_config, run, one_device, monkeypatch, step, how)
+    loop.train(tiny_config, run, devices=one_device, report=quiet)
+    assert_same_run(run, run_dir)
+    assert_same_run(run, run_dir, 5)
+    assert notes_of(run) == notes_of(run_dir)
+    assert notes_of(run, 5) == notes_of(run_dir, 5)
+
+
+def test_owed_evaluation_that_is_logged_and_not_saved_is_logged_once(
+    tiny_config, one_device, run_dir, tmp_path, monkeypatch
+):
+    run = tmp_path / "run"
+    stopped(tiny_config, run, one_device, monkeypatch, 5, "failure")
+
+    def full(*_):
+        raise OSError("no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(milestone, "save", full)
+        with pytest.raises(OSError, match="no space"):
+            loop.train(tiny_config, run, devices=one_device, report=quiet)
+    *_, last = metrics.read(run / "metrics.jsonl")
+    assert (last["event"], last["step"]) == ("eval", 5)
+    loop.train(tiny_config, run, devices=one_device, report=quiet)
+    assert_same_run(run, run_dir)
+
+
+def test_owed_evaluation_on_other_data_is_not_made(
+    tiny_config, one_device, corpus, tmp_path, monkeypatch
+):
+    run = tmp_path / "run"
+    stopped(tiny_config, run, one_device, monkeypatch, 5, "failure")
+    (tmp_path / "other.txt").write_text(corpus.read_text()[::-1])
+    data = dataclasses.replace(tiny_config.data, path=str(tmp_path / "other.txt"))
+    prepare(data, tmp_path / "store", quiet)
+    data = dataclasses.replace(data, path=str(tmp_path / "store"))
+    config = dataclasses.replace(tiny_config, data=data)
+    loop.train(config, run, devices=one_device, other_data=True, report=quiet)
+    lines = metrics.read(run / "metrics.jsonl")
+    assert [line["step"] for line in lines if line["event"] == "eval"] == [10]

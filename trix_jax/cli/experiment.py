@@ -132,7 +132,7 @@ def _run(
     placed = read_notes(workdir).specs
     done = collect(placed, folder, workdir / RESULTS)
     report(
-        f"{len(specs)} runs, {sum(one.name in names for one in done)} of them done; "
+        f"{len(specs)} runs, {len(names & {one.name for one in done})} of them done; "
         f"{len(slots)} at a time: {', '.join(slot.name for slot in slots)}"
     )
     schedule = grid([spec for spec in placed if spec.name in names])

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trix_jax.cli.common import print_json, say
+from trix_jax.files import read_json
 from trix_jax.lm.presets import parse
 
 
@@ -33,7 +34,12 @@ class Args:
 def main(argv: list[str]) -> None:
     """Exports a run."""
     from trix_jax.lm.serve.export import check_output, export
-    from trix_jax.lm.serve.load import load_run, resolve_step
+    from trix_jax.lm.serve.load import (
+        eval_batch_size,
+        load_run,
+        open_run_data,
+        resolve_step,
+    )
 
     args = parse(Args, argv, "export")
     report = say(args.json)
@@ -41,6 +47,10 @@ def main(argv: list[str]) -> None:
     number = resolve_step(args.checkpoint, args.step)
     step = args.step if number is None else number
     model, variables, tokenizer = load_run(args.checkpoint, step)
+    size = eval_batch_size(args.checkpoint)
+    told = None
+    if args.card:  # what it needs, before anything is written
+        told = open_run_data(args.checkpoint), _about(Path(args.checkpoint), number)
     sizes = export(model, variables, tokenizer, args.output, args.routes, args.dtype)
     weights = f"FFN weights {sizes['ffn_float32']:,} bytes in float32"
     ratio = sizes["ffn_float32"] / sizes["ffn_packed"]
@@ -50,15 +60,11 @@ def main(argv: list[str]) -> None:
         weights += f", {sizes['ffn_packed']:,} in {args.dtype}"
     weights += f"; routing {sizes['routes']:,} bytes"
     report(f"{args.output}: {weights}")
-    more = _change(args, model, variables, report)
-    if args.card:
-        from trix_jax.lm.report.record import read_run
+    more = _change(args, model, variables, size, report)
+    if told:
         from trix_jax.lm.serve.card import write_card
-        from trix_jax.lm.serve.load import open_run_data
 
-        store = open_run_data(args.checkpoint)
-        about = _about(read_run(args.checkpoint).summary, args.checkpoint, number)
-        card = write_card(args.output, store, about)
+        card = write_card(args.output, *told, size)
         more["card"] = str(card)
         report(f"read {card}")
     if args.stablehlo:
@@ -72,20 +78,27 @@ def main(argv: list[str]) -> None:
         print_json({"output": args.output, **sizes, "ratio": ratio, **more})
 
 
-def _about(
-    summary: dict[str, Any], directory: str, number: int | None
-) -> dict[str, Any]:
-    """A run's summary with the steps, tokens and seconds of the step that is exported."""
+def _about(directory: Path, number: int | None) -> dict[str, Any]:
+    """What a card says of a run, up to the step that is exported, be it finished or not."""
     from trix_jax.lm.checkpoint.checkpoint import read_meta
+    from trix_jax.lm.serve.load import read_config
 
-    if number is None or number == summary["steps"]:
-        return summary
-    tokens = summary["tokens"] // summary["steps"] * number
-    seconds = read_meta(Path(directory) / "checkpoints", number)["seconds"]
-    return summary | {"steps": number, "tokens": tokens, "seconds": seconds}
+    if number is None:
+        raise ValueError(f"card is of a run, which says its origin. Got {directory}.")
+    config, environment = read_config(directory), directory / "env.json"
+    a_step = config.train.batch_size * config.model.context
+    known = read_json(environment) if environment.exists() else {}
+    return {
+        "arm": config.arm,
+        "seed": config.seed,
+        "steps": number,
+        "tokens": number * a_step,
+        "seconds": read_meta(directory / "checkpoints", number)["seconds"],
+        "git_commit": known.get("git_commit"),
+    }
 
 
-def _change(args: Args, model, variables, report) -> dict[str, Any]:
+def _change(args: Args, model, variables, batch_size: int, report) -> dict[str, Any]:
     """What the export does to the validation loss: packing weights that trained
     unquantized to the end, rounding real ones. Nothing where all numbers stay.
     """
@@ -106,11 +119,11 @@ def _change(args: Args, model, variables, report) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         report(f"{what}: its numbers change. By how much is not known: {error}")
         return {}
-    trained = evaluate(model, variables, store)
+    trained = evaluate(model, variables, store, batch_size)
     before = trained.val_loss_unquantized
     if before is None:
         before = trained.val_loss
     exported, packed, _ = load_run(args.output)
-    after = evaluate(exported, packed, store).val_loss
+    after = evaluate(exported, packed, store, batch_size).val_loss
     report(f"{what}: validation loss {before:.5f} becomes {after:.5f}")
     return {"val_loss": after, "val_loss_before": before}

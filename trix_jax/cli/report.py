@@ -8,16 +8,16 @@ from typing import Annotated
 import tyro
 
 from trix_jax.cli.common import print_json, say
+from trix_jax.lm import ngram
 from trix_jax.lm.checkpoint import checkpoint
+from trix_jax.lm.data import eval_targets
 from trix_jax.lm.experiment.report import write_experiment_report
 from trix_jax.lm.experiment.spec import NOTES
-from trix_jax.lm.ngram import floors
 from trix_jax.lm.presets import parse
 from trix_jax.lm.report.run import Floors, write_run_report
-from trix_jax.lm.serve.load import open_run_data
+from trix_jax.lm.serve.load import open_run_data, read_config
 
 ORDERS = (1, 2, 3)
-COUNTED = 2_000_000  # training tokens, from the first: seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ def run_report(
     directory: str | Path, report: Callable[[str], None], twin: str | Path | None = None
 ) -> Path:
     """The report of a run, beside what counting n-grams in (the first of) its data
-    achieves.
+    achieves on (the first of) the tokens that it is evaluated on.
     """
     if twin:
         _check_twin(Path(directory), Path(twin))
@@ -66,8 +66,12 @@ def run_report(
     except (OSError, ValueError) as error:
         report(f"no n-gram floor: {error}")
         return write_run_report(directory, twin=twin)
-    counted = min(len(store.train), COUNTED)
-    found = Floors(floors(store, ORDERS, counted), counted)
+    config, counted = read_config(Path(directory)), min(len(store.train), ngram.COUNTED)
+    context, most = config.model.context, config.train.eval_tokens
+    evaluated = eval_targets(store.val, context, most)
+    scored = min(evaluated, ngram.COUNTED)
+    losses = ngram.floors(store, ORDERS, counted, scored)
+    found = Floors(losses, counted, scored if scored < evaluated else None)
     return write_run_report(directory, found, twin)
 
 
@@ -81,9 +85,16 @@ def _check_twin(directory: Path, twin: Path) -> None:
         steps = checkpoint.steps(checkpoints) if checkpoints.is_dir() else []
         if not steps:
             raise ValueError(f"twin needs a checkpoint of both runs. {run} has none.")
-        found.append(checkpoint.read_meta(checkpoints, steps[-1])["data_fingerprint"])
-    if found[0] != found[1]:
+        found.append(checkpoint.read_meta(checkpoints, steps[-1]))
+    before, now = (meta["data_fingerprint"] for meta in found)
+    if before != now:
         raise ValueError(
             f"twin must be a run on the data of {directory}: its fingerprint is "
-            f"{found[0][:12]}. Got {twin}, trained on {found[1][:12]}."
+            f"{before[:12]}. Got {twin}, trained on {now[:12]}."
+        )
+    before, now = (meta.get("val_tokens") or "all" for meta in found)
+    if before != now:
+        raise ValueError(
+            f"twin must be evaluated on as many tokens as {directory}, {before}. "
+            f"Got {twin}, on {now}."
         )

@@ -50,11 +50,13 @@ class TrainConfig:
             step (`routing.update`).
         rebuild_every: steps between rebuilds of the clusters, before the step that
             follows; 0 never.
-        eval_every: steps between evaluations on the whole validation split; each
-            checkpoints. The last step always is.
+        eval_every: steps between evaluations on the validation split; each checkpoints.
+            The last step always is.
         eval_epochs: evaluates at the end of every epoch too.
         checkpoint_every: further checkpoints, without an evaluation; 0 none.
         eval_batch_size: sequences in an evaluation batch.
+        eval_tokens: of the validation split that evaluations predict, the first, rounded
+            up to whole windows; 0 all.
         log_every: steps between lines of metrics.jsonl.
         max_skipped: steps in a row that may be skipped because loss or gradient is not
             finite; one more stops the run.
@@ -83,6 +85,7 @@ class TrainConfig:
     eval_epochs: bool = False
     checkpoint_every: int = 0
     eval_batch_size: int = 64
+    eval_tokens: int = 0
     log_every: int = 1
     max_skipped: int = 10
     sampler: Sampler | None = None
@@ -118,8 +121,9 @@ AT_LEAST_ONE = (
     "steps batch_size accumulate eval_every eval_batch_size log_every".split()
 )
 NOT_NEGATIVE = (
-    "warmup_steps weight_decay clip rebuild_every checkpoint_every max_skipped".split()
-)
+    "warmup_steps weight_decay clip rebuild_every checkpoint_every max_skipped "
+    "eval_tokens"
+).split()
 # Of runs whose config does not name theirs.
 SAMPLER_BEFORE = "offsets"
 ROUTER_INPUT_BEFORE = "hidden"

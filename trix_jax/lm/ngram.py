@@ -8,10 +8,14 @@ from jaxtyping import Integer
 from trix_jax.lm.data import Store
 
 ORDERS = (1, 2, 3, 4, 5)
+COUNTED = 2_000_000  # tokens of a split that a page counts, or scores: seconds
 
 
 def floors(
-    store: Store, orders: Sequence[int] = ORDERS, most: int | None = None
+    store: Store,
+    orders: Sequence[int] = ORDERS,
+    most: int | None = None,
+    scored: int | None = None,
 ) -> dict[int, float]:
     """`ngram_losses` of a token store: order to nats per token of its validation split.
 
@@ -19,9 +23,11 @@ def floors(
         store: counted and scored.
         orders: lengths n.
         most: training tokens that are counted, from the first; None counts all.
+        scored: validation tokens that are scored, from the second, as in an evaluation;
+            None scores all.
     """
     train = store.train.window(0, min(len(store.train), most or len(store.train)))
-    val = store.val.window(0, len(store.val))
+    val = store.val.window(0, min(len(store.val), (scored or len(store.val)) + 1))
     return ngram_losses(train, val, orders, store.tokenizer.vocab_size)
 
 

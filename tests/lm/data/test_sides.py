@@ -123,6 +123,15 @@ def test_validation_is_the_files_that_say_so_and_test_is_passed_over(layout, tmp
     assert [line for line in lines if "not there any more" in line] == lines[-1:]
 
 
+@pytest.mark.parametrize("layout", ["{}.jsonl", "{}/0000.txt", "wiki-{}.txt"])
+@pytest.mark.parametrize("test", ["testing", "eval", "evaluation"])
+def test_the_words_are_those_of_hugging_face(layout, test, tmp_path):
+    for side, own in {"train": "aaa", "dev": "bbb", test: "ccc"}.items():
+        write_any(tmp_path / "in" / layout.format(side), own)
+    store = prepare(DataConfig(path=tmp_path / "in"), tmp_path / "store", quiet)
+    assert (text(store.train), text(store.val)) == ("aaa", "bbb")
+
+
 @pytest.mark.parametrize(("val", "sides"), [("test", "aaa ccc"), ("out", "aaa eee")])
 def test_val_path_decides_and_other_names_are_passed_over(val, sides, tmp_path):
     path, lines = tmp_path / "in", []

@@ -13,6 +13,7 @@ from trix_jax.lm.data import (
     open_store,
     prepare,
 )
+from trix_jax.lm.data.token_files import find
 
 IDS = np.arange(200) * 7 % 61
 
@@ -32,6 +33,7 @@ def llm_c(ids, magic=20240520, version=1, kind="<u2"):
 
 
 def write_npy(path, ids, kind):
+    path.parent.mkdir(exist_ok=True)
     np.save(path, np.asarray(ids).astype(kind))
     return path
 
@@ -285,3 +287,18 @@ def test_a_folder_of_text_and_training_tokens_is_named_by_its_user(tmp_path):
     (tmp_path / "README.txt").write_text("about them")
     with pytest.raises(ValueError, match=r"holds text .* and tokens"):
         prepare(DataConfig(path=str(tmp_path)), tmp_path / "store", quiet)
+
+
+def test_more_words_count_beside_a_name_that_says_train(tmp_path):
+    for name in ("a", "dev", "eval"):
+        write_npy(tmp_path / "one" / f"{name}.npy", IDS, "<u2")
+        write_npy(tmp_path / "two" / f"{name}.npy", IDS, "<u2")
+    write_npy(tmp_path / "two" / "train.npy", IDS[:50], "<u2")
+    one, two = (find(tmp_path / name, quiet) for name in ("one", "two"))
+    assert [p.stem for p in one.train] == ["a", "dev", "eval"]
+    assert ([p.stem for p in two.train], [p.stem for p in two.val]) == (
+        ["a", "train"],
+        ["dev"],
+    )
+    named = find(tmp_path / "two" / "train.npy", quiet)
+    assert [p.stem for p in named.files] == ["train", "dev"]

@@ -113,6 +113,17 @@ def test_collect_keeps_the_records_of_runs_whose_directories_are_gone(
     assert collect(specs, folder, path) == before[:2] == read(path)
 
 
+def test_collect_keeps_what_is_not_asked_for_and_both_samplers(write_run, tmp_path):
+    folder, path = tmp_path / "runs", tmp_path / "metrics.json"
+    specs = [write_run(folder, "s", "sparse", n, 1.5 + n) for n in (1, 2)]
+    first, second = collect(specs, folder, path)
+    add(path, old := first._replace(sampler="epochs", val_loss=9.0), folder)
+    shutil.rmtree(folder)
+    assert collect(specs[1:], folder, path) == [second]
+    assert sorted(read(path)) == sorted([first, second, old])
+    assert sorted(collect(specs, folder, path)) == sorted([first, second, old])
+
+
 def test_results_file_replaces_a_run_and_stays_in_order(tmp_path):
     path = tmp_path / "results" / "s.json"
     assert read(path) == []

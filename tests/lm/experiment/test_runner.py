@@ -32,6 +32,7 @@ if arm == "bad": sys.exit(2)
 if arm == "dies": sys.exit(1)
 if arm == "diverges": sys.exit(print("validation loss (nan) is not finite: stopped") or 1)
 if arm == "killed-once" and not began: os.kill(os.getpid(), signal.SIGKILL)
+if arm == "saves-once" and not began: sys.exit(75)
 if arm == "waits":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     time.sleep(60)
@@ -83,6 +84,11 @@ def test_run_all_restarts_what_was_killed_and_leaves_the_others(stub, tmp_path):
     assert "SIGKILL" in by_arm["killed-once"]["why"]
     kept = {r.arm: r.is_finite for r in results.read(tmp_path / "metrics.json")}
     assert kept == {"good": True, "killed-once": True, "diverges": False}
+
+
+def test_run_that_saved_and_stopped_goes_on_whatever_the_retries(stub, tmp_path):
+    rows = rows_of(grid([asked("saves-once"), asked("dies")]), tmp_path, retries=0)
+    assert states(rows) == {"saves-once": "done", "dies": "failed"}
 
 
 def test_run_all_does_not_repeat_what_is_done(stub, tmp_path):

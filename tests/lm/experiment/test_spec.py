@@ -46,6 +46,20 @@ def test_read_experiment_makes_a_run_of_every_size_arm_and_seed(small):
         ({"arm_seeds": {"dense": []}}, "arm_seeds.dense in .* of different entries"),
         ({"arm_seeds": {"dense": 3}}, "arm_seeds.dense in .* must be a list"),
         ({"seeds": [1, 1]}, r"seeds in .* of different entries. Got \[1, 1\]"),
+        ({"seeds": [[1]]}, r"seeds in .* must be whole numbers .* Got \[\[1\]\]"),
+        ({"seeds": [1.7]}, r"seeds in .* must be whole numbers .* Got \[1.7\]"),
+        ({"seeds": [-1]}, r"seeds in .* must be whole numbers .* Got \[-1\]"),
+        ({"seeds": [True]}, r"seeds in .* must be whole numbers .* Got \[True\]"),
+        ({"seeds": ["2"]}, r"seeds in .* must be whole numbers .* Got \['2'\]"),
+        ({"seeds": [1, "1"]}, "seeds in .* must be a list of different entries"),
+        ({"arm_seeds": {"dense": [1.5]}}, r"arm_seeds.dense in .* whole numbers"),
+        ({"seeds": 3}, "seeds in .* must be a list. Got 3"),
+        ({"set": ["model.d_model"]}, "set in .* must be a mapping. Got"),
+        ({"sizes": {"s": 3}}, "sizes.s in .* must be the path of a config, or a map"),
+        ({"sizes": {"s": ["c.yaml"]}}, "sizes.s in .* must be the path of a config"),
+        ({"sizes": {"s": {"config": ["c"]}}}, "sizes.s in .* must have a config"),
+        ({"arm_set": {"dense": 3}}, "arm_set.dense in .* must be a mapping of flags"),
+        ({"arm_set": ["dense"]}, "arm_set in .* must be a mapping. Got"),
         ({"arms": ["lookup", "dense", "dense"]}, "arms in .* of different entries"),
         (
             {"arms": ["moe"], "arm_set": {}},
@@ -84,6 +98,14 @@ def test_committed_experiment_reads(path, monkeypatch):
     of_size = sum(len(seeds.get(arm, tree["seeds"])) for arm in tree["arms"])
     names = {spec.name for spec in experiment.specs}
     assert len(names) == len(tree["sizes"]) * of_size
+
+
+def test_file_that_is_like_one_of_the_wrong_shape_names_it(small, tmp_path):
+    tree = yaml.safe_load(small.read_text()) | {"set": ["model.d_model"]}
+    small.write_text(yaml.safe_dump(tree))
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump({"like": "small.yaml"}))
+    with pytest.raises(ValueError, match=r"set in .*small\.yaml must be a mapping"):
+        read_experiment(tmp_path / "other.yaml", parse_run)
 
 
 def test_file_that_is_like_another_takes_what_it_does_not_say(small, tmp_path):

@@ -6,11 +6,13 @@ import contextlib
 import dataclasses
 import io
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from flax.traverse_util import flatten_dict
 
 from trix_jax import (
@@ -23,8 +25,10 @@ from trix_jax import (
 from trix_jax.cli.main import main
 from trix_jax.frozen import freeze
 from trix_jax.interop import safetensors
+from trix_jax.lm import ngram
 from trix_jax.lm.accounting import costs
 from trix_jax.lm.data import open_store
+from trix_jax.lm.serve import card
 from trix_jax.lm.serve.card import write_card
 from trix_jax.lm.serve.export import WEIGHTS, part_bytes
 from trix_jax.lm.train.evaluate import evaluate
@@ -121,6 +125,45 @@ def test_a_rounded_export_and_its_card_say_what_it_holds_and_loses(run_dir, fold
     assert before != after
     assert abs(before - after) < 1e-3
     about = json.loads((run_dir / "summary.json").read_text())
-    card = write_card(folders / "bfloat16", store, about).read_text()
-    assert "all others\nbfloat16" in card
-    assert "times fewer than in float32" in card
+    text = write_card(folders / "bfloat16", store, about).read_text()
+    assert "all others\nbfloat16" in text
+    assert "times fewer than in float32" in text
+
+
+@pytest.mark.slow
+def test_a_run_is_exported_with_its_card_unfinished_or_not_at_all(
+    run_dir, tmp_path, capsys, monkeypatch
+):
+    """And evaluated in the batches that it trained with."""
+    run, out, sizes = shutil.copytree(run_dir, tmp_path / "run"), tmp_path / "out", []
+    (run / "summary.json").unlink()
+    tree = yaml.safe_load((run / "config.yaml").read_text())
+    tree["train"]["eval_batch_size"] = 3
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+
+    def noting(model, variables, store, batch_size=64, **more):
+        sizes.append(batch_size)
+        return evaluate(model, variables, store, batch_size, **more)
+
+    monkeypatch.setattr("trix_jax.lm.train.evaluate.evaluate", noting)
+    monkeypatch.setattr(card, "evaluate", noting)
+    argv = ["export", "--checkpoint", str(run), "--output", str(out), "--card"]
+    assert main([*argv, "--dtype", "bfloat16"]) == 0
+    assert "seed 42: 10 steps over 1,280 tokens" in (out / "README.md").read_text()
+    assert main(["eval", "--checkpoint", str(run), "--tokens", "20"]) == 0
+    assert " 32 tokens of " in capsys.readouterr().out
+    assert sizes == [3, 3, 3, 3]
+    shutil.rmtree(out)
+    shutil.rmtree(run / "data")
+    assert main(argv) == 2
+    assert not out.exists()
+
+
+def test_a_card_counts_a_part_of_the_data_and_says_so(run_dir, folders, monkeypatch):
+    monkeypatch.setattr(ngram, "COUNTED", 50)
+    about = json.loads((run_dir / "summary.json").read_text())
+    path = write_card(folders / "float32", open_store(run_dir / "data"), about)
+    assert (
+        "N-grams are counted over 50 training tokens, and scored on the first 50 of "
+        "validation." in path.read_text()
+    )

@@ -4,6 +4,7 @@ with.
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from trix_jax import freeze
 from trix_jax.cli.main import main
+from trix_jax.lm.checkpoint import checkpoint, step_files
 from trix_jax.lm.data import open_store
 from trix_jax.lm.serve.load import load_run
 from trix_jax.lm.train import metrics
@@ -157,3 +159,52 @@ def test_eval_says_that_windows_are_not_as_trained(run_dir, capsys):
     out = capsys.readouterr()
     assert "windows of 8 tokens, short of the 16 it was trained with" in out.err
     assert json.loads(out.out)["context"] == 8
+
+
+def test_evaluation_of_the_first_tokens_is_of_whole_windows(run_dir):
+    model, variables, _ = load_run(run_dir)
+    store = open_store(run_dir / "data")
+    result = evaluate(model, variables, store, 4, most=20)
+    tokens = store.val.window(0, 33)
+    wanted = by_hand(model, variables, tokens, 16)
+    assert result.tokens == 32
+    assert result.val_loss == pytest.approx(wanted, rel=1e-5)
+    assert result.routes.shape[1] == 32
+    everything = evaluate(model, variables, store, 4, most=len(store.val) + 99)
+    assert everything.tokens == len(store.val) - 1
+    with pytest.raises(ValueError, match=r"must not be negative\. Got -1"):
+        evaluate(model, variables, store, most=-1)
+
+
+@pytest.mark.slow
+def test_run_that_goes_on_with_fewer_validation_tokens_compares_them_alone(
+    run_dir, tiny_config, one_device, tmp_path
+):
+    run = shutil.copytree(run_dir, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "00000010")
+    _set_best(run, 0.1)
+    fewer = dataclasses.replace(tiny_config.train, eval_tokens=20)
+    config = dataclasses.replace(tiny_config, train=fewer)
+    done = train(config, run, devices=one_device, report=lambda _: None)
+    first, last = evals(run).values()
+    whole = len(open_store(run / "data").val) - 1
+    assert (first["val_tokens"], last["val_tokens"]) == (whole, 32)
+    assert last["routing_stability"] == []
+    assert done["best_val_loss"] == done["final_val_loss"] == last["val_loss"] > 0.1
+    assert checkpoint.resolve(run / "checkpoints", "best") == 10
+    load_run(run, 5)
+
+
+def _set_best(run, loss):
+    """As if the evaluation of step 5 had this loss."""
+    log, path = run / "metrics.jsonl", run / "checkpoints" / "00000005"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    for line in lines:
+        line |= {"val_loss": loss} if line["event"] == "eval" else {}
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    meta = json.loads((path / "meta.json").read_text())
+    (path / "meta.json").write_text(
+        json.dumps(meta | {"val_loss": loss, "best_val_loss": loss})
+    )
+    (path / "manifest.json").unlink()
+    step_files.write_manifest(path, 5)

@@ -78,7 +78,7 @@ def save(
         state: pytree of jax and numpy arrays, typed PRNG keys and Python numbers; None
             means absent.
         meta: what JSON can hold; a finite `val_loss` takes part in the choice of the
-            best step, where a later one with another `data_fingerprint` has none.
+            best step, where no later one has another `data_fingerprint` or `val_tokens`.
         keep: at least 1.
         hold: numbers of steps that stay.
 
@@ -284,15 +284,16 @@ def _good(directory: Path, among: Iterable[int], report: Report) -> Iterator[int
 
 
 def _by_loss(directory: Path) -> list[int]:
-    """The steps with a finite val_loss, the best first. Losses on two data sets are not
-    compared: those on the newest one's data come before the others.
+    """The steps with a finite val_loss, the best first. Losses on two data sets, or on
+    other tokens of one, are not compared: those on the newest one's come before the rest.
     """
     found = []
     for step in steps(directory):
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             meta = read_meta(directory, step)
             if math.isfinite(loss := float(meta["val_loss"])):
-                found.append((loss, step, meta.get("data_fingerprint")))
+                data = meta.get("data_fingerprint"), meta.get("val_tokens")
+                found.append((loss, step, data))
     present = found[-1][2] if found else None
     ordered = sorted(found, key=lambda one: (one[2] != present, one[:2]))
     return [step for _, step, _ in ordered]

@@ -13,6 +13,7 @@ from trix_jax.lm.data.pipeline import (
     batch_windows,
     check_context,
     eval_batches,
+    eval_targets,
     read_window,
     train_batches,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "check_context",
     "check_typed",
     "eval_batches",
+    "eval_targets",
     "infer_source",
     "is_store",
     "iter_documents",

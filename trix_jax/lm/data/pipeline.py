@@ -138,11 +138,19 @@ def read_window(split: Split, start: int, length: int) -> Int32[np.ndarray, " T"
     return np.concatenate([split.window(start, length - over), split.window(0, over)])
 
 
+def eval_targets(split: Split, context: int, most: int = 0) -> int:
+    """Tokens that an evaluation predicts: all of a split but the first, or the first
+    `most` of these, rounded up to whole windows; 0 takes all.
+    """
+    every = len(split) - 1
+    return min(every, -(-most // context) * context) if most else every
+
+
 def eval_batches(
-    split: Split, *, batch_size: int, context: int
+    split: Split, *, batch_size: int, context: int, most: int = 0
 ) -> Iterator[tuple[Int32[np.ndarray, "B _"], Float32[np.ndarray, "B L"]]]:
     """Yields `(tokens, mask)` that predict every token of the split but the first
-    exactly once, in order.
+    exactly once, in order; with `most` the first of them (`eval_targets`).
 
     `tokens` is int32 `[batch_size, context + 1]`: row `r` starts at the last token of
     row `r - 1`. `mask` is float32 `[batch_size, context]`: 1 where `tokens[:, 1:]` is a
@@ -152,15 +160,17 @@ def eval_batches(
         ValueError: The split is shorter than one window, or a number is out of range.
     """
     _check(split, batch_size, context)
-    return _eval_batches(split, batch_size, context)
+    if most < 0:
+        raise ValueError(f"most must not be negative. Got {most}.")
+    return _eval_batches(split, batch_size, context, eval_targets(split, context, most))
 
 
 def _eval_batches(
-    split: Split, batch_size: int, context: int
+    split: Split, batch_size: int, context: int, end: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     targets = batch_size * context
-    for start in range(0, len(split) - 1, targets):
-        real = min(targets, len(split) - 1 - start)
+    for start in range(0, end, targets):
+        real = min(targets, end - start)
         line = np.zeros(targets + 1, np.int32)
         line[: real + 1] = split.window(start, real + 1)
         tokens = np.lib.stride_tricks.sliding_window_view(line, context + 1)[

@@ -1,10 +1,13 @@
 """Which files are training and which validation.
 
 The name of a file, or of a folder before it, may say so by a word: `val-00000.parquet`,
-`fineweb_val_000000.bin`, `validation/a.jsonl`. What says "test" is neither. Of token files
-the word is enough (`token_files.py`). Texts have titles, such as `the_test_of_time.txt`:
-their words count beside a name in the same folder that says "train" and has all the other
-words, suffixes and numbers aside.
+`fineweb_val_000000.bin`, `validation/a.jsonl`. What says "test" is neither. The words are
+those of Hugging Face's `datasets`. Of token files the word is enough (`token_files.py`).
+Texts have titles, such as `the_test_of_time.txt`: their words count beside a name in the
+same folder that says "train" and has all the other words, suffixes and numbers aside.
+
+References:
+    https://huggingface.co/docs/datasets/repository_structure
 """
 
 import os
@@ -14,8 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 TRAIN = {"train", "training"}
-VAL = {"val", "valid", "validation"}
-TEST = {"test"}
+VAL = {"val", "valid", "validation", "dev"}
+TEST = {"test", "testing", "eval", "evaluation"}
 FORMATS = {"txt", "jsonl", "json", "parquet", "gz", "zst"}
 
 

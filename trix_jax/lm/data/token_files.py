@@ -9,6 +9,8 @@
 In a folder a file whose name has the word "val" (or "valid", "validation") is validation,
 as in `val.bin` and `fineweb_val_000000.bin`, one with "test" is passed over, and the others
 are training, in order of their paths; so too `val.bin` beside a `train.bin` that is named.
+"dev" is validation, and "testing", "eval" and "evaluation" are passed over, where others
+say "train".
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,13 +21,14 @@ import numpy as np
 from jaxtyping import Int64, Integer
 
 from trix_jax.lm.data.files import tell_passed_over, walk
-from trix_jax.lm.data.sides import TEST, VAL, words
+from trix_jax.lm.data.sides import TEST, TRAIN, VAL, words
 
 SUFFIXES = (".bin", ".npy")
 HEADER_BYTES = 256 * 4
 LLM_C = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic number: version, type
 FOREIGN = {b"PK\x03\x04": "a PyTorch or zip file", b"GGUF": "a GGUF model"}
 SAMPLE = 4096  # ids that tell a file of wider integers
+ALONE = {"val", "valid", "validation", "test"}  # that count beside no "train" too
 CHUNK = 2**22  # ids that are looked at at a time
 
 
@@ -56,8 +59,12 @@ def find(path: Path, report: Callable[[str], None]) -> Sides:
     everything = walk(path)
     files = [p for p in everything if p.suffix.lower() in SUFFIXES and p.is_file()]
     named = {p: words(p.relative_to(path).as_posix()) for p in files}
-    val = [p for p in files if VAL & named[p]]
-    train = [p for p in files if not (VAL | TEST) & named[p]]
+    has_train = any(TRAIN & found for found in named.values())
+    counted = {
+        p: f if has_train and not TRAIN & f else f & ALONE for p, f in named.items()
+    }
+    val = [p for p in files if VAL & counted[p]]
+    train = [p for p in files if not (VAL | TEST) & counted[p]]
     taken = {*train, *val}
     tell_passed_over("tokens", path, [p for p in everything if p not in taken], report)
     if not train:

@@ -118,20 +118,25 @@ def add(path: Path, result: Result, folder: Path) -> None:
 
 
 def collect(specs: Sequence[Spec], folder: Path, path: Path) -> list[Result]:
-    """Writes and returns the results of an experiment, from the directories of its runs
-    in `folder`; of a run whose directory is gone its record stays.
+    """Writes the results of an experiment, from the directories of its runs in
+    `folder`, and returns those asked for. The record of a run whose directory is gone
+    stays, and that of a run that is not asked for, behind the others.
 
     Raises:
         ValueError: the directory of a finished run is damaged.
     """
+    asked = {spec.name for spec in specs}
     with held(folder / LOCK):
-        known, found = {one.name: one for one in read(path)}, []
+        known, found = read(path), []
         for spec in specs:
+            own = [one for one in known if one.name == spec.name]
             if has_ended(spec, folder):
-                found.append(result_of(spec, folder))
-            elif spec.name in known and not (folder / spec.name).exists():
-                found.append(known[spec.name])
-        write(path, found)
+                result = result_of(spec, folder)
+                others = [one for one in own if one.sampler != result.sampler]
+                found += [*others, result]
+            elif not (folder / spec.name).exists():
+                found += own
+        write(path, [*found, *(one for one in known if one.name not in asked)])
     return found
 
 

@@ -162,7 +162,7 @@ def _reap(status: _Status, path: Path, free: list[Slot], retries: int) -> None:
     status.slot = None
     if code == DONE or (code == FAILED and is_diverged(status.directory)):
         _finish(status, path)
-    elif code == BAD_INPUT or status.restarts >= retries:
+    elif code != INTERRUPTED and (code == BAD_INPUT or status.restarts >= retries):
         status.state, status.why = "failed", _why(code, status.directory)
     else:
         status.restarts += code != INTERRUPTED  # who saved and stopped may go on

@@ -24,6 +24,10 @@ WORDS = ("title", "question", "label")
 KEYS = ("name", "like", *WORDS, "sizes", "arms", "seeds", "arm_seeds", "set", "arm_set")
 MERGED = ("set", "arm_set")  # with those of the file that one is like
 BY_ARM = ("arm_set", "arm_seeds")
+KINDS = {
+    "sizes": dict, "arms": list, "seeds": list, "arm_seeds": dict, "set": dict, "arm_set": dict,
+}  # fmt: skip
+IN_WORDS = {dict: "mapping", list: "list"}
 DATA_PATHS = ("--data.path", "--data.val-path")  # a machine's own
 
 
@@ -120,7 +124,7 @@ def read_experiment(
         ValueError: it is no experiment.
     """
     path = Path(path)
-    tree = _checked(_with_like(read_yaml(path), path), path)
+    tree = _checked(_with_like(_read(path), path), path)
     every, by_arm = tree.get("set") or {}, tree.get("arm_set") or {}
     seeds_of = tree.get("arm_seeds") or {}
     name = str(tree.get("name") or path.stem)
@@ -129,8 +133,9 @@ def read_experiment(
     experiment = Experiment(name, **words, specs=[], configs={}, data={})
     for size, given in tree["sizes"].items():
         given = {"config": given} if isinstance(given, str) else dict(given)
-        if "config" not in given:
-            raise ValueError(f"sizes.{size} in {path} must have a config. Got none.")
+        if not isinstance(given.get("config"), str):
+            got = given.get("config", "none")
+            raise ValueError(f"sizes.{size} in {path} must have a config. Got {got}.")
         preset = _find(given.pop("config"), path)
         for arm in map(str, tree["arms"]):
             own = dict(by_arm.get(arm) or {})
@@ -143,7 +148,7 @@ def read_experiment(
                     f"the arms of {size} in {path} must share their data. Got other data for {arm}."
                 )
             experiment.configs[str(size), arm] = config
-            for seed in map(int, seeds_of.get(arm, tree["seeds"])):
+            for seed in seeds_of.get(arm, tree["seeds"]):
                 flags = (preset, "--arm", start, "--seed", str(seed), *more)
                 where = (config.train.steps, flags, _store_of(str(size), data))
                 experiment.specs.append(Spec(name, str(size), arm, seed, *where))
@@ -202,12 +207,35 @@ def prepare_data(
             prepare(data, place, report)
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """A file's tree, each of its parts of the kind that it must be.
+
+    Raises:
+        ValueError: one is of another.
+    """
+    tree = read_yaml(path)
+    for key, kind in KINDS.items():
+        if not isinstance(given := tree.get(key), kind | None):
+            raise ValueError(
+                f"{key} in {path} must be a {IN_WORDS[kind]}. Got {given!r}."
+            )
+    for key, kinds in (("sizes", str | dict), ("arm_set", dict | None)):
+        for name, given in (tree.get(key) or {}).items():
+            if not isinstance(given, kinds):
+                also = "the path of a config, or " if key == "sizes" else ""
+                raise ValueError(
+                    f"{key}.{name} in {path} must be {also}a mapping of flags to values. "
+                    f"Got {given!r}."
+                )
+    return tree
+
+
 def _with_like(tree: dict[str, Any], path: Path) -> dict[str, Any]:
     """A file's tree over that of the file beside it that it is like, if any."""
     like = tree.pop("like", None)
     if like is None:
         return tree
-    base = read_yaml(path.with_name(str(like)))
+    base = _read(path.with_name(str(like)))
     if "like" in base:
         raise ValueError(
             f"like in {path} must name a file without a like of its own. Got {like!r}."
@@ -227,11 +255,12 @@ def _checked(tree: dict[str, Any], path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{odd[0]} in {path} must be one of {', '.join(sorted(KEYS))}."
         )
-    for key, kind in (("sizes", dict), ("arms", list), ("seeds", list)):
-        if not isinstance(tree.get(key), kind) or not tree[key]:
-            raise ValueError(f"{key} in {path} must be a {kind.__name__} with entries.")
+    for key in ("sizes", "arms", "seeds"):
+        if not tree.get(key):
+            kind = IN_WORDS[KINDS[key]]
+            raise ValueError(f"{key} in {path} must be a {kind} with entries.")
     for key in BY_ARM:
-        if odd := sorted(set(tree.get(key) or {}) - set(tree["arms"])):
+        if odd := sorted(set(tree.get(key) or {}) - {*map(str, tree["arms"])}):
             raise ValueError(f"{key} in {path} must name arms. Got {odd[0]!r}.")
     for where, given in _settings_of(tree):
         own = {"seed": "seeds or arm_seeds"}
@@ -240,12 +269,18 @@ def _checked(tree: dict[str, Any], path: Path) -> dict[str, Any]:
             raise ValueError(
                 f"{where}.{name} in {path} must be left out: {own[name]} says what runs."
             )
-    lists = {"arms": tree["arms"], "seeds": tree["seeds"]}
-    lists |= {f"arm_seeds.{a}": v for a, v in (tree.get("arm_seeds") or {}).items()}
-    for key, given in lists.items():
-        if not isinstance(given, list) or not given or len(set(given)) < len(given):
+    seeds = {f"arm_seeds.{a}": v for a, v in (tree.get("arm_seeds") or {}).items()}
+    seeds["seeds"] = tree["seeds"]
+    for key, given in {"arms": tree["arms"], **seeds}.items():
+        is_list = isinstance(given, list) and given
+        if not is_list or len({*map(str, given)}) < len(given):
             raise ValueError(
                 f"{key} in {path} must be a list of different entries. Got {given!r}."
+            )
+    for key, given in seeds.items():
+        if not all(type(seed) is int and 0 <= seed < 2**32 for seed in given):
+            raise ValueError(
+                f"{key} in {path} must be whole numbers in 0..2**32 - 1. Got {given!r}."
             )
     return tree
 

@@ -23,10 +23,16 @@ BALANCE = (
 
 
 class Floors(NamedTuple):
-    """Order to nats per token of n-gram models that counted so many training tokens."""
+    """Order to nats per token of n-gram models that counted so many training tokens.
+
+    Attributes:
+        scored: validation tokens that these are of, from the first; None: those that
+            the run is evaluated on.
+    """
 
     losses: Mapping[int, float]
     tokens: int
+    scored: int | None = None
 
 
 def write_run_report(
@@ -68,6 +74,11 @@ def write_run_report(
         ("training tokens per second, median", f"{run.speed:,.0f}"),
         ("seconds, evaluations included", f"{summary['seconds']:,.0f}"),
     ]
+    if config.train.eval_tokens:
+        count = run.evals[-1]["val_tokens"]
+        rows.append(
+            ("validation tokens of an evaluation, from the first", f"{count:,}")
+        )
     parts = [
         f"# Training run: {config.arm}, seed {config.seed}",
         f"{model.n_layers} layers of width {model.d_model}, context {model.context}, "
@@ -156,10 +167,12 @@ def _beside(
 ) -> list[str]:
     """What the loss is to be read beside."""
     loss, rows = summary["final_val_loss"], []
-    counted, tokens = floors or ({}, 0)
+    counted, tokens, scored = floors or ({}, 0, None)
     for order, floor in counted.items():
         name = plots.GRAM_NAMES.get(order, f"{order}-gram")
         name = f"{name}, counting {tokens:,} tokens"
+        if scored:
+            name += f", on the first {scored:,} of validation"
         rows.append((name, f"{floor:.4f}", f"{loss - floor:+.4f}"))
     if twin is not None:
         theirs, ffn = twin.summary["final_val_loss"], describe_ffn(twin.config)

@@ -46,22 +46,27 @@ ADDRESSES = {  # by `routing.source`
 HELD = "there is no learned router, a tile's address is what its own weights were when it was held"
 
 
-def write_card(directory: str | Path, store: Store, about: dict[str, Any]) -> Path:
+def write_card(
+    directory: str | Path, store: Store, about: dict[str, Any], batch_size: int = 64
+) -> Path:
     """Evaluates an export and writes its card beside it.
 
     Args:
         directory: what `export` wrote.
         store: the data that it was trained on.
-        about: the run's `summary.json`: `arm`, `seed`, `steps`, `tokens`, `seconds`,
-            `git_commit`.
+        about: of the run, up to the step that is exported: `arm`, `seed`, `steps`,
+            `tokens`, `seconds`, `git_commit`.
+        batch_size: sequences in an evaluation batch.
 
     Returns:
         The card.
     """
     directory = Path(directory)
     model, variables, _ = load(directory)
-    result = evaluate(model, variables, store)
-    floors = ngram.floors(store)
+    result = evaluate(model, variables, store, batch_size)
+    counted = min(len(store.train), ngram.COUNTED)
+    scored = min(result.tokens, ngram.COUNTED)
+    floors = ngram.floors(store, most=counted, scored=scored)
     files = {
         name: (directory / name).stat().st_size for name in (WEIGHTS, CONFIG, TOKENIZER)
     }
@@ -71,6 +76,7 @@ def write_card(directory: str | Path, store: Store, about: dict[str, Any]) -> Pa
         _head(model.config.ffn, is_packed),
         _what(model, variables, tensors),
         "## Results",
+        _measured(result, counted, scored),
         _results(result, floors, is_packed),
         "## Data and training",
         _training(store, about),
@@ -174,6 +180,14 @@ def _addresses(c: TransformerConfig, variables: Variables) -> str:
     return text
 
 
+def _measured(result: Evaluation, counted: int, scored: int) -> str:
+    text = f"On the whole validation split, {result.tokens:,} tokens. "
+    text += f"N-grams are counted over {counted:,} training tokens"
+    if scored < result.tokens:
+        text += f", and scored on the first {scored:,} of validation"
+    return f"{text}."
+
+
 def _results(result: Evaluation, floors: dict[int, float], is_packed: bool) -> str:
     rows = [
         f"| this model{', packed' * is_packed} | {result.val_loss:.4f} | {result.val_ppl:.3f} | {bits(result.val_bits_per_byte)} |"
@@ -186,9 +200,7 @@ def _results(result: Evaluation, floors: dict[int, float], is_packed: bool) -> s
         for order, loss in floors.items()
     ]
     head = "| | nats a token | perplexity | bits a byte |\n|---|---:|---:|---:|"
-    return f"On the whole validation split, {result.tokens:,} tokens.\n\n" + "\n".join(
-        [head, *rows]
-    )
+    return "\n".join([head, *rows])
 
 
 def _training(store: Store, about: dict[str, Any]) -> str:

@@ -74,18 +74,25 @@ def resolve_step(directory: str | Path, step: str | int) -> int | None:
     return checkpoint.resolve(directory / "checkpoints", step)
 
 
+def eval_batch_size(directory: str | Path) -> int:
+    """Sequences in an evaluation batch of a run; of an export 64."""
+    directory = Path(directory)
+    return 64 if is_export(directory) else read_config(directory).train.eval_batch_size
+
+
 def open_run_data(directory: str | Path, data: str | Path | None = None) -> Store:
     """The token store to evaluate a run on: `data`, or the one it was trained on.
 
     Raises:
         ValueError: there is none, its tokens are not the model's, or the one it was
-            trained on was made again since.
+            trained on is gone or was made again since.
     """
     directory, is_own = Path(directory), data is None
     if data is None:
         data = directory / "data"
-        if not data.is_dir() and not is_export(directory):
-            data = read_config(directory).data.path or data
+        named = None if is_export(directory) else read_config(directory).data.path
+        if named and (is_store(named) or not data.is_dir()):
+            data = named
     if not is_store(data):
         raise ValueError(
             f"data must name a token store (`trix-jax prepare`) to evaluate {directory} "
@@ -107,8 +114,9 @@ def _check_unchanged(directory: Path, store: Store) -> None:
     meta = {} if good is None else checkpoint.read_meta(checkpoints, good)
     if meta.get("data_fingerprint", store.fingerprint) != store.fingerprint:
         raise ValueError(
-            f"{store.directory} is not the data that {directory} was trained on: it was "
-            f"made again since. To evaluate on it all the same: --data {store.directory}."
+            f"{store.directory} is not the data that {directory} was trained on: it is "
+            "another store, or was made again since. To evaluate on it all the same: "
+            f"--data {store.directory}."
         )
 
 

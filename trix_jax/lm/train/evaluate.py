@@ -1,4 +1,4 @@
-"""Evaluation on a whole split, where the variables are.
+"""Evaluation on a split, or on its first tokens, where the variables are.
 
 A batch is under way while the sums of the one before come back; the tiles of tokens stay
 on the devices.
@@ -17,10 +17,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from trix_jax import routing
-from trix_jax.lm.data import (
-    Store,
-    eval_batches,
-)
+from trix_jax.lm.data import Store, eval_batches, eval_targets
 from trix_jax.lm.train import eval_step
 from trix_jax.lm.train.eval_step import Placement
 from trix_jax.nn.transformer import TransformerConfig, TransformerLM
@@ -40,7 +37,9 @@ class Evaluation(NamedTuple):
             others: before late quantization, in soft mode and in progressive mode
             before its end; None where they are the same.
         val_bits_per_byte: of the text's UTF-8 bytes, so that tokenizers compare; None of
-            tokens whose text is not known.
+            tokens whose text is not known. Tokens have as many bytes as those of the
+            whole split, also where a part of it is evaluated.
+        tokens: that were predicted.
         tile_usage: share of assignments a tile, a list a layer.
         routes: tiles of the first `ROUTES_KEPT` tokens, `uint16[layers, tokens, K]`, on
             the devices of the variables.
@@ -65,6 +64,7 @@ def evaluate(
     batch_size: int = 64,
     progress: float = 1.0,
     context: int | None = None,
+    most: int = 0,
 ) -> Evaluation:
     """Evaluates on every token of the validation split but the first, in windows of the
     model's context, as the model will be served: ternary weights are ternary, whatever
@@ -75,6 +75,8 @@ def evaluate(
 
     Args:
         context: length of the windows, L; None: the model's.
+        most: tokens to predict, the first of the split, rounded up to whole windows; 0
+            takes all.
 
     Raises:
         ValueError: a context that the model has no positions for, or longer than the
@@ -85,7 +87,7 @@ def evaluate(
     is_same = trains_as_served(config, progress)
     variables, placement = eval_step.settle(variables)
     now = jax.device_put(progress, placement.everywhere)
-    how = variables, placement, store, batch_size, context, now
+    how = variables, placement, store, batch_size, context, now, most
     result = _evaluate(_served(config), *how)
     if PACKED in variables or is_same:
         return result
@@ -131,12 +133,14 @@ def _evaluate(
     batch_size: int,
     context: int,
     progress: Array,
+    most: int,
 ) -> Evaluation:
     step = eval_step.compiled(config, placement)
-    kept = min(ROUTES_KEPT, len(store.val) - 1)
+    kept = min(ROUTES_KEPT, eval_targets(store.val, context, most))
     total, late = Total(), None
     routes: Any = None
-    batches = eval_batches(store.val, batch_size=batch_size, context=context)
+    size = {"batch_size": batch_size, "context": context}
+    batches = eval_batches(store.val, **size, most=most)
     for start, rows in zip(count(0, batch_size * context), batches):
         sums = step(variables, *eval_step.put(placement, *rows), progress)
         if start < kept:

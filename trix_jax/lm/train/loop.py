@@ -102,7 +102,9 @@ def train(
         with signals.at_once(f"before its first step; nothing of {workdir} is lost"):
             run, position = _begin(config, workdir, start, lock, report)
         with (
-            metrics.open_log(workdir, position.step, hosts.is_first()) as log,
+            metrics.open_log(
+                workdir, position.step, hosts.is_first(), position.is_owed
+            ) as log,
             Display(run.config.train.steps, position.step, report) as display,
             StepTrace(workdir / "trace", position.step, trace_steps) as trace,
         ):
@@ -168,7 +170,7 @@ def _open(
 ) -> Run:
     """Checks and prepares everything that stays the same from the first step on."""
     store = hosts.first_then_others(
-        lambda: open_data(config, workdir, report, step is None),
+        lambda: open_data(config, workdir, report, step is None, start.other_data),
         "the data is prepared",
     )
     hosts.check_same("the token store", store.fingerprint)
@@ -230,6 +232,9 @@ def _loop(
         display.say("compiling the training step")
     state = parallel.place(position.state, devices, mapping)
     batches, held = _batches(run, position.step), extend.held_steps(run.config)
+    if position.is_owed:
+        placed = position._replace(state=state)
+        position = milestone.keep(run, placed, began, log, display)
     logger = StepLog(run, log, display, position.skipped)
     for step in range(position.step + 1, config.steps + 1):
         if milestone.is_multiple(step - 1, config.rebuild_every):
@@ -244,9 +249,10 @@ def _loop(
             continue
         logger.flush()
         position = position._replace(step=step, state=state, skipped=logger.skipped)
-        position = milestone.keep(run, position, began, log, display)
+        stops = _stops(asked, signals)
+        position = milestone.keep(run, position, began, log, display, stops)
         logger.restart_clock()
-        _answer(run, step, asked, signals, display)
+        _answer(run, position, asked, signals, display)
     return time.perf_counter() - began
 
 
@@ -263,19 +269,26 @@ def _asked(run: Run, step: int, signals: Signals) -> Asked:
     return Asked(*hosts.any_asks(is_time, is_there, bool(signals.caught)))
 
 
+def _stops(asked: Asked, signals: Signals) -> bool:
+    """Whether the run is to stop at a step at which all processes save."""
+    (stops,) = hosts.any_asks(True, asked.to_stop or bool(signals.caught))
+    return stops
+
+
 def _answer(
-    run: Run, step: int, asked: Asked, signals: Signals, display: Display
+    run: Run, position: Position, asked: Asked, signals: Signals, display: Display
 ) -> None:
-    """Says that a step is saved, and stops if that is asked and it is not the last.
+    """Says that a step is saved, and stops if that is asked and anything is left to do.
 
     Raises:
         Interrupted: it stops.
     """
+    step = position.step
     if asked.to_save:
         (run.workdir / TRIGGER).unlink(missing_ok=True)
         display.say(f"step {step} is saved, as {TRIGGER} asked")
-    (must_stop,) = hosts.any_asks(True, asked.to_stop or bool(signals.caught))
-    if must_stop and step < run.config.train.steps:
+    is_left = position.is_owed or step < run.config.train.steps
+    if _stops(asked, signals) and is_left:
         raise Interrupted(
             f"stopped by {signals.caught or 'another process'} after step {step}, saved. "
             "The same command goes on.",

@@ -25,15 +25,15 @@ class MetricsFile:
     """`metrics.jsonl`: an object a line, flushed at once.
 
     On resume the lines behind the restored step are dropped, so that the file reads as
-    if nothing had happened.
+    if nothing had happened; that of an evaluation which is still owed too.
     """
 
-    def __init__(self, path: Path, step: int):
-        kept = (
-            [line for line in read(path) if line["step"] <= step]
-            if path.exists()
-            else []
-        )
+    def __init__(self, path: Path, step: int, is_owed: bool = False):
+        there = read(path) if path.exists() else []
+        kept = [line for line in there if line["step"] <= step]
+        if is_owed:
+            own = (step, "eval")
+            kept = [line for line in kept if (line["step"], line["event"]) != own]
         write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._path, self._file = path, path.open("a", encoding="utf-8")
 
@@ -63,9 +63,12 @@ class NoFile:
         pass
 
 
-def open_log(workdir: Path, step: int, is_first: bool) -> MetricsFile | NoFile:
+def open_log(
+    workdir: Path, step: int, is_first: bool, is_owed: bool = False
+) -> MetricsFile | NoFile:
     """The run's `metrics.jsonl`, for the process that writes it."""
-    return MetricsFile(workdir / "metrics.jsonl", step) if is_first else NoFile()
+    path = workdir / "metrics.jsonl"
+    return MetricsFile(path, step, is_owed) if is_first else NoFile()
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:

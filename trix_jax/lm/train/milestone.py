@@ -49,12 +49,29 @@ def _epochs(run: Run, step: int) -> Fraction:
 
 
 def keep(
-    run: Run, position: Position, began: float, log: Log, display: Display
+    run: Run,
+    position: Position,
+    began: float,
+    log: Log,
+    display: Display,
+    is_stopping: bool = False,
 ) -> Position:
-    """Evaluates if that is due, and saves; the state is as it lies on the devices."""
+    """Evaluates if that is due, and saves; the state is as it lies on the devices.
+
+    A run that is stopping saves without the evaluation, and owes it: it is the first
+    thing that the run does when it goes on.
+    """
     val_loss = None
-    if wants_evaluation(run, position.step):
-        position, val_loss = _evaluate(run, position, log, display)
+    if position.is_owed or wants_evaluation(run, position.step):
+        position = position._replace(is_owed=True)
+        if not is_stopping:
+            position, val_loss = _evaluate(run, position, began, log, display)
+    return _save(run, position, began, val_loss)
+
+
+def _save(
+    run: Run, position: Position, began: float, val_loss: float | None
+) -> Position:
     position = position._replace(seconds=time.perf_counter() - began)
     save(run, position, val_loss)
     allocator.trim_memory()
@@ -62,28 +79,37 @@ def keep(
 
 
 def _evaluate(
-    run: Run, position: Position, log: Log, display: Display
+    run: Run, position: Position, began: float, log: Log, display: Display
 ) -> tuple[Position, float]:
     """Evaluates and logs; returns the position with its new routes and best loss, and
-    the loss.
+    the loss. Where the evaluation fails, as for want of memory, the step is saved first.
 
     Raises:
         Diverged: the loss is not finite, so that this step must not become a
             checkpoint.
     """
     config, step = run.config.train, position.step
-    variables = parallel.variables_of(position.state, run.devices, run.mapping)
-    batch_size, progressed = config.eval_batch_size, step / config.steps
-    result = evaluate(run.model, variables, run.store, batch_size, progressed)
+    how = config.eval_batch_size, step / config.steps
+    tokens = config.eval_tokens
+    try:
+        variables = parallel.variables_of(position.state, run.devices, run.mapping)
+        result = evaluate(run.model, variables, run.store, *how, most=tokens)
+        line = _eval_line(run, step, result, position)
+    except Exception:
+        if jax.process_count() == 1:  # other processes would not come to this save
+            _save(run, position, began, None)
+            display.say(f"the evaluation failed; step {step} is saved without it")
+        raise
     if not math.isfinite(result.val_loss):
         raise Diverged(
             f"validation loss ({result.val_loss}) is not finite after step {step}: "
             "stopped, and not saved. The newest good checkpoint is as it was."
         )
-    log.write(**_eval_line(run, step, result, position))
+    log.write(**line)
     display.evaluation(step, result)
     best = min(position.best, result.val_loss)
-    return position._replace(routes=result.routes, best=best), result.val_loss
+    position = position._replace(routes=result.routes, best=best, is_owed=False)
+    return position, result.val_loss
 
 
 def _eval_line(
@@ -97,6 +123,7 @@ def _eval_line(
         "step": step,
         "tokens": step * run.tokens_per_step,
         "epochs": float(_epochs(run, step)),
+        "val_tokens": result.tokens,
         "val_loss": result.val_loss,
         **_unquantized(result),
         "val_ppl": result.val_ppl,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trix_jax.lm.checkpoint import arrays, checkpoint
-from trix_jax.lm.data import Store
+from trix_jax.lm.data import Store, eval_targets
 from trix_jax.lm.train import extend, parallel, provenance
 from trix_jax.lm.train.evaluate import ROUTES_KEPT
 from trix_jax.lm.train.run import Report, Run
@@ -26,6 +26,8 @@ class Position(NamedTuple):
         seconds: trained so far.
         skipped: steps in a row, up to this one, without a finite loss and gradient.
         data_since: the step after which the present data came; 0 without other data.
+        is_owed: whether the evaluation of this step is still to be made, because the run
+            stopped before it or it failed.
     """
 
     step: int
@@ -35,6 +37,7 @@ class Position(NamedTuple):
     seconds: float
     skipped: int
     data_since: int = 0
+    is_owed: bool = False
 
 
 def check_data(workdir: Path, step: int, store: Store) -> None:
@@ -55,7 +58,7 @@ def restore(
     weights: dict[str, Any] | None = None,
 ) -> Position:
     """Where training starts: a fresh state, or that of a checkpoint. Losses and routes
-    on other data are not carried on: nothing on this data compares to them.
+    on other data, or on other tokens of it, are not carried on: nothing compares to them.
 
     Args:
         weights: of a new run, in place of random ones (`initial.read`).
@@ -68,24 +71,29 @@ def restore(
     if step is None:
         state = state if weights is None else _started_from(run, state, weights)
         return Position(0, state, routes, math.inf, 0.0, 0)
-    before = checkpoint.read_meta(run.checkpoints, step)["data_fingerprint"]
-    is_other = before != run.store.fingerprint
+    before = checkpoint.read_meta(run.checkpoints, step)
+    is_other = before["data_fingerprint"] != run.store.fingerprint
+    is_apart = is_other or before.get("val_tokens") != _val_tokens(run)
     leaves = checkpoint.read_leaves(run.checkpoints, step)
-    stored = arrays.empty(leaves["routes"]) if is_other else routes
+    stored = arrays.empty(leaves["routes"]) if is_apart else routes
     template = {**state._asdict(), "routes": stored}
     tree, meta = checkpoint.restore(run.checkpoints, step, template)
     stored = np.asarray(tree.pop("routes"))
     if is_other:
-        meta |= {"best_val_loss": None, "data_since": step}
+        meta |= {"data_since": step, "evaluation_owed": False}
     else:
         name = f"step {step} of {run.workdir}"
         provenance.check(meta, run.config, run.workdir / "tokenizer.json", step, name)
+    if is_apart:
+        meta["best_val_loss"] = None
+    else:
         routes = stored
     report(f"resuming {run.workdir} from step {step}")
     best = math.inf if meta["best_val_loss"] is None else meta["best_val_loss"]
     seconds, skipped = meta["seconds"], meta.get("skipped", 0)
     since, state = meta.get("data_since", 0), TrainState(**tree)
-    return Position(step, state, routes, best, seconds, skipped, since)
+    is_owed = meta.get("evaluation_owed", False)
+    return Position(step, state, routes, best, seconds, skipped, since, is_owed)
 
 
 def _started_from(run: Run, state: TrainState, weights: dict[str, Any]) -> TrainState:
@@ -104,6 +112,8 @@ def save(run: Run, position: Position, val_loss: float | None) -> None:
         "seconds": position.seconds,
         "skipped": position.skipped,
         "data_since": position.data_since,
+        "val_tokens": _val_tokens(run),
+        "evaluation_owed": position.is_owed,
         **provenance.notes(run.config, run.store),
     }
     if run.init_from:
@@ -114,12 +124,20 @@ def save(run: Run, position: Position, val_loss: float | None) -> None:
     checkpoint.save(run.checkpoints, position.step, state, meta, hold=held)
 
 
+def _evaluated(run: Run) -> int:
+    """Tokens that an evaluation predicts."""
+    config = run.config
+    return eval_targets(run.store.val, config.model.context, config.train.eval_tokens)
+
+
+def _val_tokens(run: Run) -> int | None:
+    """The same; None where these are all of the split, as in runs before this setting."""
+    count = _evaluated(run)
+    return None if count == len(run.store.val) - 1 else count
+
+
 def _routes_shape(run: Run) -> tuple[int, int, int]:
-    model = run.model.config
+    model, kept = run.model.config, min(ROUTES_KEPT, _evaluated(run))
     if model.ffn == "dense":
-        return (0, min(ROUTES_KEPT, len(run.store.val) - 1), 1)
-    return (
-        model.n_layers,
-        min(ROUTES_KEPT, len(run.store.val) - 1),
-        model.tiles_per_token,
-    )
+        return (0, kept, 1)
+    return (model.n_layers, kept, model.tiles_per_token)

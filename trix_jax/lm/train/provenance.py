@@ -26,7 +26,8 @@ DATA = "data."  # how a store was made; its fingerprint says whether it is the s
 WATCHING = {
     f"train.{name}"
     for name in (
-        "log_every eval_every eval_epochs eval_batch_size checkpoint_every max_skipped"
+        "log_every eval_every eval_epochs eval_batch_size eval_tokens checkpoint_every "
+        "max_skipped"
     ).split()
 }
 

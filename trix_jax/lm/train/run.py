@@ -55,19 +55,38 @@ class Run(NamedTuple):
 
 
 def open_data(
-    config: RunConfig, workdir: Path, report: Report = print, is_new: bool = True
+    config: RunConfig,
+    workdir: Path,
+    report: Report = print,
+    is_new: bool = True,
+    other_data: bool = False,
 ) -> Store:
     """The run's token store: the one at `data.path`, or `workdir/data`, prepared on
     first use.
 
     Text that changed since stops a new run; one that goes on has its tokens, and is
     told.
+
+    Args:
+        other_data: a run that goes on wants other data than its own.
+
+    Raises:
+        ValueError: the text is other than the store in `workdir` was made from.
     """
     if config.data.path and is_store(config.data.path):
         return open_store(config.data.path)
-    changed = "refuse" if is_new else "tell"
-    context = config.model.context
-    return prepare(config.data, workdir / "data", report, context, changed)
+    own, context = workdir / "data", config.model.context
+    if is_new or not (other_data and is_store(own)):
+        changed = "refuse" if is_new else "tell"
+        return prepare(config.data, own, report, context, changed)
+    try:
+        return prepare(config.data, own, report, context)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} Other data must be a store of its own: trix-jax prepare --workdir "
+            f"STORE --data.path TEXT --data.tokenizer {workdir / 'tokenizer.json'}, then "
+            "--data.path STORE --other-data."
+        ) from error
 
 
 def as_made(config: RunConfig, store: Store) -> RunConfig:

@@ -17,8 +17,8 @@ def write_summary(run: Run, seconds: float, start: Position) -> dict[str, Any]:
     which was finished before stays.
 
     Args:
-        start: where the run was when this process began; evaluations on other data
-            do not count.
+        start: where the run was when this process began; evaluations on other data, or
+            on other validation tokens than the last, do not count.
 
     Raises:
         ValueError: the file does not hold the last evaluation, or holds what is no
@@ -35,6 +35,9 @@ def write_summary(run: Run, seconds: float, start: Position) -> dict[str, Any]:
     if summary := finished(run, start.step):
         return summary
     evals = [line for line in evals if line["step"] > start.data_since] or evals
+    whole = len(run.store.val) - 1  # of lines before they said
+    tokens = [line.get("val_tokens", whole) for line in evals]
+    evals = [e for e, count in zip(evals, tokens, strict=True) if count == tokens[-1]]
     best, last = min(evals, key=lambda line: line["val_loss"]), evals[-1]
     summary = {
         "arm": run.config.arm,
