@@ -184,7 +184,7 @@ def neighbours() -> str:
     decide less than the curve does.
     """
     runs, (ours, *dense) = claim_runs(NEWEST), newest_arms()
-    one, said = tuned(runs, ours.name), []
+    one, said = tuned(runs, ours.name, ours.rate_of), []
     assert one is not None
     for arm in dense:
         other = tuned(runs, arm.name, arm.rate_of)
@@ -215,16 +215,23 @@ def place_text(place: Worth) -> str:
     end of the curve it is beyond.
     """
     seeds = "one seed" if place.seeds == 1 else f"{place.seeds} seeds"
+    own = f"{place.width.greater:.0f}"
+    low, times = place.equivalent.low, place.multiplier.low
     end = {curve.BELOW: "less than the narrowest", curve.ABOVE: "more than the widest"}
     if place.equivalent.value in end:
-        return f"{end[place.equivalent.value]} of the curve ({seeds})"
+        said = f"{end[place.equivalent.value]} of the curve ({seeds})"
+        if curve.BELOW < low < curve.ABOVE:
+            said = (
+                f"{low:.0f} or more (95 %), **{times:.2f} times the width that it takes**, "
+                f"{own}, or more; on average {said}"
+            )
+        return said
     width, times = (
         estimate_text(estimate, digits)
         .replace("above", "beyond the curve")
         .replace("below", "under the curve")
         for estimate, digits in ((place.equivalent, 0), (place.multiplier, 2))
     )
-    own = f"{place.width.greater:.0f}"
     return f"{width}, **{times} times the width that it takes**, {own} ({seeds})"
 
 

@@ -247,8 +247,8 @@ def more_worth(number: int, d_model: int) -> tuple[Arm, ...]:
 
 def together(number: int, d_model: int) -> tuple[Arm, ...]:
     """As much compute as memory, and one of the tiles a token is a small real FFN that is
-    always on; with signs as held signatures, and with the hash. At width 128 the hash
-    has the rate that was swept before (`with_losses`).
+    always on; with signs as held signatures, and with the hash, which has the rate that
+    was swept before (`with_losses`).
     """
     parts = (
         f"--model.tiles-per-token {number // 8 - 1}",
@@ -256,7 +256,7 @@ def together(number: int, d_model: int) -> tuple[Arm, ...]:
     )
     sign = "--model.routing.signature sign"
     hashed = tiles(number, "hash-eighth-shared", HASH, *parts)
-    swept = f"{hashed.name}{LOSSES}" if d_model == 128 else None
+    swept = f"{hashed.name}{LOSSES}"
     read = tiles(number, "held-eighth-shared", f"{HOLD} 0.1", sign, *parts)
     return (
         dataclasses.replace(hashed, start=8e-3, rate_of=swept),

@@ -64,8 +64,15 @@ def worth_in_words(d: int, tiles: str, place: Worth) -> list[str]:
         end = f"less than the dense FFN {widths[0]} wide, the narrowest that has run."
         return [f"{at} {end}", f"They take a width of {own}; {seeds}."]
     if place.equivalent.value == curve.ABOVE:
-        end = f"more than the dense FFN {widths[-1]} wide, the widest that has run."
-        return [f"{at} {end}", f"They take a width of {own}; {seeds}."]
+        if place.equivalent.low == curve.ABOVE:
+            end = f"more than the dense FFN {widths[-1]} wide, the widest that has run."
+            return [f"{at} {end}", f"They take a width of {own}; {seeds}."]
+        width, times = place.equivalent.low, place.multiplier.low
+        return [
+            f"{at} a dense FFN of width {width:.0f} or more (95 %).",
+            f"That is {times:.2f} times the width that they take, {own}, or more; {seeds}. "
+            f"Their mean is ahead of the dense FFN {widths[-1]} wide, the widest that has run.",
+        ]
     width, times = (
         sentence_text(place.equivalent, 0),
         sentence_text(place.multiplier, 2),

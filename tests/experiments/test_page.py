@@ -1,6 +1,7 @@
 """The page to read says what its results give, with signs and seeds."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,20 @@ def test_the_page_says_first_what_tiles_are_worth(tmp_path):
             "W, the width that an FFN takes, is"
         )  # before its use
         assert "W" not in lines[2].replace("At width", "")
+
+
+@pytest.mark.slow
+def test_a_mean_beyond_the_curve_has_a_lower_bound_on_it(tmp_path):
+    gaps = {"dense-128": (0.2,) * 4, "dense-256": (0.1,) * 4}
+    gaps["dense-512"] = (0.0, 0.02, 0.0, -0.02)
+    gaps["tiles-64-held"] = (-0.005, 0.015, -0.005, -0.025)
+    page = page_of(tmp_path, gaps)
+    first, bound = re.search(
+        r"a dense FFN of width (\d+) or more \(95 %\)\.\*\* That is (\S+) times", page
+    ).groups()
+    assert 256 < int(first) < 512
+    assert float(bound) == pytest.approx(int(first) / 162, abs=0.02)
+    assert "Their mean is ahead of the dense FFN 512 wide, the widest that has" in page
 
 
 @pytest.mark.slow
