@@ -264,6 +264,13 @@ def together(number: int, d_model: int) -> tuple[Arm, ...]:
     )
 
 
+def per_layer(number: int, d_model: int) -> tuple[Arm, ...]:
+    """The hash of `together`, another one in every layer, at its rate."""
+    base = together(number, d_model)[0]
+    name, flags = f"{base.name}-layers", f"{base.flags} --model.hash-per-layer"
+    return (dataclasses.replace(base, name=name, flags=flags),)
+
+
 def fixed(number: int, d_model: int) -> tuple[Arm, ...]:
     """What the hash has and held signatures do not: routes that stay, and gates of one.
     With both, tokens are spread over tiles once, by likeness in place of chance.
@@ -328,6 +335,7 @@ def claim(d_model: int) -> Setting:
             "together": together(64, d_model),
             "fixed": fixed(64, d_model),
             "read": fixed(64, d_model)[:1],
+            "layers": per_layer(64, d_model),
             "before": with_losses((*together(64, d_model), *by_activation(d_model))),
         },
         order=(
@@ -337,6 +345,7 @@ def claim(d_model: int) -> Setting:
             Step("best", 2),
             Step("dense-around", 4),
             Step("best", 4),
+            Step("layers", 4),
             # Signatures whose routes stay against the hash, by two seeds more, which the
             # curve then needs too; and rates.
             *(

@@ -27,6 +27,7 @@ from experiments.quality.claim import (
     claim,
     fixed,
     held,
+    per_layer,
     tiles,
     together,
 )
@@ -235,7 +236,7 @@ def candidates(d_model: int) -> tuple[Arm, ...]:
     and memory are weighed.
     """
     hashed, moving = tiles(64, "hash", HASH), tiles(64, "moving")
-    ways = *together(64, d_model), *fixed(64, d_model)
+    ways = *together(64, d_model), *per_layer(64, d_model), *fixed(64, d_model)
     others = hashed, *balanced(64), moving, *ways
     return (*map(held, LADDER), *others)
 

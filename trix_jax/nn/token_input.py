@@ -31,7 +31,8 @@ def check_router_input(config: Any) -> None:
 
     Raises:
         ValueError: a weight of pairs that is not positive, layers by hidden state that
-            are not there or are all of them, hidden states to be held.
+            are not there or are all of them, hidden states to be held, a hash for every
+            layer where nothing is hashed.
     """
     c, by_hidden = config, config.router_input == "hidden"
     if not 0 < c.pair_weight < float("inf"):
@@ -48,6 +49,11 @@ def check_router_input(config: Any) -> None:
         raise ValueError(
             "hidden_from must be None with routing.source 'hash', which looks at no "
             f"hidden state. Got {first}."
+        )
+    if c.hash_per_layer and c.routing.source != "hash":
+        raise ValueError(
+            "hash_per_layer must be False where routing.source is not 'hash'. "
+            f"Got routing.source={c.routing.source!r}."
         )
     if by_hidden and c.routing.hold != "signatures":
         raise ValueError(

@@ -163,11 +163,19 @@ class TransformerLM(nn.Module):
             )
             if i == self.config.hidden_from:
                 how = {**how, "router_input": None}
-            x, info, aux = run(block, x, how)
+            x, info, aux = run(block, x, self._hashed_in(i, how))
             infos.append(info)
             losses.append(aux)
         mean = jax.tree.map(lambda *layers: jnp.mean(jnp.stack(layers)), *losses)
         return x, tuple(infos), mean
+
+    def _hashed_in(self, i: int, how: dict[str, Any]) -> dict[str, Any]:
+        """What the i-th block is given; its own ids where every layer hashes for itself."""
+        if not self.config.hash_per_layer:
+            return how
+        ids = how["token_ids"]
+        first = jnp.asarray(i * _vocabulary(self.config, 1), ids.dtype)
+        return {**how, "token_ids": ids + first}
 
 
 def _vocabulary(config: TransformerConfig, length: int) -> int:

@@ -48,6 +48,9 @@ class TransformerConfig:
             "pair" is `rms_unit(row) + pair_weight * rms_unit(row of the token before)`,
             and the control "hash" then hashes pairs. The dense FFN has no use for it.
         pair_weight: see `router_input`.
+        hash_per_layer: with `routing.source` "hash" every layer has a hash of its own: the
+            i-th, counted from 0, hashes `id + i * vocab_size`. False is the same tiles
+            in all.
         hidden_from: the first layer, counted from 0, that routes by hidden state
             whatever `router_input` says; None has no such layer.
         grid_size, compress_hidden, ternary_splines, reads: of `SparseLookupFFN`.
@@ -90,6 +93,7 @@ class TransformerConfig:
     shared_width: int = 0
     router_input: RouterInput = "embedding"
     pair_weight: float = 0.5
+    hash_per_layer: bool = False
     hidden_from: int | None = None
     grid_size: int = 16
     compress_hidden: int | None = None
