@@ -222,8 +222,8 @@ def place_text(place: Worth) -> str:
         said = f"{end[place.equivalent.value]} of the curve ({seeds})"
         if curve.BELOW < low < curve.ABOVE:
             said = (
-                f"{low:.0f} or more (95 %), **{times:.2f} times the width that it takes**, "
-                f"{own}, or more; on average {said}"
+                f"{low:.0f} or more (95 %), **{times:.2f} times the width that it takes** "
+                f"or more, {own}. On average it is {said}"
             )
         return said
     width, times = (

@@ -20,8 +20,8 @@ def chooser(model: TransformerConfig) -> str:
     routing = model.routing
     if routing.source == "hash":
         before = " and the one before" if model.router_input == "pair" else ""
-        which = "another hash in every layer" if model.hash_per_layer else "a hash"
-        return f"{which} of the token{before}"
+        own = ", another in every layer" if model.hash_per_layer else ""
+        return f"a hash of the token{before}{own}"
     whose = {"learned": "learned ", "random": "random "}.get(routing.source, "")
     if routing.hold_after is None:
         how = f"{whose}signatures that move"

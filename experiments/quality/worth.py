@@ -49,8 +49,8 @@ OTHERS = ("hash", "random", "learned")  # who choose tiles without reading their
 FORMS = ("-eighth-shared", "-shared", "-eighth", "-fine", "-late", "-later", "-float")
 FORMS += ("-channel", "-progressive", "-threshold", "-ffn-2", "-ffn-0.5", "-ffn-0.25")
 FORMS += ("-gelu", "-losses")
-# How routes are held, which changes who chooses and no tile.
-HELD_AS = ("-routes", "-ungated", "-early-table", "-table")
+# How routes are held or hashed, which changes who chooses and no tile.
+CHOSEN_AS = ("-routes", "-ungated", "-early-table", "-table", "-layers")
 
 
 class Width(NamedTuple):
@@ -315,7 +315,7 @@ def signatures_and_hash(
 
 def form_of(name: str) -> str:
     """What an arm's name says of its tiles, whoever chooses them."""
-    for how in HELD_AS:
+    for how in CHOSEN_AS:
         name = name.removesuffix(how)
     return next((form for form in FORMS if name.endswith(form)), "")
 

@@ -18,7 +18,7 @@ from experiments.quality import (
 from experiments.quality.claim import claim
 from experiments.quality.claim_figure import Point
 from experiments.quality.worth import candidates, worth
-from tests.experiments.test_worth import run_of
+from tests.experiments.test_worth import run_of, with_sweeps
 from trix_jax.lm.experiment.plots import STYLES
 from trix_jax.lm.experiment.tuning import tuned
 
@@ -28,11 +28,12 @@ SHARED = "tiles-64-hash-eighth-shared"
 def runs_of(losses, d=64):
     """Runs of arms, each with a loss a seed."""
     setting = claim(d)
-    return [
+    runs = [
         run_of(setting, setting.arm(name), loss, seed)
         for name, found in losses.items()
         for seed, loss in found.items()
     ]
+    return with_sweeps(setting, runs)
 
 
 # The seed that chose is 0.02 easier for dense FFNs than the others, and some arms lack them.

@@ -8,7 +8,7 @@ import pytest
 
 from experiments.quality import claim_page, page, run, worth
 from experiments.quality.claim import claim
-from tests.experiments.test_worth import run_of
+from tests.experiments.test_worth import run_of, with_sweeps
 from trix_jax.lm.experiment import results
 
 SEEDS = (42, 43, 44, 45)
@@ -23,7 +23,8 @@ def page_of(folder: Path, gaps: dict[str, tuple[float, ...]]) -> str:
         for seed, gap in zip(SEEDS, values, strict=False)
     ]
     (folder / "results").mkdir(exist_ok=True)
-    results.write(folder / "results" / "wikipedia-64.json", runs)
+    path = folder / "results" / "wikipedia-64.json"
+    results.write(path, with_sweeps(setting, runs))
     return page.text(folder)
 
 

@@ -31,6 +31,14 @@ def run_of(setting, arm, loss, seed=42, rate=2e-3):
     return Result(**(EMPTY | values))
 
 
+def with_sweeps(setting, runs):
+    """And one of every arm whose rate they inherit and that has none."""
+    own = {run.arm for run in runs}
+    likes = {setting.arm(name).rate_of for name in own} - {None} - own
+    swept = [run_of(setting, setting.arm(name), 9.0, 42) for name in sorted(likes)]
+    return [*runs, *swept]
+
+
 def test_widths_are_those_counted_by_hand():
     setting = claim(128)
     for number, compute, memory in ((16, 136, 72), (64, 160, 288)):
@@ -155,10 +163,11 @@ def test_the_hash_is_compared_by_seed_without_the_one_that_chose():
     found = worth.signatures_less_hash([*runs, *better])
     assert found["mean"] == pytest.approx(0.44)
     # More tiles a token cost otherwise: they are compared with their own hash alone.
-    for how in ("routes", "ungated", "table", "early-table"):
+    for how in ("routes", "ungated", "table", "early-table", "layers"):
         assert worth.form_of(f"tiles-64-held-eighth-shared-{how}") == "-eighth-shared"
     twins = [setting.arm(f"tiles-64-{who}-eighth-shared") for who in ("held", "hash")]
     more = [run_of(setting, twins[1], 4.3, seed) for seed in SEEDS]
+    more = with_sweeps(setting, more)
     assert worth.signatures_less_hash([*runs, *better, *more]) == found
     more += [run_of(setting, twins[0], 4.31, seed) for seed in SEEDS]
     found = worth.signatures_less_hash([*runs, *better, *more])
@@ -174,7 +183,8 @@ def test_arms_of_no_form_differ_in_who_chooses_their_tiles_alone():
     assert {"tiles-64-held", "tiles-64-hash", "tiles-64-learned"} <= set(plain)
     flags = shlex.split(" ".join(arms[name].flags for name in plain))
     names = {flag for flag in flags if flag.startswith("--model.")}
-    chooses = ("--model.routing.", "--model.router-input", "--model.hidden-from")
+    chooses = "routing. router-input hidden-from hash-per-layer".split()
+    chooses = tuple(f"--model.{name}" for name in chooses)
     others = {name for name in names if not name.startswith(chooses)}
     assert others == {"--model.num-tiles", "--model.expansion"}
     assert not any(flag.startswith("--train.") for flag in flags)
