@@ -22,7 +22,8 @@ from typing import NamedTuple
 from experiments.quality import curve
 from experiments.quality.arms import Arm
 from experiments.quality.claim import claim, fixed, together
-from experiments.quality.claim_page import VOCABULARY, estimate_text
+from experiments.quality.claim_page import VOCABULARY
+from experiments.quality.claim_words import sentence_text
 from experiments.quality.worth import (
     Worth,
     concluding,
@@ -227,9 +228,7 @@ def place_text(place: Worth) -> str:
             )
         return said
     width, times = (
-        estimate_text(estimate, digits)
-        .replace("above", "beyond the curve")
-        .replace("below", "under the curve")
+        sentence_text(estimate, digits)
         for estimate, digits in ((place.equivalent, 0), (place.multiplier, 2))
     )
     return f"{width}, **{times} times the width that it takes**, {own} ({seeds})"

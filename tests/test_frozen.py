@@ -145,6 +145,7 @@ def test_frozen_layer_equals_the_jitted_fake_quantized_one(kind, config):
     assert_equal(call(frozen, X), expected)
 
 
+@pytest.mark.slow
 def test_frozen_groups_without_jit_equal_the_jitted_ones():
     # A compiler that fuses the products of groups with their sum would change the last
     # bit.

@@ -81,7 +81,7 @@ def test_update_moves_both_levels_of_a_hierarchy():
     np.testing.assert_array_equal(new["members"], [[2, 0], [1, 3]])
 
 
-@pytest.mark.parametrize("opened", [1, 2])
+@pytest.mark.parametrize("opened", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_what_biases_of_a_cluster_have_in_common_goes_where_one_is_open(opened):
     members = [[0, 3], [1, 4], [2, 5]]
     state = clustered_state([4, 4, 4, 4, 4, 4], members)

@@ -183,21 +183,27 @@ def steps_to(runs: Sequence[Result], loss: float) -> float | None:
 
 def by_pairs(d: int, runs: Sequence[Result], one: Tuned, place: Worth) -> str:
     """The differences to the neighbours on the curve, and the multiplier's lower bound by
-    them alone: the narrower over W, or more where the tiles are better than that, else less.
+    them alone: the widest that the tiles are better than, over W; where there is none, less
+    than the narrower neighbour over W.
     """
     dense = dense_arms(d, runs)
     beside = curve.neighbours(sorted(dense), place.equivalent.value)
-    pairs = {width: difference(one, dense[width]) for width in beside}
+    pairs = {width: difference(one, dense[width]) for width in sorted(dense)}
     each = [
         f"{found.mean:+.4f}{_half(found, ' ')} at {width}"
-        for width, found in pairs.items()
-        if found is not None
+        for width in beside
+        if (found := pairs[width]) is not None
     ]
     first = pairs[beside[0]]
     if place.equivalent.value == curve.BELOW or first is None or first.n < 2:
         return ", ".join(each)
-    sign = "≥" if first.side == "below" else "≤"
-    return f"{', '.join(each)}: low {sign} {beside[0] / place.width.greater:.2f}"
+    better = [
+        w
+        for w, found in pairs.items()
+        if found and found.n > 1 and found.side == "below"
+    ]
+    sign, width = ("≥", better[-1]) if better else ("≤", beside[0])
+    return f"{', '.join(each)}: low {sign} {width / place.width.greater:.2f}"
 
 
 def _half(found: Interval, before: str = "") -> str:

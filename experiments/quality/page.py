@@ -291,7 +291,8 @@ def _lost(all_found: Sequence[Found]) -> list[str]:
     if before:
         about += (
             f" `{claim.LOSSES}`, won or lost: the same with the auxiliary losses of scores "
-            "that a hash does not use, until commit 921d8bd."
+            "that a hash does not use, until commit 921d8bd. So were all other hashes but "
+            "`tiles-64-hash-eighth-shared`, and its `-layers`."
         )
     head = ["arm", "setting", "than", "rate", "by", "95%"]
     return [

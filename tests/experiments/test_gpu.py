@@ -234,6 +234,7 @@ def test_a_wrong_number_in_a_counted_row_is_found_and_one_in_another_is_not(
     assert jnp.bfloat16 == expect(*products.ours_of(case, REHEARSAL).args).dtype
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "use", ["up", *(pytest.param(use, marks=pytest.mark.slow) for use in OTHER)]
 )

@@ -91,6 +91,7 @@ def test_the_claim_is_the_number_of_tiles_whose_least_multiplier_is_greatest():
     assert not worth.claim_tree({128: runs[128]}, VOCABULARY)["settings"]
 
 
+@pytest.mark.slow
 def test_of_arms_beyond_the_curve_the_one_of_least_loss_is_chosen():
     for better, name in ((32, "tiles-32-held"), (64, "tiles-64-held")):
         losses = {32: 4.5, 64: 4.5} | {better: 4.4}

@@ -45,6 +45,7 @@ class Mlp(nnx.Module):
         return self.b(nnx.relu(self.a(x)))
 
 
+@pytest.mark.slow
 def test_freeze_of_equal_modules_with_other_inputs_packs_each():
     model = Mlp()
     served = freeze(model, X)

@@ -206,12 +206,13 @@ def test_gradients_pass_straight_through_the_rounding():
     assert (np.asarray(got[1])[-1] != 0).any()  # the zero token has one too
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("which", "dtype"),
     [
         (1, "float32"),
-        pytest.param(1, "float16", marks=pytest.mark.slow),
-        pytest.param(0, "bfloat16", marks=pytest.mark.slow),
+        (1, "float16"),
+        (0, "bfloat16"),
     ],
 )
 def test_the_gradient_to_the_input_of_a_frozen_layer_is_that_of_training(which, dtype):

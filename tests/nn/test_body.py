@@ -71,6 +71,7 @@ def decoded(body, tokens, pieces, mask=None):
     return np.concatenate(parts, axis=1)
 
 
+@pytest.mark.slow
 @most_bodies
 def test_documents_decoded_piece_by_piece_have_the_logits_of_one_call(body):
     whole = logits(body, LINE)

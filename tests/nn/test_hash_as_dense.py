@@ -35,6 +35,7 @@ def test_parameters_alone_give_the_numbers_and_gradients_of_all_variables(variab
         jax.tree.map(np.testing.assert_array_equal, alone, whole)
 
 
+@pytest.mark.slow
 def test_training_without_state_warns_of_nothing_and_leaves_it_as_it_is(
     variables, recwarn
 ):

@@ -23,19 +23,13 @@ PLAIN = TransformerConfig(
 )
 
 
-def tiles_of(model, variables):
-    infos = jax.jit(model.apply)(variables, TOKENS)[1]
+def tiles_of(model, variables, tokens=TOKENS):
+    infos = jax.jit(model.apply)(variables, tokens)[1]
     return [np.asarray(info.tiles).reshape(-1, K) for info in infos]
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "embedding",
-        pytest.param("pair", marks=pytest.mark.slow),
-        pytest.param("hidden", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["embedding", "pair", "hidden"])
 def test_every_layer_hashes_ids_of_its_own(kind):
     def model_of(**more):
         config = {**vars(PLAIN), "router_input": kind, **more}
@@ -54,6 +48,13 @@ def test_every_layer_hashes_ids_of_its_own(kind):
     assert (first != second).any()
     np.testing.assert_array_equal(tiles_of(same, variables), [first, first])
     np.testing.assert_array_equal(tiles_of(own, variables), [first, second])
+    assert 24 * V > 255  # of the 25th layer; ids of bytes do not wrap
+    deep, narrow = model_of(n_layers=25, hash_per_layer=True), TOKENS.astype(jnp.uint8)
+    shapes = jax.eval_shape(deep.init, jax.random.key(0), TOKENS)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    if kind == "embedding":
+        last = hash_tiles(TOKENS.reshape(-1) + 24 * V, TILES, K)
+        np.testing.assert_array_equal(tiles_of(deep, zeros, narrow)[-1], last)
     frozen = freeze(own, variables, TOKENS)
     np.testing.assert_array_equal(tiles_of(own, frozen), [first, second])
 

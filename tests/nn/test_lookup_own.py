@@ -71,9 +71,8 @@ def dense_reference(layer, params, state, x, tiles):
     return far @ (write.q * write.scale)
 
 
-@pytest.mark.parametrize(
-    "gate", ["sigmoid", pytest.param("renormalized", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("gate", ["sigmoid", "renormalized"])
 def test_gradient_of_every_leaf_is_that_of_all_tiles_computed(gate):
     layer = OWN.clone(routing=RoutingConfig(gate=gate))
     variables = jax.jit(layer.init)(jax.random.key(0), X)

@@ -70,6 +70,7 @@ def test_the_state_of_other_tiles_is_refused_as_such(variables):
         jax.eval_shape(SparseTriXFFN(D).apply, mixed, X)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layer", "other"),
     [

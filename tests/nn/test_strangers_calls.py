@@ -92,6 +92,7 @@ def test_int8_activations_of_float16_have_the_gradients_of_float32():
         assert np.abs(a - b).max() < 0.01 * np.abs(b).max()
 
 
+@pytest.mark.slow
 def test_orders_of_bytes_are_those_of_bools(no_type_hook):
     layer = LAYERS["sparse"]
     variables = jax.jit(layer.init)(jax.random.key(1), X)
@@ -101,7 +102,8 @@ def test_orders_of_bytes_are_those_of_bools(no_type_hook):
         assert not (layer.apply(left, X)[1].tiles == 2).any()
 
 
-@pytest.mark.parametrize("padding", [pytest.param(-100, marks=pytest.mark.slow), 64])
+@pytest.mark.slow
+@pytest.mark.parametrize("padding", [-100, 64])
 def test_padding_ids_outside_the_vocabulary_leave_gradients_as_they_are(padding):
     config = TransformerConfig(
         vocab_size=64, context=8, d_model=D, n_layers=1, n_heads=2, ffn="sparse",

@@ -173,9 +173,8 @@ class TransformerLM(nn.Module):
         """What the i-th block is given; its own ids where every layer hashes for itself."""
         if not self.config.hash_per_layer:
             return how
-        ids = how["token_ids"]
-        first = jnp.asarray(i * _vocabulary(self.config, 1), ids.dtype)
-        return {**how, "token_ids": ids + first}
+        first = jnp.uint32(i * _vocabulary(self.config, 1))
+        return {**how, "token_ids": how["token_ids"].astype(jnp.uint32) + first}
 
 
 def _vocabulary(config: TransformerConfig, length: int) -> int:

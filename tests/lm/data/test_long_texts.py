@@ -64,7 +64,8 @@ def test_any_text_in_short_parts_has_the_ids_of_the_whole(text, cuts):
         [" "],
     ],
 )
-@pytest.mark.parametrize("kind", [pytest.param("bpe", marks=pytest.mark.slow), "gpt2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bpe", "gpt2"])
 def test_long_texts_have_the_ids_of_the_whole(kind, pieces, tokenizer_file):
     tokenizer = BPE if kind == "bpe" else load_tokenizer(tokenizer_file("gpt2"))
     text = long(pieces)

@@ -118,6 +118,9 @@ def test_collect_keeps_what_is_not_asked_for_and_both_samplers(write_run, tmp_pa
     specs = [write_run(folder, "s", "sparse", n, 1.5 + n) for n in (1, 2)]
     first, second = collect(specs, folder, path)
     add(path, old := first._replace(sampler="epochs", val_loss=9.0), folder)
+    (folder / specs[0].name / "REPORT.md").unlink()  # its own is made again
+    assert collect(specs, folder, path) == [old, second]
+    add(path, first, folder)
     shutil.rmtree(folder)
     assert collect(specs[1:], folder, path) == [second]
     assert sorted(read(path)) == sorted([first, second, old])

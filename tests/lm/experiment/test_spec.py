@@ -78,6 +78,7 @@ def test_read_experiment_says_what_is_wrong(small, change, match):
         read_experiment(small, parse_run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
     [

@@ -152,6 +152,7 @@ def test_a_sequence_stops_after_its_end_mark_and_the_others_go_on(model, variabl
     assert found == alone[:1]
 
 
+@pytest.mark.slow
 def test_a_loop_is_one_call_that_ends_with_the_last_sequence(model, variables):
     steps = decode.compiled(SHAPE, dataclasses.replace(DRAWN, seed=0))
     (free,) = generate_batch(model, variables, PROMPTS[:1], 8, DRAWN)
@@ -199,6 +200,7 @@ def said(capsys, *flags):
     return code, json.loads(shown.out.splitlines()[-1])["ids"] if not code else shown
 
 
+@pytest.mark.slow
 def test_generate_until_end_shows_what_stands_before_the_mark(
     model, variables, capsys, monkeypatch
 ):

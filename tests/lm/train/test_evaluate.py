@@ -161,6 +161,7 @@ def test_eval_says_that_windows_are_not_as_trained(run_dir, capsys):
     assert json.loads(out.out)["context"] == 8
 
 
+@pytest.mark.slow
 def test_evaluation_of_the_first_tokens_is_of_whole_windows(run_dir):
     model, variables, _ = load_run(run_dir)
     store = open_store(run_dir / "data")

@@ -33,12 +33,9 @@ def error(found, exact):
     return np.abs(found - exact).max()
 
 
-@pytest.mark.parametrize(
-    "dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize(  # with one left out, the last part is not full
-    "left_out", [1, pytest.param(0, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("left_out", [1, 0])  # with one, the last part is not full
 def test_parts_are_as_near_to_float64_as_the_whole(dtype, left_out, monkeypatch):
     x, head, labels = inputs(dtype)
     x, labels = x[:, left_out:], labels[:, left_out:]

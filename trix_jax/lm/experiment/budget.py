@@ -232,7 +232,7 @@ def _text(rows: list[dict[str, Any]], usd_per_hour: float, command: str) -> str:
             _table(rows),
             "",
             f"{memory} Everything with a unit of time or money is **modelled**: {SLACK:g} times the "
-            "least that arithmetic and memory traffic allow, an assumption. Compilation and evaluations are not "
+            "least that arithmetic and memory traffic allow, an assumption (small runs that shared an H100 took nine). Compilation and evaluations are not "
             f"counted, and small steps take longer. USD at {usd_per_hour:g} an H100-hour.",
             "",
             f"All runs: {_duration(h100)} on one H100, {_duration(h100 / MANY)} on "

@@ -134,8 +134,11 @@ def collect(specs: Sequence[Spec], folder: Path, path: Path) -> list[Result]:
                 result = result_of(spec, folder)
                 others = [one for one in own if one.sampler != result.sampler]
                 found += [*others, result]
-            elif not (folder / spec.name).exists():
+            elif not (config := folder / spec.name / "config.yaml").exists():
                 found += own
+            elif own:  # what is made again goes, and that of another sampler stays
+                sampler = load(config).train.sampler
+                found += [one for one in own if one.sampler != sampler]
         write(path, [*found, *(one for one in known if one.name not in asked)])
     return found
 
