@@ -31,7 +31,7 @@ def flat(config=HOLD):
 
 def hierarchical(config=HOLD):
     return HierarchicalTriXFFN(
-        16, 4, num_tiles=8, tiles_per_cluster=2, tiles_per_token=2, routing=config
+        16, 4, num_tiles=8, tiles_per_cluster=4, tiles_per_token=2, routing=config
     )
 
 

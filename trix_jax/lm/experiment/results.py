@@ -137,7 +137,7 @@ def collect(specs: Sequence[Spec], folder: Path, path: Path) -> list[Result]:
             elif not (config := folder / spec.name / "config.yaml").exists():
                 found += own
             elif own:  # what is made again goes, and that of another sampler stays
-                sampler = load(config).train.sampler
+                sampler = load(config).train.sampler or SAMPLER_BEFORE
                 found += [one for one in own if one.sampler != sampler]
         write(path, [*found, *(one for one in known if one.name not in asked)])
     return found
