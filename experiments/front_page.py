@@ -173,7 +173,7 @@ def differences() -> str:
         place = worth(setting, claim_runs(d), setting.arm(name), VOCABULARY)
         assert place is not None
         lines.append(
-            f"At width {d} of the model TriX reaches the loss of a dense FFN of width "
+            f"At model width {d} TriX reaches the loss of a dense FFN of width "
             f"{place_text(place)}.\n"
         )
     lines.append(neighbours())
@@ -194,8 +194,8 @@ def neighbours() -> str:
             width = arm.name.rpartition("-")[2]
             said.append(f"{found.mean:+.3f} ± {found.half:.3f} of {width}")
     return (
-        f"The curve at width {NEWEST} has {len(said)} dense FFNs. Paired by seed, the loss "
-        f"of TriX less theirs is {' and '.join(said)}.\n{read_and_held()}"
+        f"Less the {len(said)} dense FFNs of the curve at width {NEWEST}, paired by seed: "
+        f"{', '.join(said)}.\n{read_and_held()}"
     )
 
 
@@ -223,8 +223,8 @@ def place_text(place: Worth) -> str:
         said = f"{end[place.equivalent.value]} of the curve ({seeds})"
         if curve.BELOW < low < curve.ABOVE:
             said = (
-                f"{low:.0f} or more (95 %), **{times:.2f} times the width that it takes** "
-                f"or more, {own}. On average it is {said}"
+                f"{low:.0f} or more (95 %), **{times:.2f} times the width that it takes**, "
+                f"{own}. Its mean is {said}"
             )
         return said
     width, times = (

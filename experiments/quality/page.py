@@ -290,9 +290,9 @@ def _lost(all_found: Sequence[Found]) -> list[str]:
     )
     if before:
         about += (
-            f" `{claim.LOSSES}`, won or lost: the same with the auxiliary losses of scores "
-            "that a hash does not use, until commit 921d8bd. So were all other hashes but "
-            "`tiles-64-hash-eighth-shared`, and its `-layers`."
+            f" `{claim.LOSSES}`, won or lost: with auxiliary losses that a hash had until "
+            "commit 921d8bd; so ran all other hashes but `tiles-64-hash-eighth-shared` "
+            "and its `-layers`."
         )
     head = ["arm", "setting", "than", "rate", "by", "95%"]
     return [
