@@ -2,11 +2,11 @@
 
     python examples/linen_transformer.py [STEPS]
 
-The recommended configuration: seven of 64 tiles a token, chosen by a hash of its id, and a
-small real FFN beside them. Reads the source of Python's own `argparse`, so nothing is
-downloaded. What a dense FFN does not ask for: the tokens go through every block to the
-layer's routing, its auxiliary loss, averaged over the blocks, is added, and the
-collection "routing" goes through the step beside the parameters.
+The recommended configuration: seven of 64 tiles a token, chosen by a hash of its id,
+another in every layer, and a small real FFN beside them. Reads the source of Python's
+own `argparse`, so nothing is downloaded. What a dense FFN does not ask for: ids go
+through every block to the layer's routing, its auxiliary loss, averaged over the blocks,
+is added, and the collection "routing" goes through the step beside the parameters.
 """
 
 import argparse
@@ -38,13 +38,13 @@ class Block(nn.Module):
     shared_width: int = 0
 
     @nn.compact
-    def __call__(self, x_BLD, tokens_BL, train: bool):
+    def __call__(self, x_BLD, ids_BL, train: bool):
         qkv = nn.DenseGeneral((3, H, D // H), use_bias=False)(nn.RMSNorm()(x_BLD))
         q_BLHE, k_BLHE, v_BLHE = jnp.moveaxis(qkv, -3, 0)
         y = jax.nn.dot_product_attention(q_BLHE, k_BLHE, v_BLHE, is_causal=True)
         x_BLD += nn.DenseGeneral(D, axis=(-2, -1), use_bias=False)(y)
         h_BLD = nn.RMSNorm()(x_BLD)
-        y_BLD, _, aux = self.ffn()(h_BLD, train, token_ids=tokens_BL)
+        y_BLD, _, aux = self.ffn()(h_BLD, train, token_ids=ids_BL)
         if self.shared_width:
             y_BLD += DenseFFN(D, width=self.shared_width, name="shared")(h_BLD)[0]
         return x_BLD + y_BLD, aux["total_aux"]
@@ -67,8 +67,9 @@ class Transformer(nn.Module):
         positions = self.param("positions", nn.initializers.normal(0.02), (L, D))
         x_BLD = embed(tokens_BL) + positions[None, : tokens_BL.shape[1]]
         losses = []
-        for _ in range(LAYERS):
-            x_BLD, aux = Block(self.ffn, self.shared_width)(x_BLD, tokens_BL, train)
+        for i in range(LAYERS):
+            ids_BL = tokens_BL + V * i  # every layer hashes ids of its own
+            x_BLD, aux = Block(self.ffn, self.shared_width)(x_BLD, ids_BL, train)
             losses.append(aux)
         return embed.attend(nn.RMSNorm()(x_BLD)), jnp.mean(jnp.stack(losses))
 

@@ -265,10 +265,10 @@ def together(number: int, d_model: int) -> tuple[Arm, ...]:
 
 
 def per_layer(number: int, d_model: int) -> tuple[Arm, ...]:
-    """The hash of `together`, another one in every layer, at its rate."""
+    """The hash of `together`, another one in every layer."""
     base = together(number, d_model)[0]
     name, flags = f"{base.name}-layers", f"{base.flags} --model.hash-per-layer"
-    return (dataclasses.replace(base, name=name, flags=flags),)
+    return (dataclasses.replace(base, name=name, flags=flags, rate_of=None),)
 
 
 def fixed(number: int, d_model: int) -> tuple[Arm, ...]:

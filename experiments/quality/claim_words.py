@@ -66,8 +66,12 @@ def worth_in_words(d: int, tiles: str, place: Worth) -> list[str]:
         return [f"{at} {end}", f"They take a width of {own}; {seeds}."]
     if place.equivalent.value == curve.ABOVE:
         if place.equivalent.low == curve.ABOVE:
-            end = f"more than the dense FFN {widths[-1]} wide, the widest that has run."
-            return [f"{at} {end}", f"They take a width of {own}; {seeds}."]
+            end = f"more than the dense FFN {widths[-1]} wide, the widest that has run (95 %)."
+            times = f"{widths[-1] / place.width.greater:.2f}"
+            return [
+                f"{at} {end}",
+                f"That is more than {times} times the width that they take, {own}; {seeds}.",
+            ]
         width, times = place.equivalent.low, place.multiplier.low
         return [
             f"{at} a dense FFN of width {width:.0f} or more (95 %).",

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from experiments.quality import claim, claim_page, curve, standing
 from experiments.quality.arms import best, by_hash
 from experiments.quality.claim_words import chooser
-from experiments.quality.design import SEEDS, SETTINGS, Setting
+from experiments.quality.design import SETTINGS, Setting
 from experiments.quality.questions import QUESTIONS, Question
 from experiments.quality.widths import (
     Curve,
@@ -286,7 +286,7 @@ def _lost(all_found: Sequence[Found]) -> list[str]:
         return []
     about = (
         f"Worse by the whole interval, or by over {LOST} nats of the one seed "
-        f"({SEEDS[0]}) that has run. {undecided} further comparisons are undecided."
+        f"that both have run. {undecided} further comparisons are undecided."
     )
     if before:
         about += (

@@ -12,11 +12,12 @@ of lower W. One seed chooses rates and arms, the others conclude.
 
 import dataclasses
 import functools
-import math
 import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from experiments.quality import curve
 from experiments.quality.arms import Arm
@@ -146,9 +147,10 @@ def _parsed(*flags: str) -> TransformerConfig:
     return parse_run(list(flags)).model
 
 
-def choosing(arm: Tuned) -> dict[int, float]:
-    """The loss of the seed that chooses."""
-    return {s: x for s, x in arm.losses.items() if s == SEEDS[0]} or dict(arm.losses)
+def choosing(arm: Tuned, seed: int = SEEDS[0]) -> dict[int, float]:
+    """The loss of the seed that chooses; where it has not run, of the first that has."""
+    seed = seed if seed in arm.losses else min(arm.losses)
+    return {seed: arm.losses[seed]}
 
 
 def concluding(arm: Tuned) -> dict[int, float]:
@@ -217,7 +219,8 @@ def worth(
     one = tuned(runs, arm.name, arm.rate_of)
     if one is None:
         return None
-    seeds = choosing if set(one.losses) == {SEEDS[0]} else seeds
+    if seeds is choosing or set(one.losses) == {SEEDS[0]}:
+        seeds = functools.partial(choosing, seed=next(iter(choosing(one))))
     found = dense_losses(setting, runs, seeds)
     if len(found) < 2:
         return None
@@ -332,14 +335,19 @@ def _best(arms: Sequence[Tuned | None], least: int) -> Tuned | None:
 
 def claim_tree(runs: Mapping[int, Sequence[Result]], vocab_size: int) -> dict[str, Any]:
     """What `claim.json` says: the settings that have three seeds, and the difference to
-    the hash.
+    the hash. A place off the curve is given as that of the FFN at its end: `at_least` and
+    `at_most` say so of the mean. `high` is null where it is beyond the widest.
     """
     rows = [
         {
             "width": d,
-            "multiplier": finite(row.multiplier.value),
-            "low": finite(row.multiplier.low),
-            "high": finite(row.multiplier.high),
+            "multiplier": on_the_curve(row, row.multiplier.value),
+            "low": on_the_curve(row, row.multiplier.low),
+            "high": None
+            if row.multiplier.high == curve.ABOVE
+            else on_the_curve(row, row.multiplier.high),
+            "at_least": row.multiplier.value == curve.ABOVE,
+            "at_most": row.multiplier.value == curve.BELOW,
             "arm": row.arm,
             "seeds": row.seeds,
         }
@@ -350,6 +358,7 @@ def claim_tree(runs: Mapping[int, Sequence[Result]], vocab_size: int) -> dict[st
     return {"settings": rows, "signature_minus_hash": difference}
 
 
-def finite(value: float) -> float | None:
-    """A number that JSON has; None is beyond the widest dense FFN."""
-    return value if math.isfinite(value) else None
+def on_the_curve(place: Worth, multiplier: float) -> float:
+    """A multiplier, never of more or less than the widest and narrowest dense FFN."""
+    ends = (end(place.read.dense) / place.width.greater for end in (min, max))
+    return float(np.clip(multiplier, *ends))

@@ -53,6 +53,7 @@ class Setting(NamedTuple):
     arms: dict[str, str]
 
 
+SHARED = "--arm tiles --model.routing.source hash --model.tiles-per-token 7 --model.shared-width 32"
 SETTINGS = {
     "english-256": Setting(
         "experiments/quality/english_256.yaml",
@@ -71,7 +72,8 @@ SETTINGS = {
         "--model.positions rotary --model.norm rms --model.qk-norm",
         4096,
         {
-            "tiles-64-hash-eighth-shared": "--arm tiles --model.routing.source hash --model.tiles-per-token 7 --model.shared-width 32",
+            "tiles-64-hash-eighth-shared-layers": f"{SHARED} --model.hash-per-layer",
+            "tiles-64-hash-eighth-shared": SHARED,
             **{
                 f"dense-{w}": f"--arm dense --model.ffn-width {w}"
                 for w in (256, 512, 1024, 2048)

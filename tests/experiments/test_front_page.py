@@ -31,7 +31,7 @@ def test_tables_are_those_of_the_committed_results():
 @pytest.mark.parametrize(
     ("page", "setting", "arm"),
     [
-        (0, "wikipedia-128", "tiles-64-hash-eighth-shared"),
+        (0, "wikipedia-128", "tiles-64-hash-eighth-shared-layers"),
         (1, "english-256-muon", front_page.TRIX),
     ],
 )
@@ -50,7 +50,7 @@ def test_changed_result_changes_the_page(page, setting, arm, tmp_path, monkeypat
 
 def test_the_recommended_configuration_is_that_of_the_claim_with_dense_twins():
     model = preset()
-    (arm,) = claim(128).groups["best"]
+    (arm,) = claim(128).groups["layers"]
     assert model_of(claim(128), arm, 4096) == dataclasses.replace(
         model, vocab_size=4096
     )

@@ -73,7 +73,10 @@ def test_the_page_says_first_what_tiles_are_worth(tmp_path):
             "162; one seed, undecided. Rates not bracketed: `tiles-64-held`, `dense-256`.",
         ),
         (0.3, "are worth less than the dense FFN 128 wide, the narrowest that has"),
-        (-0.1, "are worth more than the dense FFN 512 wide, the widest that has run."),
+        (
+            -0.1,
+            "are worth more than the dense FFN 512 wide, the widest that has run (95 %).",
+        ),
     ):
         gaps = dict(zip(names, [(x,) for x in (*losses, loss)], strict=True))
         lines = page_of(tmp_path, gaps).splitlines()

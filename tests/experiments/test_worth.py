@@ -88,6 +88,7 @@ def test_the_claim_is_the_number_of_tiles_whose_least_multiplier_is_greatest():
         assert row["multiplier"] == pytest.approx(expected)
         assert row["low"] == pytest.approx(expected)
         assert row["seeds"] == 3  # the first one chose
+        assert not row["at_least"]
     assert not worth.claim_tree({128: runs[128]}, VOCABULARY)["settings"]
 
 
@@ -99,6 +100,30 @@ def test_of_arms_beyond_the_curve_the_one_of_least_loss_is_chosen():
         assert claim_page.chosen(128, runs[128]) == name
         found = worth.best_at_all_widths(runs, VOCABULARY)
         assert {row.arm for row in found.values()} == {name}
+        for row in worth.claim_tree(runs, VOCABULARY)["settings"]:
+            widest = 16 * row["width"] / found[row["width"]].width.greater
+            assert row["multiplier"] == row["low"] == pytest.approx(widest)
+            assert row["at_least"]
+            assert row["high"] is None
+
+
+def test_tiles_short_of_the_curve_are_worth_at_most_its_narrowest():
+    runs = {d: runs_at(d, {64: 5.2}) for d in (64, 128)}
+    found = worth.best_at_all_widths(runs, VOCABULARY)
+    for row in worth.claim_tree(runs, VOCABULARY)["settings"]:
+        narrowest = row["width"] / found[row["width"]].width.greater
+        assert row["multiplier"] == row["high"] == pytest.approx(narrowest)
+        assert row["at_most"]
+        assert not row["at_least"]
+
+
+def test_without_the_seed_that_chooses_the_first_that_has_run_does_on_its_own_curve():
+    setting, arm = claim(128), claim(128).groups["best"][0]
+    tiles = [run_of(setting, arm, 4.7 + (seed - 43), seed) for seed in (43, 44)]
+    runs = with_sweeps(setting, [*runs_at(128, {}), *tiles])
+    place = worth.worth(setting, runs, arm, VOCABULARY, worth.choosing)
+    assert place.read.own == {43: 4.7}
+    assert {tuple(losses) for losses in place.read.dense.values()} == {(43,)}
 
 
 def test_one_seed_chooses_the_arm_and_the_others_conclude():
