@@ -68,7 +68,7 @@ class Transformer(nn.Module):
         x_BLD = embed(tokens_BL) + positions[None, : tokens_BL.shape[1]]
         losses = []
         for i in range(LAYERS):
-            ids_BL = tokens_BL + V * i  # every layer hashes ids of its own
+            ids_BL = routing.layer_ids(tokens_BL, i, V)  # every layer hashes for itself
             x_BLD, aux = Block(self.ffn, self.shared_width)(x_BLD, ids_BL, train)
             losses.append(aux)
         return embed.attend(nn.RMSNorm()(x_BLD)), jnp.mean(jnp.stack(losses))

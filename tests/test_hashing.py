@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trix_jax.hashing import hash_tiles, pair_ids
+from trix_jax.hashing import hash_tiles, layer_ids, pair_ids
 
 
 def mixed(x):
@@ -41,6 +41,20 @@ def test_pairs_are_the_same_in_any_integers(dtype):
     got = pair_ids(jnp.asarray(before, dtype), jnp.asarray(ids, dtype))
     wanted = [(mixed(b + 1) + int(i)) % 2**32 for b, i in zip(before, ids, strict=True)]
     assert got.tolist() == wanted
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int32", "int64"])
+def test_ids_in_a_layer_are_the_same_in_any_integers(dtype):
+    ids = np.asarray([0, 3, 255], dtype)
+    for given in (ids, jnp.asarray(ids)):
+        for layer in (300, np.uint8(200), jnp.int32(300)):
+            got = layer_ids(given, layer, 50257)
+            assert got.dtype == jnp.uint32
+            assert got.tolist() == [int(i) + int(layer) * 50257 for i in ids]
+    last = 2**20  # layers; modulo 2**32
+    assert layer_ids(ids, last, 50257).tolist() == [
+        (int(i) + last * 50257) % 2**32 for i in ids
+    ]
 
 
 def test_pairs_are_spread_evenly():

@@ -10,8 +10,9 @@ References:
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from trix_jax.typing import Array, Integer
+from trix_jax.typing import AnyArray, Array, Integer
 
 NONE_BEFORE = -1  # the id before a sequence's first token
 
@@ -42,6 +43,23 @@ def pair_ids(
     """
     first = before.astype(jnp.uint32) + 1
     return _mix(first) + token_ids.astype(jnp.uint32)
+
+
+def layer_ids(
+    token_ids: Integer[AnyArray, "*B"],
+    layer: Integer[AnyArray, ""] | np.integer | int,
+    vocab_size: int,
+) -> Integer[Array, "*B"]:
+    """Ids of tokens in one of several layers, so that each hashes tokens to tiles of its
+    own: `token_ids + layer * vocab_size` in uint32, whatever integers the ids are.
+
+    Args:
+        token_ids: any shape.
+        layer: counts from 0.
+        vocab_size: ids are below it.
+    """
+    first = jnp.asarray(layer).astype(jnp.uint32) * jnp.uint32(vocab_size)
+    return jnp.asarray(token_ids).astype(jnp.uint32) + first
 
 
 def _mix(x):

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from trix_jax import dispatch
 from trix_jax.clusters import EPSILON
 from trix_jax.clusters import rms_unit as rms_unit
+from trix_jax.hashing import layer_ids as layer_ids
 from trix_jax.hashing import pair_ids as pair_ids
 from trix_jax.matching import match as match
 from trix_jax.matching import match_inside as match_inside

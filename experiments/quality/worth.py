@@ -17,8 +17,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from experiments.quality import curve
 from experiments.quality.arms import Arm
 from experiments.quality.claim import (
@@ -360,5 +358,5 @@ def claim_tree(runs: Mapping[int, Sequence[Result]], vocab_size: int) -> dict[st
 
 def on_the_curve(place: Worth, multiplier: float) -> float:
     """A multiplier, never of more or less than the widest and narrowest dense FFN."""
-    ends = (end(place.read.dense) / place.width.greater for end in (min, max))
-    return float(np.clip(multiplier, *ends))
+    low, high = (end(place.read.dense) / place.width.greater for end in (min, max))
+    return min(max(multiplier, low), high)

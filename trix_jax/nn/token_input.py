@@ -52,8 +52,8 @@ def check_router_input(config: Any) -> None:
         )
     if c.hash_per_layer and c.routing.source != "hash":
         raise ValueError(
-            "hash_per_layer must be False where routing.source is not 'hash'. "
-            f"Got routing.source={c.routing.source!r}."
+            "hash_per_layer must be False (--model.no-hash-per-layer) where "
+            f"routing.source is not 'hash'. Got routing.source={c.routing.source!r}."
         )
     if by_hidden and c.routing.hold != "signatures":
         raise ValueError(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from trix_jax import routing
 from trix_jax.nn.block import (
     Block,
     DenseBlock,
@@ -173,8 +174,8 @@ class TransformerLM(nn.Module):
         """What the i-th block is given; its own ids where every layer hashes for itself."""
         if not self.config.hash_per_layer:
             return how
-        first = jnp.uint32(i * _vocabulary(self.config, 1))
-        return {**how, "token_ids": how["token_ids"].astype(jnp.uint32) + first}
+        ids = routing.layer_ids(how["token_ids"], i, _vocabulary(self.config, 1))
+        return {**how, "token_ids": ids}
 
 
 def _vocabulary(config: TransformerConfig, length: int) -> int:

@@ -169,6 +169,8 @@ def _addresses(c: TransformerConfig, variables: Variables) -> str:
     text = HELD if source == "weights" and is_held else ADDRESSES[source]
     if source == "hash" and c.router_input == "pair":
         text += " and the one before"
+    if c.hash_per_layer:
+        text += ", another in every layer"
     if tables_in(flat):
         by_token = layers_by_token(c)
         where = (

@@ -44,7 +44,9 @@ def export(
         routes: "table" stores the tiles and gates of each token (`tabulate_routes`);
             "signatures" leaves the variables as they are.
         dtype: of the parameters that are not packed, and of a table's gates. bfloat16
-            rounds them, the embedding with them; what chooses tiles stays as it is.
+            rounds them; signatures, biases and clusters stay as they are. The embedding
+            that signatures meet, rows of a learned router and directions of a lookup are
+            parameters: a token near a tie may then take another tile.
 
     Returns:
         bytes of the FFN weights: `ffn_float32` as trained, `ffn_packed` as written,

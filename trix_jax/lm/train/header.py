@@ -80,6 +80,7 @@ def ffn_text(model: TransformerConfig) -> str:
         return f"dense FFN, {model.dense_width} wide"
     chosen = f"{model.tiles_per_token} a token"
     chosen += " by hash" if model.routing.source == "hash" else ""
+    chosen += ", another in every layer" if model.hash_per_layer else ""
     chosen += f", beside a real FFN of {model.shared_width}" * (model.shared_width > 0)
     if model.ffn == "lookup":
         return f"lookup FFN, {_tiles(model)}, {chosen}"
