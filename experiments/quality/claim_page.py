@@ -24,6 +24,7 @@ from experiments.quality.worth import (
     claim_tree,
     dense_curve,
     model_of,
+    rank,
     worth,
 )
 from trix_jax.files import write_whole
@@ -135,12 +136,12 @@ def chosen(d: int, runs: Sequence[Result]) -> str:
     curve, and others that tie, the one of least loss.
     """
 
-    def multiplier(arm: Arm) -> tuple[float, float]:
+    def of_seed(arm: Arm) -> tuple[bool, float, float]:
         place = worth(claim(d), runs, arm, VOCABULARY, choosing)
         assert place is not None
-        return place.multiplier.value, -place.loss
+        return rank(place)
 
-    return max((arm for arm, *_ in places(d, runs)), key=multiplier).name
+    return max((arm for arm, *_ in places(d, runs)), key=of_seed).name
 
 
 def named(runs: Runs) -> dict[int, str]:

@@ -258,12 +258,8 @@ def best_at_all_widths(
         }
         return {d: row for d, row in found.items() if row is not None}
 
-    def least(name: str) -> tuple[float, float]:
-        found = rows(name, choosing).values()
-        return (
-            min(row.multiplier.value for row in found),
-            -fmean(row.loss for row in found),
-        )
+    def least(name: str) -> tuple[bool, float, float]:
+        return min(map(rank, rows(name, choosing).values()))
 
     found = {
         arm.name: whole
@@ -271,6 +267,13 @@ def best_at_all_widths(
         if len(whole := rows(arm.name, concluding)) == len(CLAIM_WIDTHS)
     }
     return found[max(found, key=least)] if found else {}
+
+
+def rank(place: Worth) -> tuple[bool, float, float]:
+    """What arms are chosen by, greatest first: whether the seed that chooses has run, the
+    multiplier, and the loss where these tie.
+    """
+    return SEEDS[0] in place.read.own, place.multiplier.value, -place.loss
 
 
 def signatures_less_hash(runs: Sequence[Result]) -> dict[str, Any] | None:

@@ -124,6 +124,10 @@ def test_without_the_seed_that_chooses_the_first_that_has_run_does_on_its_own_cu
     place = worth.worth(setting, runs, arm, VOCABULARY, worth.choosing)
     assert place.read.own == {43: 4.7}
     assert {tuple(losses) for losses in place.read.dense.values()} == {(43,)}
+    # It is no match for an arm that the seed which chooses has run.
+    ladder = [run_of(setting, held(64), 4.85, seed) for seed in SEEDS]
+    assert claim_page.chosen(128, runs) == arm.name
+    assert claim_page.chosen(128, [*runs, *ladder]) == "tiles-64-held"
 
 
 def test_one_seed_chooses_the_arm_and_the_others_conclude():
