@@ -48,8 +48,8 @@ NOTE = (
     "A star marks a rate whose neighbours have not both been run.\n"
 )
 W = (
-    "W, the width that an FFN takes, is the greater of compute a token and memory as served, as the hidden width of a "
-    "dense FFN of 16 bits."
+    "W, the width that an FFN takes, is the greater of compute a token and served memory, as the hidden width of a "
+    "16-bit dense FFN."
 )
 
 Runs = Mapping[int, Sequence[Result]]  # by the model's width

@@ -290,9 +290,8 @@ def _lost(all_found: Sequence[Found]) -> list[str]:
     )
     if before:
         about += (
-            f" `{claim.LOSSES}`, won or lost: with auxiliary losses that a hash had until "
-            "commit 921d8bd; so ran all other hashes but `tiles-64-hash-eighth-shared` "
-            "and its `-layers`."
+            f" `{claim.LOSSES}`, won or lost: with auxiliary losses that hashes had until "
+            "commit 921d8bd, all but `tiles-64-hash-eighth-shared` and its `-layers`."
         )
     head = ["arm", "setting", "than", "rate", "by", "95%"]
     return [

@@ -145,7 +145,7 @@ def test_losses_that_are_gone_are_a_line_beside_the_arm_without_and_no_candidate
     gaps |= {f"dense-{w}": (x, x, x) for w, x in ((128, 0.1), (256, -0.2))}
     made = page_of(tmp_path, gaps)
     _, _, lost = made.partition("## What was tried and lost")
-    assert "with auxiliary losses that a hash had until commit 921d8bd" in lost
+    assert "with auxiliary losses that hashes had until commit 921d8bd" in lost
     said = "-0.1000 | ± 0.0000, 2 seeds |"
     where = "wikipedia-64, epochs"
     assert f"| {shared}-losses | {where} | {shared} | 0.002* | {said}" in lost
