@@ -113,7 +113,7 @@ def test_preset_that_is_a_folder_or_not_utf8(capsys, tmp_path):
         ("--train.batch-size 9 --train.accumulate 2", "accumulate=2 must divide"),
         ("--train.learning-rate 0", "learning_rate must be positive"),
         ("--train.learning-rate nan", "learning_rate must be positive"),
-        ("--train.beta2 2", "beta2 must be in 0..1"),
+        ("--train.beta2 2", "beta2 must be at least 0 and below 1"),
         ("--train.schedule linear", "linear"),
         ("--train.decay-share 2", "decay_share must be in 0..1"),
         ("--init-from nowhere", "init_from must be a run directory, a step's folder"),

@@ -105,6 +105,9 @@ def test_from_tree_bad_value_raises_naming_it(tree, message):
         ("learning_rate", -1.0),
         ("learning_rate", float("inf")),
         ("beta2", 1.5),
+        ("beta1", 1.0),
+        ("beta2", 1 - 1e-9),  # 1 in float32
+        ("beta2", float("nan")),
         ("accumulate", 5),
         ("clip", -1.0),
         ("schedule", "linear"),

@@ -8,6 +8,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import yaml
 
 from trix_jax.files import json_sha256
@@ -44,7 +45,7 @@ class TrainConfig:
         decay_until: share of the run after which no weight is decayed.
         optimizer: "muon" updates the projections of FFNs, ternary or dense, by their
             orthogonalized momentum (a tile is a matrix), everything else by AdamW.
-        beta1, beta2: AdamW's.
+        beta1, beta2: AdamW's, below 1.
         clip: largest global gradient norm; 0 does not clip.
         balance_rate: share of the way that selection biases go towards even loads in a
             step (`routing.update`).
@@ -103,6 +104,11 @@ class TrainConfig:
         for name in SHARES:
             if not 0 <= (value := getattr(self, name)) <= 1:
                 raise ValueError(f"{name} must be in 0..1. Got {value}.")
+        for name in ("beta1", "beta2"):  # of 1 the correction of the bias divides by 0
+            if not 0 <= (value := getattr(self, name)) < 1 or np.float32(value) == 1:
+                raise ValueError(
+                    f"{name} must be at least 0 and below 1, also in float32. Got {value}."
+                )
         for name in ("learning_rate", "ffn_rate_factor"):
             if not 0 < (value := getattr(self, name)) < float("inf"):
                 raise ValueError(f"{name} must be positive and finite. Got {value}.")
@@ -127,7 +133,7 @@ NOT_NEGATIVE = (
 # Of runs whose config does not name theirs.
 SAMPLER_BEFORE = "offsets"
 ROUTER_INPUT_BEFORE = "hidden"
-SHARES = "decay_share decay_until beta1 beta2 final_learning_rate balance_rate".split()
+SHARES = "decay_share decay_until final_learning_rate balance_rate".split()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -135,6 +135,23 @@ def test_parquet_fineweb_schema_streams_texts_in_order(tmp_path):
     assert read("parquet", tmp_path) == ["a", "b", "c", "d"]
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.string_view(),
+        pa.dictionary(pa.int8(), pa.string()),
+        pa.dictionary(pa.int32(), pa.large_string()),
+    ],
+    ids=str,
+)
+def test_parquet_any_column_of_strings_gives_texts(kind, tmp_path):
+    texts = pa.array(["a", None, "b", "", "a"]).cast(kind)
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    found = read("parquet", tmp_path)
+    assert found == ["a", "b", "a"]
+    assert {type(text) for text in found} == {str}
+
+
 def test_parquet_without_text_column_names_file_and_columns(tmp_path):
     path = tmp_path / "odd.parquet"
     pq.write_table(pa.table({"body": ["x"], "text": [1]}), path)

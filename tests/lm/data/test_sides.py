@@ -132,6 +132,22 @@ def test_the_words_are_those_of_hugging_face(layout, test, tmp_path):
     assert (text(store.train), text(store.val)) == ("aaa", "bbb")
 
 
+SHARD = "-00000-of-00001"
+HASHES = ["1359597a978bc4fa", "c0de2bad4face098", "0123456789abcdef"]
+SHARDS = [
+    [f"data/{{}}{SHARD}-{own}.parquet" for own in HASHES],
+    ["{}.parquet", f"{{}}{SHARD}.parquet", f"{{}}{SHARD}.parquet"],
+]
+
+
+@pytest.mark.parametrize("layouts", SHARDS, ids=["hashes", "one is whole"])
+def test_the_number_and_the_hash_of_a_shard_are_no_words(layouts, tmp_path):
+    for layout, (side, own) in zip(layouts, SPLIT.items(), strict=True):
+        write_any(tmp_path / "in" / layout.format(side), own)
+    store = prepare(DataConfig(path=tmp_path / "in"), tmp_path / "store", quiet)
+    assert (text(store.train), text(store.val)) == ("aaa", "bbb")
+
+
 @pytest.mark.parametrize(("val", "sides"), [("test", "aaa ccc"), ("out", "aaa eee")])
 def test_val_path_decides_and_other_names_are_passed_over(val, sides, tmp_path):
     path, lines = tmp_path / "in", []

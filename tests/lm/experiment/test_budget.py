@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import yaml
 
@@ -89,6 +90,16 @@ def test_vocabulary_of_a_store_is_its_tokenizer_s(tmp_path):
     data = DataConfig(path=str(store.directory), tokenizer="bpe")
     filled = budget.filled(RunConfig(data=data))
     assert filled.model.vocab_size == store.tokenizer.vocab_size < 10
+
+
+@pytest.mark.parametrize("source", ["tokens", "stdlib"])
+def test_vocabulary_of_token_files_is_that_of_their_ids(source, tmp_path):
+    for name, ids in {"train": [5, 900], "val": [7, 1200]}.items():
+        np.save(tmp_path / f"{name}.npy", np.array(ids, np.int32))
+    data = DataConfig(source=source, path=str(tmp_path))
+    assert budget.filled(RunConfig(data=data)).model.vocab_size == 1201
+    given = dataclasses.replace(data, vocab_size=1500)
+    assert budget.filled(RunConfig(data=given)).model.vocab_size == 1500
 
 
 @pytest.mark.slow

@@ -4,11 +4,12 @@ import json
 
 import pytest
 
+from trix_jax.lm import ngram
 from trix_jax.lm.data import DataConfig, prepare
 from trix_jax.lm.experiment import report
 from trix_jax.lm.experiment.hypotheses import HYPOTHESES, answer, by_arm
 from trix_jax.lm.experiment.report import write_experiment_report
-from trix_jax.lm.experiment.results import result_of
+from trix_jax.lm.experiment.results import from_tree, result_of, to_tree
 from trix_jax.lm.experiment.spec import Experiment, Spec, write_notes
 
 
@@ -66,6 +67,43 @@ def test_hypothesis_whose_sizes_disagree_is_mixed(runs_of, tmp_path):
     assert text.endswith("not supported")
 
 
+def result(val_tokens):
+    tree = {"size": "s", "arm": "dense", "val_loss": 2.0, "val_tokens": val_tokens}
+    return from_tree(tree)
+
+
+def test_floors_are_of_the_tokens_that_the_runs_are_evaluated_on(corpus, tmp_path):
+    config = DataConfig(source="text", path=str(corpus), tokenizer="char")
+    store = prepare(config, tmp_path / "store", lambda _: None)
+    specs, said = [Spec("e", "s", "dense", 1, 5, (), str(store.directory))], []
+
+    def floors_of(*val_tokens):
+        runs = [result(count) for count in val_tokens]
+        return report._floors(tmp_path, runs, specs, said.append)
+
+    whole, part = floors_of(None), floors_of(16, 16)
+    assert whole["s"] == ngram.floors(store, report.ORDERS)
+    assert part["s"] == ngram.floors(store, report.ORDERS, scored=16) != whole["s"]
+    assert floors_of(16, None) == {}
+    assert len(said) == 2
+    store.directory.rename(tmp_path / "elsewhere")
+    assert (floors_of(16), floors_of(None)) == (part, {})
+
+
+def test_a_result_knows_how_much_its_evaluations_predict(runs_of, tmp_path):
+    (spec,) = runs_of("s", "dense", [2.0])
+    folder = tmp_path / "e/runs"
+    before = to_tree(result_of(spec, folder))
+    assert "val_tokens" not in before
+    config, metrics = (folder / spec.name / n for n in ("config.yaml", "metrics.jsonl"))
+    tree = json.loads(config.read_text())
+    tree["train"]["eval_tokens"] = 30
+    config.write_text(json.dumps(tree))
+    lines = metrics.read_text().replace('"val_loss"', '"val_tokens": 32, "val_loss"')
+    metrics.write_text(lines)
+    assert to_tree(result_of(spec, folder)) == before | {"val_tokens": 32}
+
+
 def test_floors_are_those_of_the_store_that_is_there(corpus, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text("ab" * 4000)
@@ -75,8 +113,8 @@ def test_floors_are_those_of_the_store_that_is_there(corpus, tmp_path):
         config = DataConfig(source="text", path=str(text), tokenizer="char")
         prepare(config, store, lambda _: None)
         said = []
-        spec = Spec("e", "s", "dense", 1, 5, (), str(store))
-        found.append(report._floors(tmp_path, {"s"}, [spec], said.append)["s"])
+        spec, runs = Spec("e", "s", "dense", 1, 5, (), str(store)), [result(None)]
+        found.append(report._floors(tmp_path, runs, [spec], said.append)["s"])
         assert bool(said) == (n != 1)  # the same tokens elsewhere are not counted again
     assert found[0] == found[1]
     assert found[2][2] < 0.01 < found[0][2]

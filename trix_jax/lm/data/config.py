@@ -265,7 +265,7 @@ def _says_same(name: str, config: DataConfig, store: Store) -> bool:
 
 def _check_of_tokens(config: DataConfig, typed: Sequence[str]) -> None:
     is_named = "tokenizer" in typed and config.tokenizer in NAMED
-    if is_named and _is_of_tokens(config):
+    if is_named and is_of_tokens(config):
         raise ValueError(
             f"--data.tokenizer {config.tokenizer} makes tokens of text, and {config.path} "
             "holds tokens. Give the tokenizer.json that they were made with, or none."
@@ -280,7 +280,8 @@ def _check_of_tokens(config: DataConfig, typed: Sequence[str]) -> None:
             )
 
 
-def _is_of_tokens(config: DataConfig) -> bool:
+def is_of_tokens(config: DataConfig) -> bool:
+    """Whether a config names token files, or a path that looks so."""
     if config.source != "stdlib":
         return config.source == "tokens"
     try:

@@ -6,6 +6,7 @@ where the end mark is known. A document's end is the tokenizer's end mark, or th
 `end_of_text` gives; with neither, nobody knows where documents end.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from trix_jax.lm.data import origin, token_files
-from trix_jax.lm.data.config import NONE, DataConfig, recipe
+from trix_jax.lm.data.config import NONE, DataConfig, for_tokens, recipe
 from trix_jax.lm.data.library_tokenizer import LibraryTokenizer
 from trix_jax.lm.data.pipeline import check_context
 from trix_jax.lm.data.store import TOKENIZER, SplitWriter, write_manifest
@@ -68,6 +69,18 @@ def changes(config: DataConfig, manifest: dict[str, Any], report: Report) -> str
     except ValueError as error:
         return str(error).rstrip(".")
     return origin.in_words(origin.changes(manifest["sources"], _base(config), files))
+
+
+def vocabulary(config: DataConfig) -> int:
+    """The number of ids that a store of the token files would have.
+
+    Raises:
+        ValueError: As `build_tokens`.
+    """
+    config = for_tokens(dataclasses.replace(config, source="tokens"))
+    if config.tokenizer == NONE and config.vocab_size:
+        return config.vocab_size
+    return _tokenizer(config, _sides(config, lambda _: None).files).vocab_size
 
 
 def num_bytes(tokenizer: Tokenizer, ids: Integer[np.ndarray, " T"]) -> int | None:

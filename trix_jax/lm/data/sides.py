@@ -4,7 +4,8 @@ The name of a file, or of a folder before it, may say so by a word: `val-00000.p
 `fineweb_val_000000.bin`, `validation/a.jsonl`. What says "test" is neither. The words are
 those of Hugging Face's `datasets`. Of token files the word is enough (`token_files.py`).
 Texts have titles, such as `the_test_of_time.txt`: their words count beside a name in the
-same folder that says "train" and has all the other words, suffixes and numbers aside.
+same folder that says "train" and has all the other words, suffixes and numbers aside. So
+is what Hugging Face adds to a shard's name: `-00000-of-00001`, and once a hash behind it.
 
 References:
     https://huggingface.co/docs/datasets/repository_structure
@@ -20,6 +21,7 @@ TRAIN = {"train", "training"}
 VAL = {"val", "valid", "validation", "dev"}
 TEST = {"test", "testing", "eval", "evaluation"}
 FORMATS = {"txt", "jsonl", "json", "parquet", "gz", "zst"}
+SHARD = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]{16})?(?![0-9a-z])")
 
 
 class Named(NamedTuple):
@@ -38,8 +40,8 @@ class Named(NamedTuple):
 
 
 def words(name: str) -> set[str]:
-    """The words of a name, or of a path, in small letters."""
-    return {*re.split(r"[^a-z]+", name.lower())} - {""}
+    """The words of a name, or of a path, in small letters; which shard it is is none."""
+    return {*re.split(r"[^a-z]+", SHARD.sub("", name.lower()))} - {""}
 
 
 def by_name(files: list[Path], folder: Path) -> Named:

@@ -25,7 +25,7 @@ import sysconfig
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from trix_jax.files import cache_folder, write_whole
 from trix_jax.lm.data.code import code_files, stack_documents
@@ -364,6 +364,20 @@ def _check_shakespeare(data: bytes, origin: str) -> None:
         )
 
 
+def _is_text(kind: Any) -> bool:
+    """Whether a column's Arrow type is of strings, be they in a dictionary as pandas'
+    categories are.
+    """
+    from pyarrow import types
+
+    if kind is None:
+        return False
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    is_text = types.is_string, types.is_large_string, types.is_string_view
+    return any(check(kind) for check in is_text)
+
+
 def _parquet(file: Path) -> Iterator[str]:
     """Yields the `text` column row group by row group; nulls are passed over."""
     import pyarrow
@@ -374,7 +388,7 @@ def _parquet(file: Path) -> Iterator[str]:
             kinds = dict(
                 zip(table.schema_arrow.names, table.schema_arrow.types, strict=True)
             )
-            if kinds.get("text") not in (pyarrow.string(), pyarrow.large_string()):
+            if not _is_text(kinds.get("text")):
                 columns = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
                 raise ValueError(
                     f'{file} must have a string column "text". Got columns {columns}.'

@@ -28,6 +28,8 @@ from trix_jax.lm import aot as train_steps
 from trix_jax.lm.accounting import costs
 from trix_jax.lm.config import RunConfig, resolve
 from trix_jax.lm.data import BPE_SIZE, is_store, load_tokenizer, own_tokenizer
+from trix_jax.lm.data.config import is_of_tokens
+from trix_jax.lm.data.prepare_tokens import vocabulary as token_vocabulary
 from trix_jax.lm.data.store import TOKENIZER
 from trix_jax.nn.transformer import TransformerConfig
 
@@ -187,6 +189,8 @@ def _vocabulary(config: RunConfig) -> int:
         return load_tokenizer(Path(data.path) / TOKENIZER).vocab_size
     if config.model.vocab_size:
         return config.model.vocab_size
+    if data.path and is_of_tokens(data):
+        return token_vocabulary(data)
     if data.tokenizer in (known := {"byte": 257, "char": 100}):
         return known[data.tokenizer]
     if data.tokenizer == "bpe":

@@ -51,7 +51,7 @@ def write_experiment_report(
         raise ValueError(
             f"{directory} must hold a finished run. Got none of {len(specs)}."
         )
-    known_floors = _floors(directory, {r.size for r in finished}, specs, report)
+    known_floors = _floors(directory, finished, specs, report)
     groups = by_sampler(finished)
     parts = [
         f"# {experiment.title}",
@@ -138,14 +138,15 @@ def _size(
     figures, stem = directory / "plots", f"{size}{ending}"
     plots.curves(figures / f"{stem}_loss.png", arms, known.get(size, {}))
     _draw_runs(stem, arms, directory)
-    sampler = next(iter(arms.values()))[0].sampler
+    every = [run for runs in arms.values() for run in runs]
+    sampler = every[0].sampler
     parts = [
         f"### {size}",
         f"{runs_table(list(arms.values()))}\n"
         "Loss: of the last evaluation, mean over seeds with half the 95% interval. Entropy and "
         "dead tiles: worst over all evaluations and layers. The gap counts dropout, if any. Sampler: "
         f"`{sampler}`.",
-        _floors_line(known.get(size, {})),
+        _floors_line(known.get(size, {}), {run.val_tokens for run in every}),
         f"![Validation loss over tokens](plots/{stem}_loss.png)",
         f"![Training loss, learning rate, gradient norm, speed, memory](plots/{stem}_steps.png)",
     ]
@@ -178,39 +179,59 @@ def _draw_runs(stem: str, arms: dict[str, list[Result]], directory: Path) -> Non
         run_plots.routing_health(path, record.steps, record.evals, tiles)
 
 
-def _floors_line(known: dict[int, float]) -> str:
+def _floors_line(known: dict[int, float], evaluated: set[int | None]) -> str:
+    if len(evaluated) > 1:
+        return (
+            "No n-gram floors: the runs are evaluated on different numbers of tokens."
+        )
     if not known:
         return "No n-gram floors: the token store is not here."
     found = ", ".join(f"{_gram(n)} {loss:.3f}" for n, loss in known.items())
+    (scored,) = evaluated
+    on = f", of the first {scored:,} validation tokens, as the runs" if scored else ""
     return (
         f"Counting n-grams (Witten-Bell) on all training tokens, up to {FLOOR_TOKENS / 1e6:.0f}M: "
-        f"{found}. A run that saw fewer tokens than that is at a disadvantage."
+        f"{found}{on}. A run that saw fewer tokens than that is at a disadvantage."
     )
 
 
 def _floors(
-    directory: Path, sizes: set, specs: Sequence[Spec], report: Callable[[str], None]
+    directory: Path,
+    finished: Sequence[Result],
+    specs: Sequence[Spec],
+    report: Callable[[str], None],
 ) -> Floors:
-    """N-gram floors of every size's tokens; kept, since counting takes a while, and
-    counted again where the store has other tokens than they are of.
+    """N-gram floors of every size's tokens, on those that its runs are evaluated on;
+    kept, since counting takes a while, and counted again where the store or the
+    evaluations have other tokens. Runs evaluated on different ones have none.
     """
     path = directory / "floors.json"
     kept: dict[str, dict[str, Any]] = read_json(path) if path.exists() else {}
-    places = {spec.size: spec.store for spec in specs if spec.size in sizes}
-    for size, place in places.items():
-        if not is_store(place):
+    places = {spec.size: spec.store for spec in specs}
+    found: Floors = {}
+    for size in dict.fromkeys(str(run.size) for run in finished):
+        if len(evaluated := _evaluated(finished, size)) > 1:
             continue
-        store = open_store(place, verify=False)
-        if kept.get(size, {}).get("store") != store.fingerprint:
-            report(f"counting n-grams of {size}")
-            losses = floors(store, ORDERS, FLOOR_TOKENS)
-            named = {str(n): loss for n, loss in losses.items()}
-            kept[size] = {"store": store.fingerprint, "losses": named}
+        (scored,) = evaluated
+        own: dict[str, Any] = kept.get(size, {})
+        is_kept = own.get("scored") == scored
+        if is_store(places[size]):
+            store = open_store(places[size], verify=False)
+            if not is_kept or own.get("store") != store.fingerprint:
+                report(f"counting n-grams of {size}")
+                losses = floors(store, ORDERS, FLOOR_TOKENS, scored)
+                named = {str(n): loss for n, loss in losses.items()}
+                own = {"store": store.fingerprint, "scored": scored, "losses": named}
+                kept[size], is_kept = own, True
+        if is_kept:
+            found[size] = {int(n): loss for n, loss in own.get("losses", {}).items()}
     write_json(path, kept)
-    return {
-        size: {int(n): loss for n, loss in own.get("losses", {}).items()}
-        for size, own in kept.items()
-    }
+    return found
+
+
+def _evaluated(finished: Sequence[Result], size: str) -> set[int | None]:
+    """The numbers of validation tokens that runs of a size are evaluated on."""
+    return {run.val_tokens for run in finished if run.size == size}
 
 
 def _made_with(directory: Path, finished: Sequence[Result]) -> str:

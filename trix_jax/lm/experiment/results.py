@@ -22,7 +22,7 @@ from trix_jax.lm.report.record import read_run
 LAST_SHARE = 0.05  # of the steps, whose training loss counts as the last
 LOCK = "results.lock"  # in a folder of runs
 # Keys that only some records have; the others are written even where they are null.
-OPTIONAL = ("size", "width", "num_tiles", "tile_width")
+OPTIONAL = ("size", "width", "num_tiles", "tile_width", "val_tokens")
 
 
 class Result(NamedTuple):
@@ -42,6 +42,8 @@ class Result(NamedTuple):
         evaluations: a dict each.
         sampler: how training windows were drawn. Losses of runs with different samplers
             are not compared.
+        val_tokens: that the last evaluation predicts, the first of the validation
+            split; None: all of it.
     """
 
     setting: str
@@ -74,6 +76,7 @@ class Result(NamedTuple):
     command: str
     git_commit: str | None
     sampler: str = SAMPLER_BEFORE
+    val_tokens: int | None = None
 
     @property
     def name(self) -> str:
@@ -249,6 +252,7 @@ def _outcome(directory: Path) -> dict[str, Any]:
     summary, steps = record.summary, record.steps
     last = steps[-max(1, int(LAST_SHARE * len(steps))) :]
     val_loss = summary["final_val_loss"]
+    is_part = record.config.train.eval_tokens > 0
     names = ("step", "tokens", "val_loss", "routing_stability")
     return {
         "tokens": summary["tokens"],
@@ -266,6 +270,7 @@ def _outcome(directory: Path) -> dict[str, Any]:
         "tokens_per_second": round(record.speed),
         "evaluations": [{name: line[name] for name in names} for line in record.evals],
         "git_commit": summary.get("git_commit"),
+        "val_tokens": record.evals[-1]["val_tokens"] if is_part else None,
     }
 
 
