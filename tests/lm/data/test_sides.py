@@ -1,5 +1,6 @@
 """Validation of one's own beside training: no text is on both sides."""
 
+import dataclasses
 import gzip
 import json
 import shutil
@@ -130,6 +131,22 @@ def test_the_words_are_those_of_hugging_face(layout, test, tmp_path):
         write_any(tmp_path / "in" / layout.format(side), own)
     store = prepare(DataConfig(path=tmp_path / "in"), tmp_path / "store", quiet)
     assert (text(store.train), text(store.val)) == ("aaa", "bbb")
+
+
+@pytest.mark.parametrize("how", ["by name", "val_path", "near_duplicates"])
+def test_training_documents_that_are_in_validation_too_are_counted(how, tmp_path):
+    copy = "one two three four five six"
+    own = {"train-0": copy, "train-1": "only here, once", "train-2": copy}
+    path = write(tmp_path / "in", **own)
+    val = write(path if how == "by name" else tmp_path / "out", **{"val-0": copy})
+    config = DataConfig(path=path, val_path=None if how == "by name" else val)
+    if how == "near_duplicates":
+        config = dataclasses.replace(config, near_duplicates=0.8)
+    lines = []
+    store = prepare(config, tmp_path / "store", lines.append)
+    said = "2 training document(s) are in validation too"
+    assert (said in lines) == (how != "near_duplicates")
+    assert text(store.train).count(copy) == (0 if how == "near_duplicates" else 2)
 
 
 SHARD = "-00000-of-00001"

@@ -65,6 +65,26 @@ def test_a_quiet_terminal_has_ten_lines_with_the_pace_of_all_steps_but_the_first
     assert said[-1].endswith("200 tokens/s  3:30 elapsed  0:00 left")
 
 
+def test_the_time_left_has_the_evaluations_still_to_come(now):
+    result = SimpleNamespace(
+        val_loss=3.0, val_ppl=20.0, entropy=[], dead_tiles=[], val_loss_unquantized=None
+    )
+    said, due = [], [4, 8, 10]
+    shown = Display(10, 0, said.append, due)
+    for step in range(1, 11):
+        now.seconds += 1.0
+        shown.step(line(step, 1.0))
+        if step in due:
+            now.seconds += {4: 100.0, 8: 140.0, 10: 120.0}[step]
+            shown.evaluation(step, result)
+            shown.restart_clock()
+    left = [text.rsplit("  ", 1)[1] for text in said if " left" in text]
+    before, between = ["0:08", "0:07", "0:06"], ["3:25", "3:24", "3:23", "3:22"]
+    assert left == [f"{t} left" for t in [*before, *between, "2:01", "2:00"]]
+    assert display.seconds_left(3, 2.0, 2, [10.0, 20.0]) == 36.0
+    assert display.seconds_left(3, 2.0, 2, []) == 6.0
+
+
 def test_slow_steps_are_told_every_quarter_of_a_minute(now):
     said = []
     shown = Display(1000, 0, said.append)

@@ -58,7 +58,8 @@ class DataConfig:
             take all.
         near_duplicates: Leave out training documents whose sets of five successive
             words are at least this similar (Jaccard) to a validation document's. None:
-            only exact copies land on one side.
+            exact copies land on one side of a share; those that a validation set of
+            its own has too stay in training, and are counted.
         languages: Of source code, separated by commas. None: all that are known.
         licenses: Of source code; "permissive" takes repositories whose licence file
             says so. None: does not look.

@@ -61,6 +61,8 @@ class Corpus(NamedTuple):
                 f"source={config.source!r} at path={config.path!r} holds no text."
             )
         splits.tell_cut(found, report)
+        if config.near_duplicates is None:  # else they are left out of training
+            splits.tell_in_both(found, report)
         return found
 
     def sides(self, survey: splits.Survey) -> Iterator[tuple[str, str]]:

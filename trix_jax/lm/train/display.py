@@ -4,8 +4,9 @@ at least, each beginning `step N`.
 
 import sys
 import time
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -38,16 +39,32 @@ class Pace:
         self._clock = time.monotonic()
 
     @property
+    def since(self) -> float:
+        """Seconds since the last step, or what was done since."""
+        return time.monotonic() - self._clock
+
+    @property
     def per_step(self) -> float | None:
         """Seconds; None before two steps are done."""
         return self.seconds / self.steps if self.steps else None
 
 
 class Display:
-    """Shows steps as they go by and evaluations as they come."""
+    """Shows steps as they go by and evaluations as they come.
 
-    def __init__(self, steps: int, start: int, report: Callable[[str], None]):
+    Args:
+        evaluated: the steps after which evaluations are due, in order.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        start: int,
+        report: Callable[[str], None],
+        evaluated: Sequence[int] = (),
+    ):
         self._steps, self._report = steps, report
+        self._evaluated, self._evaluations = evaluated, list[float]()
         self._began = self._last = time.monotonic()
         self._pace, self._losses = Pace(), deque[float](maxlen=RECENT)
         self._bar = None
@@ -90,7 +107,9 @@ class Display:
     def _step_text(self, line: dict[str, Any]) -> str:
         parts = [f"loss {line['loss']:.4f}", f"rate {line['lr']:.2e}"]
         if seconds := self._pace.per_step:
-            left = (self._steps - line["step"]) * seconds
+            step = line["step"]
+            due = len(self._evaluated) - bisect_left(self._evaluated, step)
+            left = seconds_left(self._steps - step, seconds, due, self._evaluations)
             parts.append(f"{line['tokens'] / line['step'] / seconds:,.0f} tokens/s")
             parts.append(f"{clock(time.monotonic() - self._began)} elapsed")
             parts.append(f"{clock(left)} left")
@@ -102,6 +121,7 @@ class Display:
 
     def evaluation(self, step: int, result: Any) -> None:
         """Takes the result of an evaluation."""
+        self._evaluations.append(self._pace.since)
         text = f"step {step}/{self._steps}  validation loss {result.val_loss:.4f}"
         if self._losses:
             text += f" (training {fmean(self._losses):.4f})"
@@ -120,6 +140,18 @@ class Display:
             self._bar.console.print(text)
         else:
             self._report(text)
+
+
+def seconds_left(
+    steps: int, per_step: float, due: int, evaluations: Sequence[float]
+) -> float:
+    """Computes `steps * per_step + due * mean(evaluations)`.
+
+    Args:
+        due: evaluations that are still to come.
+        evaluations: seconds of those that were; before the first nobody knows.
+    """
+    return steps * per_step + due * (fmean(evaluations) if evaluations else 0.0)
 
 
 def clock(seconds: float) -> str:

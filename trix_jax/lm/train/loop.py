@@ -105,7 +105,12 @@ def train(
             metrics.open_log(
                 workdir, position.step, hosts.is_first(), position.is_owed
             ) as log,
-            Display(run.config.train.steps, position.step, report) as display,
+            Display(
+                run.config.train.steps,
+                position.step,
+                report,
+                milestone.evaluated_steps(run),
+            ) as display,
             StepTrace(workdir / "trace", position.step, trace_steps) as trace,
         ):
             seconds = _loop(run, position, log, display, signals, trace)

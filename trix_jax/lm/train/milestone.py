@@ -32,6 +32,11 @@ def wants_evaluation(run: Run, step: int) -> bool:
     return is_end or step == config.steps or is_multiple(step, config.eval_every)
 
 
+def evaluated_steps(run: Run) -> list[int]:
+    """The steps after which the validation loss is due."""
+    return [n for n in range(1, run.config.train.steps + 1) if wants_evaluation(run, n)]
+
+
 def wants_checkpoint(run: Run, step: int) -> bool:
     """Whether a checkpoint is due: with every evaluation, and in between."""
     is_between = is_multiple(step, run.config.train.checkpoint_every)
