@@ -110,10 +110,8 @@ def curve_of(d_model: int) -> tuple[Arm, ...]:
 
 
 def around_of(d_model: int) -> tuple[Arm, Arm]:
-    """The two dense FFNs that the best tiles end between: 4 D wide and, at D = 64, half
-    of that, else its double.
-    """
-    return dense(4 * d_model, 8e-3), dense((2 if d_model == 64 else 8) * d_model, 8e-3)
+    """The two dense FFNs that the best tiles end between, or next to: 4 D and 8 D wide."""
+    return dense(4 * d_model, 8e-3), dense(8 * d_model, 8e-3)
 
 
 def by_activation(d_model: int) -> tuple[Arm, ...]:
@@ -340,19 +338,15 @@ def claim(d_model: int) -> Setting:
         },
         order=(
             Step("dense-around", 1),
-            Step("best", 1),
-            Step("dense-around", 2),
-            Step("best", 2),
+            Step("layers", 1),
             Step("dense-around", 4),
-            Step("best", 4),
             Step("layers", 4),
-            # Signatures whose routes stay against the hash, by two seeds more, which the
-            # curve then needs too; and rates.
-            *(
-                (Step("best", 6), Step("dense-around", 6), Step("read", 6))
-                if d_model == 128
-                else ()
-            ),
+            # By two seeds more, which the curve then needs too.
+            Step("layers", 6),
+            Step("dense-around", 6),
+            Step("best", 4),
+            # Signatures whose routes stay against the hash.
+            *((Step("best", 6), Step("read", 6)) if d_model == 128 else ()),
             # Where the best tiles' interval goes beyond the curve.
             *((Step("widest", 4),) if d_model == 128 else ()),
             *(
