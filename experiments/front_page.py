@@ -205,7 +205,7 @@ def read_and_held() -> str:
     if not pair or not seeds:
         return ""
     count = f" ({len(seeds)} seeds)" if len(seeds) > 1 else ""
-    return f"Routes read and held, less the hash: {apart(*pair)}{count}.\n"
+    return f"Routes read and held, less the best hash: {apart(*pair)}{count}.\n"
 
 
 def apart(one: Tuned, other: Tuned) -> str:

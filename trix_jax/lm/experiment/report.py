@@ -185,7 +185,10 @@ def _floors_line(known: dict[int, float], evaluated: set[int | None]) -> str:
             "No n-gram floors: the runs are evaluated on different numbers of tokens."
         )
     if not known:
-        return "No n-gram floors: the token store is not here."
+        return (
+            "No n-gram floors: the token store is not here, or runs by another sampler are "
+            "evaluated on another number of tokens."
+        )
     found = ", ".join(f"{_gram(n)} {loss:.3f}" for n, loss in known.items())
     (scored,) = evaluated
     on = f", of the first {scored:,} validation tokens, as the runs" if scored else ""

@@ -43,7 +43,7 @@ class Result(NamedTuple):
         sampler: how training windows were drawn. Losses of runs with different samplers
             are not compared.
         val_tokens: that the last evaluation predicts, the first of the validation
-            split; None: all of it.
+            split, where `eval_tokens` was given; None: all of it.
     """
 
     setting: str
