@@ -174,7 +174,7 @@ def differences() -> str:
         place = worth(setting, claim_runs(d), setting.arm(name), VOCABULARY)
         assert place is not None
         lines.append(
-            f"At model width {d} TriX reaches the loss of a dense FFN of width "
+            f"At model width {d} TriX is worth a dense FFN of width "
             f"{place_text(place)}.\n"
         )
     lines.append(neighbours())
