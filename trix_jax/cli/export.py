@@ -64,6 +64,9 @@ def main(argv: list[str]) -> None:
     if told:
         from trix_jax.lm.serve.card import write_card
 
+        report(
+            f"evaluating {args.output} on all {len(told[0].val) - 1:,} validation tokens"
+        )
         card = write_card(args.output, *told, size)
         more["card"] = str(card)
         report(f"read {card}")
@@ -100,9 +103,10 @@ def _about(directory: Path, number: int | None) -> dict[str, Any]:
 
 def _change(args: Args, model, variables, batch_size: int, report) -> dict[str, Any]:
     """What the export does to the validation loss: packing weights that trained
-    unquantized to the end, rounding real ones. Nothing where all numbers stay.
+    unquantized to the end, rounding real ones. Nothing where all numbers stay. Of the
+    tokens that the run's own evaluations take.
     """
-    from trix_jax.lm.serve.load import load_run, open_run_data
+    from trix_jax.lm.serve.load import eval_tokens, load_run, open_run_data
     from trix_jax.lm.train.evaluate import evaluate, trains_as_served
 
     causes = []
@@ -119,11 +123,16 @@ def _change(args: Args, model, variables, batch_size: int, report) -> dict[str, 
     except (ValueError, OSError) as error:
         report(f"{what}: its numbers change. By how much is not known: {error}")
         return {}
-    trained = evaluate(model, variables, store, batch_size)
+    most = eval_tokens(args.checkpoint)
+    trained = evaluate(model, variables, store, batch_size, most=most)
     before = trained.val_loss_unquantized
     if before is None:
         before = trained.val_loss
     exported, packed, _ = load_run(args.output)
-    after = evaluate(exported, packed, store, batch_size).val_loss
-    report(f"{what}: validation loss {before:.5f} becomes {after:.5f}")
-    return {"val_loss": after, "val_loss_before": before}
+    after = evaluate(exported, packed, store, batch_size, most=most).val_loss
+    report(
+        f"{what}: validation loss {before:.5f} becomes {after:.5f}, {trained.tokens:,} "
+        f"tokens{f' of {len(store.val) - 1:,}, from the first' if most else ''}"
+    )
+    tokens = trained.tokens
+    return {"val_loss": after, "val_loss_before": before, "val_tokens": tokens}

@@ -134,15 +134,17 @@ def test_a_rounded_export_and_its_card_say_what_it_holds_and_loses(run_dir, fold
 def test_a_run_is_exported_with_its_card_unfinished_or_not_at_all(
     run_dir, tmp_path, capsys, monkeypatch
 ):
-    """And evaluated in the batches that it trained with."""
+    """And evaluated in the batches and on the tokens that it was trained with; for the
+    card on all.
+    """
     run, out, sizes = shutil.copytree(run_dir, tmp_path / "run"), tmp_path / "out", []
     (run / "summary.json").unlink()
     tree = yaml.safe_load((run / "config.yaml").read_text())
-    tree["train"]["eval_batch_size"] = 3
+    tree["train"] |= {"eval_batch_size": 3, "eval_tokens": 20}
     (run / "config.yaml").write_text(yaml.safe_dump(tree))
 
     def noting(model, variables, store, batch_size=64, **more):
-        sizes.append(batch_size)
+        sizes.append((batch_size, more.get("most", 0)))
         return evaluate(model, variables, store, batch_size, **more)
 
     monkeypatch.setattr("trix_jax.lm.train.evaluate.evaluate", noting)
@@ -150,9 +152,12 @@ def test_a_run_is_exported_with_its_card_unfinished_or_not_at_all(
     argv = ["export", "--checkpoint", str(run), "--output", str(out), "--card"]
     assert main([*argv, "--dtype", "bfloat16"]) == 0
     assert "seed 42: 10 steps over 1,280 tokens" in (out / "README.md").read_text()
+    said = capsys.readouterr().out
+    assert ", 32 tokens of " in said
+    assert "on all 887 validation tokens" in said
     assert main(["eval", "--checkpoint", str(run), "--tokens", "20"]) == 0
     assert " 32 tokens of " in capsys.readouterr().out
-    assert sizes == [3, 3, 3, 3]
+    assert sizes == [(3, 20), (3, 20), (3, 0), (3, 20)]
     shutil.rmtree(out)
     shutil.rmtree(run / "data")
     assert main(argv) == 2

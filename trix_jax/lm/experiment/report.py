@@ -182,7 +182,8 @@ def _draw_runs(stem: str, arms: dict[str, list[Result]], directory: Path) -> Non
 def _floors_line(known: dict[int, float], evaluated: set[int | None]) -> str:
     if len(evaluated) > 1:
         return (
-            "No n-gram floors: the runs are evaluated on different numbers of tokens."
+            "The runs are evaluated on different numbers of tokens: their losses are of "
+            "different texts, no order of arms, and have no common n-gram floor."
         )
     if not known:
         return (

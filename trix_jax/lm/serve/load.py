@@ -80,6 +80,12 @@ def eval_batch_size(directory: str | Path) -> int:
     return 64 if is_export(directory) else read_config(directory).train.eval_batch_size
 
 
+def eval_tokens(directory: str | Path) -> int:
+    """Validation tokens of a run's evaluations, from the first; 0, as of an export: all."""
+    directory = Path(directory)
+    return 0 if is_export(directory) else read_config(directory).train.eval_tokens
+
+
 def open_run_data(directory: str | Path, data: str | Path | None = None) -> Store:
     """The token store to evaluate a run on: `data`, or the one it was trained on.
 
