@@ -18,7 +18,11 @@ FOLDERS = ("trix_jax", "kernels", "tests", "examples", "experiments", "docs")
 # lower floors and itself, nothing of its own floor and nothing above.
 FLOORS = {
     "kernels: packed two-bit matmuls": ("trix_kernels",),
-    "ground: names of dimensions, whole files": ("trix_jax.typing", "trix_jax.files"),
+    "ground: names of dimensions, whole files, one program": (
+        "trix_jax.typing",
+        "trix_jax.files",
+        "trix_jax.compiled",
+    ),
     "core: arrays to arrays": (
         "trix_jax.ternary",
         "trix_jax.balance",

@@ -21,7 +21,7 @@ References:
 
 import jax.numpy as jnp
 
-from trix_jax.typing import Array, Bool, Float, Integer
+from trix_jax.typing import Array, Bool, Float, Integer, Scalar
 
 BINS = 64
 REACH = 1.0  # the largest shift that one histogram can ask for, in units of the score
@@ -75,7 +75,7 @@ def loads(margins: Float[Array, "*B N bins"]) -> Float[Array, "*B N"]:
 def step_bias(
     bias: Float[Array, "*B N"],
     margins: Float[Array, "*B N bins"],
-    rate: float,
+    rate: Scalar,
     load: Float[Array, "*B N"] | None = None,
 ) -> Float[Array, "*B N"]:
     """Moves biases by `rate` times the shift that gives each tile `load` tokens (None:

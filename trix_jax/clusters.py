@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 
+from trix_jax.compiled import together
 from trix_jax.typing import Array, Float, Int
 
 EPSILON = 1e-6
 
 
+@together()
 def rms_unit(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     """Computes `x / sqrt(mean(x^2) + eps)` in float32."""
     x = x.astype(jnp.float32)

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from trix_jax.compiled import together
 from trix_jax.ops import linear_map, vary_alike
 from trix_jax.typing import Array, Bool, Float, Integer
 
@@ -70,6 +71,7 @@ def num_blocks(assignments: Any, num_tiles: int, rows: int) -> Any:
     return min(assignments, blocks) if isinstance(assignments, int) else blocks
 
 
+@together("num_tiles", "rows")
 def make_plan(
     tiles: Integer[Array, "T K"],
     num_tiles: int,
@@ -118,6 +120,7 @@ def make_plan(
     return Plan(tile, source, slot.reshape(tiles.shape), last_block_N[-1:])
 
 
+@together("num_tiles")
 def count_tiles(
     tiles: Integer[Array, "T K"],
     num_tiles: int,

@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from trix_jax.compiled import together
 from trix_jax.typing import AnyArray, Array, Integer
 
 NONE_BEFORE = -1  # the id before a sequence's first token
 
 
+@together("num_tiles", "k")
 def hash_tiles(
     token_ids: Integer[Array, " T"] | None, num_tiles: int, k: int
 ) -> Integer[Array, "T K"]:

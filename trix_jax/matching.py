@@ -10,11 +10,13 @@ import jax.numpy as jnp
 
 from trix_jax import dispatch
 from trix_jax.clusters import EPSILON
+from trix_jax.compiled import together
 from trix_jax.typing import Array, Bool, Float, Integer
 
 FEW = 8  # tiles that are looked for one after the other; more by a sort
 
 
+@together("scale")
 def match(
     h: Float[Array, "T D"], signature: Float[Array, "N D"], scale: float = 1.0
 ) -> Float[Array, "T N"]:
@@ -25,6 +27,7 @@ def match(
     return products * _unit_scale(h, scale)
 
 
+@together("scale")
 def match_inside(
     h: Float[Array, "T D"],
     signature: Float[Array, "N D"],
@@ -59,6 +62,7 @@ def _unit_scale(h, scale):
     return jax.lax.rsqrt(mean + EPSILON) * (scale / h.shape[-1] ** 0.5)
 
 
+@together("k")
 def select_tiles(scores: Float[Array, "T N"], k: int = 1) -> Integer[Array, "T K"]:
     """The `k` best tiles of each token, best first; of equal scores the lowest index
     wins.
@@ -76,6 +80,7 @@ def select_tiles(scores: Float[Array, "T N"], k: int = 1) -> Integer[Array, "T K
     return jax.lax.top_k(jnp.where(scores == 0, 0, scores), k)[1]
 
 
+@together("k")
 def select_among(
     scores: Float[Array, "T S"], tiles: Integer[Array, "T S"], k: int = 1
 ) -> Integer[Array, "T K"]:

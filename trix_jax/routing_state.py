@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from trix_jax import balance
 from trix_jax.clusters import balanced_kmeans
+from trix_jax.compiled import together
 from trix_jax.typing import AxisName, Variables
 
 MARGINS = {"margins", "cluster_margins"}  # what adds up over batches and devices
@@ -129,6 +130,7 @@ def rebuild_clusters(routing: Variables, iterations: int = 10) -> Variables:
     return _each_layer(routing, rebuild)
 
 
+@together()
 def _update_layer(state, rate):
     margins, new = state["margins"], {}
     if "members" in state:

@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from trix_jax.compiled import together
 from trix_jax.typing import Array, Float, Integer
 
 
+@together("grid")
 def evaluate(
     coefficients: Float[Array, "N cells terms"],
     tiles: Integer[Array, "T K"],

@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
+from trix_jax.compiled import together
 from trix_jax.typing import Array, Float, Scalar
 
 Mode = Literal["none", "ste", "soft", "progressive"]
@@ -261,6 +262,7 @@ def flip_rate(
     return jnp.mean(before != after)
 
 
+@together("config")
 def _hard(w, config: TernaryConfig):
     """Ternary weights, their rounded scale, and the threshold in units of the scale."""
     if config.rule == "fixed":

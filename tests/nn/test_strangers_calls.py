@@ -52,6 +52,17 @@ def test_numpy_variables_are_taken_under_jit(name, no_type_hook):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_first_call_outside_of_jit_compiles_few_programs(name, caplog):
+    """The sparse layer's were 151, one for each operation."""
+    x = X[:5]  # of a shape that no other test has compiled for
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        LAYERS[name].init(jax.random.key(1), x)
+    said = [r.getMessage() for r in caplog.records]
+    assert 0 < sum("Finished XLA compilation" in line for line in said) < 60
+
+
+@pytest.mark.slow
 def test_eager_calls_compile_once(caplog):
     layer = LAYERS["sparse"]
     variables = layer.init(jax.random.key(1), X)

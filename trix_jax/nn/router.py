@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from trix_jax import balance, routing
+from trix_jax.compiled import together
 from trix_jax.hashing import hash_tiles
 from trix_jax.nn import misuse, steering
 from trix_jax.nn.settings import TileSettings
@@ -209,7 +210,7 @@ class Router(nn.Module):
         if not s.num_clusters:
             return self._of_all(scores, None, state)
         members = jnp.asarray(state["members"].value)
-        address = routing.cluster_signatures(signature, members, config.signature)
+        address = _addresses(signature, members, kind=config.signature)
         near = routing.match(*jax.lax.stop_gradient((h, address)), config.score_scale)
         near += state["cluster_bias"].value[None]
         clusters = routing.select_tiles(near, s.top_k_clusters)
@@ -273,12 +274,17 @@ class Router(nn.Module):
             if axis is not None:
                 counts, count = jax.lax.pmean((counts, count), axis)
             share = counts / jnp.maximum(counts.sum(), routing.EPSILON)
-        balance_loss = routing.balance_loss(seen.scores, share, mask, count, seen.tiles)
-        diversity = routing.diversity_loss(signature)
+        balance_loss = _balance(seen.scores, share, mask, count, seen.tiles)
+        diversity = _diversity(signature)
         total = config.balance_weight * balance_loss
         if config.diversity_weight:  # 0 times it would be computed all the same
             total = total + config.diversity_weight * diversity
         return {"balance": balance_loss, "diversity": diversity, "total_aux": total}
+
+
+_addresses = together("kind")(routing.cluster_signatures)
+_balance = together()(routing.balance_loss)
+_diversity = together()(routing.diversity_loss)
 
 
 def _without_scores(tiles, gates, num_tiles, mask):
@@ -290,6 +296,7 @@ def _without_scores(tiles, gates, num_tiles, mask):
     return Route(tiles, gates), info, losses
 
 
+@together()
 def _info(tiles, gates, counts, scores, signature, mask):
     return routing.RoutingInfo(
         tiles=tiles,
