@@ -235,6 +235,7 @@ def test_store_of_another_tokenizer(capsys, tmp_path, run, text):
         (["--prompt", "1", "--temperature", "nan"], "temperature must be finite"),
         (["--prompt", "1", "--temperature", "-1"], "temperature must be finite"),
         (["--prompt", "1", "--top-p", "0"], "top_p must be above 0"),
+        (["--prompt", "1", "--seed", "4294967296"], "seed must be in 0..2**32 - 1"),
         (["--prompt", "1", "--top-k", "-2"], "top_k must not be negative"),
         (["--prompt", "1", "--tokens", "many"], "tokens"),
     ],

@@ -52,6 +52,36 @@ def test_read_yaml_a_key_given_twice_raises_naming_it_and_the_line(tmp_path, tex
         cfg.read_yaml(path)
 
 
+@pytest.mark.parametrize("number", ["010", "-0_7", "1:30"])
+def test_read_yaml_an_integer_of_another_base_raises_as_it_stands(tmp_path, number):
+    path = tmp_path / "seed.yaml"
+    path.write_text(f"seed: {number}\nsteps: 1_000\nother: 0x1F\nnone: 0\n")
+    with pytest.raises(ValueError, match=f"quote '{number}' or write it decimal"):
+        cfg.read_yaml(path)
+    path.write_text(path.read_text().replace(number, f"'{number}'"))
+    assert cfg.read_yaml(path) == {
+        "seed": number,
+        "steps": 1000,
+        "other": 31,
+        "none": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "train: {learning_rate: 1, learning-rate: 2}",
+        "train: {learning_rate: 1}\ntrain.learning_rate: 2",
+        "arms: {a: {train.learning-rate: 1, train: {learning_rate: 2}}}",
+    ],
+)
+def test_preset_with_a_setting_in_two_spellings_is_refused(tmp_path, text):
+    path = tmp_path / "two.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"must give train\.learning-rate once"):
+        presets.preset_flags(path, cfg.BASE_ARM)
+
+
 def test_read_yaml_missing_file_raises(tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
         cfg.read_yaml(tmp_path / "none.yaml")

@@ -159,7 +159,8 @@ class RunConfig:
 class _Loader(yaml.SafeLoader):
     """Without aliases: a page of them can stand for more text than there is memory.
     Without a key given twice, of which the first would be lost. And keys are text: to
-    YAML an unquoted 64 is a number, and `on` is true.
+    YAML an unquoted 64 is a number, and `on` is true. Integers are decimal: to YAML 1.1
+    010 is 8 and 1:30 is 90.
     """
 
     def construct_mapping(self, node, deep=False):
@@ -177,11 +178,22 @@ class _Loader(yaml.SafeLoader):
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node):
+        text = node.value.lstrip("+-")
+        if ":" in text or (text[0] == "0" and text.strip("0_")[:1].isdecimal()):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"quote {node.value!r} or write it decimal", node.start_mark
+            )
+        return super().construct_yaml_int(node)
+
     def compose_node(self, parent, index):
         if self.check_event(yaml.events.AliasEvent):
             mark = self.peek_event().start_mark
             raise yaml.composer.ComposerError(None, None, "it has an alias", mark)
         return super().compose_node(parent, index)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

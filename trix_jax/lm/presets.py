@@ -7,6 +7,7 @@ get the messages of the command line and only the outcome has to make sense.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,27 @@ def to_flags(tree: dict[Any, Any], prefix: str = "") -> list[str]:
     return flags
 
 
+def _check_once(path: str | Path, tree: dict[Any, Any]) -> None:
+    """Raises a ValueError for a setting under two spellings, of which the first would be
+    lost: `learning_rate` and `learning-rate`, nested and dotted.
+    """
+    names = [*_names(tree)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"config {path} must give {twice[0]} once. It is there in two spellings."
+        )
+
+
+def _names(tree, prefix="") -> Iterator[str]:
+    """Every setting's name as flags spell it."""
+    for key, value in tree.items():
+        name = f"{prefix}{key}".replace("_", "-")
+        if isinstance(value, dict):
+            yield from _names(value, f"{name}.")
+        else:
+            yield name
+
+
 def preset_flags(path: str | Path, arm: str) -> tuple[list[str], list[str]]:
     """The flags that an arm starts from, and those that it adds.
 
@@ -58,6 +80,8 @@ def preset_flags(path: str | Path, arm: str) -> tuple[list[str], list[str]]:
         )
     overrides = _overrides(path, arms, arm)
     like = overrides.pop("like", None)
+    for given in (tree, *(each for each in arms.values() if isinstance(each, dict))):
+        _check_once(path, given)
     start = to_flags(tree)
     if like is not None:
         first = _overrides(path, arms, like) if isinstance(like, str) else {}

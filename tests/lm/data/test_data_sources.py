@@ -245,7 +245,7 @@ def test_shakespeare_download_is_cached_and_read_offline(tmp_path, monkeypatch):
 def test_infer_source_goes_by_suffix_and_first_kind_held(tmp_path):
     (tmp_path / "t").mkdir()
     (tmp_path / "t" / "a.txt").write_text("a")
-    assert infer_source("x.jsonl") == "jsonl"
+    assert infer_source("x.jsonl") == infer_source("x.ndjson.gz") == "jsonl"
     assert infer_source("x.parquet") == "parquet"
     assert infer_source("x") == "text"
     assert infer_source(tmp_path / "t") == "text"
@@ -254,6 +254,8 @@ def test_infer_source_goes_by_suffix_and_first_kind_held(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="say source='code'"):
         infer_source(tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"x\.csv' is a table: .* --data\.source text"):
+        infer_source("x.csv")
 
 
 @pytest.mark.parametrize("name", ["train.bin", "train.npy"])

@@ -194,6 +194,13 @@ def test_run_that_goes_on_with_fewer_validation_tokens_compares_them_alone(
     assert done["best_val_loss"] == done["final_val_loss"] == last["val_loss"] > 0.1
     assert checkpoint.resolve(run / "checkpoints", "best") == 10
     load_run(run, 5)
+    kept = (run / "summary.json").read_bytes()
+    assert train(config, run, devices=one_device, report=lambda _: None) == done
+    other = dataclasses.replace(tiny_config.train, eval_tokens=40)
+    config = dataclasses.replace(tiny_config, train=other)
+    with pytest.raises(ValueError, match="is finished at step 10: nothing is left"):
+        train(config, run, devices=one_device, report=lambda _: None)
+    assert (run / "summary.json").read_bytes() == kept
 
 
 def _set_best(run, loss):

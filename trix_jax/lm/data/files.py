@@ -7,6 +7,7 @@ cycle ends. Suffixes count in any case, and behind `.gz` or `.zst`, which are un
 import contextlib
 import gzip
 import io
+import itertools
 import json
 import os
 import zlib
@@ -17,9 +18,13 @@ from typing import Any, BinaryIO, cast
 
 PACKED = (".gz", ".zst")
 BYTE_ORDER_MARK = "\ufeff"  # at the start of a file; anywhere else it is text
-# Suffixes by source. In a folder a `.json` may describe the data: it is read only where
-# no `.jsonl` is.
-SUFFIXES = {"text": (".txt",), "jsonl": (".jsonl", ".json"), "parquet": (".parquet",)}
+# Suffixes by source, those of one group read together. In a folder a `.json` may
+# describe the data: it is read only where no `.jsonl` is.
+SUFFIXES = {
+    "text": ((".txt",),),
+    "jsonl": ((".jsonl", ".ndjson"), (".json",)),
+    "parquet": ((".parquet",),),
+}
 
 
 def suffix_of(path: Path) -> str:
@@ -53,12 +58,12 @@ def files_of(source: str, path: Path, report: Callable[[str], None]) -> list[Pat
     if path.is_file():
         return [path]
     everything = walk(path)
-    for suffix in SUFFIXES[source]:
-        found = [p for p in everything if suffix_of(p) == suffix and p.is_file()]
+    for group in SUFFIXES[source]:
+        found = [p for p in everything if suffix_of(p) in group and p.is_file()]
         if found:
             tell_passed_over(source, path, sorted({*everything} - {*found}), report)
             return found
-    suffixes = " or ".join(SUFFIXES[source])
+    suffixes = " or ".join(itertools.chain(*SUFFIXES[source]))
     raise ValueError(f"path={str(path)!r} is a folder without any {suffixes} file.")
 
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 TRAIN = {"train", "training"}
 VAL = {"val", "valid", "validation", "dev"}
 TEST = {"test", "testing", "eval", "evaluation"}
-FORMATS = {"txt", "jsonl", "json", "parquet", "gz", "zst"}
+FORMATS = {"txt", "jsonl", "ndjson", "json", "parquet", "gz", "zst"}
 SHARD = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]{16})?(?![0-9a-z])")
 
 

@@ -5,7 +5,7 @@
 | `stdlib` | one module of the running Python's standard library | none |
 | `shakespeare` | all of TinyShakespeare | a local copy, or None to download it |
 | `text` | one file | a file, or a folder whose `*.txt` are taken |
-| `jsonl` | the `"text"` of one line, or of one entry of a `.json` array | a file, or a folder whose `*.jsonl`, else `*.json`, are taken |
+| `jsonl` | the `"text"` of one line, or of one entry of a `.json` array | a file, or a folder whose `*.jsonl` and `*.ndjson`, else `*.json`, are taken |
 | `parquet` | the `text` of one row (FineWeb-Edu shards read as they are) | a file, or a folder of `*.parquet` |
 | `tokens` | up to the end mark, if it is known | a `.bin` or `.npy` file, or a folder of them (`token_files.py`); no text |
 | `code` | one source file | a folder of repositories, or a list of them (`code.py`) |
@@ -66,6 +66,7 @@ STDLIB_LEFT_OUT = frozenset(
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE = "tinyshakespeare.txt"
+TABLES = (".csv", ".tsv")  # one document of both texts and commas, if read as text
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
@@ -143,12 +144,14 @@ def infer_source(path: str | Path) -> Source:
     of file it holds.
 
     Raises:
-        ValueError: a folder holds nothing to read, or text beside training tokens.
+        ValueError: a folder holds nothing to read, or text beside training tokens; a
+            file is a table of values apart by commas or tabs.
     """
     path = Path(path)
     kinds: dict[str, Source] = {
         ".parquet": "parquet",
         ".jsonl": "jsonl",
+        ".ndjson": "jsonl",
         ".txt": "text",
         ".json": "jsonl",
     }
@@ -165,10 +168,15 @@ def infer_source(path: str | Path) -> Source:
             return source
     if {*SUFFIXES} & (held or {suffix_of(path)}):
         return "tokens"
+    if suffix_of(path) in TABLES and not path.is_dir():
+        raise ValueError(
+            f"path={str(path)!r} is a table: write its texts as Parquet or .jsonl, or say "
+            "--data.source text to train on it as it stands, commas and all."
+        )
     if not path.is_dir():
         return "text"
     raise ValueError(
-        f"path={str(path)!r} holds no .parquet, .jsonl, .txt, .json, .bin or .npy file; for source files say source='code'."
+        f"path={str(path)!r} holds no .parquet, .jsonl, .ndjson, .txt, .json, .bin or .npy file; for source files say source='code'."
     )
 
 

@@ -17,7 +17,7 @@ class SamplingConfig:
         top_k: only the k likeliest tokens; 0 is all.
         top_p: only the likeliest tokens that together have at least this probability
             (Holtzman et al., 2019, https://arxiv.org/abs/1904.09751).
-        seed: the same seed gives the same text.
+        seed: the same seed gives the same text; 0 to 2**32 - 1.
     """
 
     temperature: float = 0.8
@@ -34,6 +34,8 @@ class SamplingConfig:
             raise ValueError(f"top_k must not be negative. Got {self.top_k}.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1. Got {self.top_p}.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be in 0..2**32 - 1. Got {self.seed}.")
 
 
 def sample(

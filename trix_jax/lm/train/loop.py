@@ -23,7 +23,7 @@ from trix_jax.lm.train import extend, initial, metrics, milestone, parallel
 from trix_jax.lm.train.display import Display
 from trix_jax.lm.train.header import header
 from trix_jax.lm.train.optimizer import make_optimizer
-from trix_jax.lm.train.position import Position, check_data, restore
+from trix_jax.lm.train.position import Position, check_data, check_finished, restore
 from trix_jax.lm.train.run import (
     Report,
     Resume,
@@ -207,6 +207,7 @@ def _settle(
         check_same(run.config, run.workdir, run.store)
         if not other_data:
             check_data(run.workdir, step, run.store)
+        check_finished(run, step)
         before, steps = read_config(run.workdir), run.config.train.steps
         if before and steps > before.train.steps:
             extend.extend(run.workdir, before, steps, step, report)

@@ -12,7 +12,7 @@ from trix_jax.lm.checkpoint import arrays, checkpoint
 from trix_jax.lm.data import Store, eval_targets
 from trix_jax.lm.train import extend, parallel, provenance
 from trix_jax.lm.train.evaluate import ROUTES_KEPT
-from trix_jax.lm.train.run import Report, Run
+from trix_jax.lm.train.run import Report, Run, finished
 from trix_jax.lm.train.step import TrainState, init_state
 
 
@@ -73,7 +73,7 @@ def restore(
         return Position(0, state, routes, math.inf, 0.0, 0)
     before = checkpoint.read_meta(run.checkpoints, step)
     is_other = before["data_fingerprint"] != run.store.fingerprint
-    is_apart = is_other or before.get("val_tokens") != _val_tokens(run)
+    is_apart = _is_apart(run, before)
     leaves = checkpoint.read_leaves(run.checkpoints, step)
     stored = arrays.empty(leaves["routes"]) if is_apart else routes
     template = {**state._asdict(), "routes": stored}
@@ -94,6 +94,30 @@ def restore(
     since, state = meta.get("data_since", 0), TrainState(**tree)
     is_owed = meta.get("evaluation_owed", False)
     return Position(step, state, routes, best, seconds, skipped, since, is_owed)
+
+
+def check_finished(run: Run, step: int) -> None:
+    """Refuses other data, or other validation tokens, for a run that has nothing left to
+    train and so nothing to evaluate on them.
+
+    Raises:
+        ValueError: says what does.
+    """
+    before = checkpoint.read_meta(run.checkpoints, step)
+    if not finished(run, step) or not _is_apart(run, before):
+        return
+    raise ValueError(
+        f"{run.workdir} is finished at step {step}: nothing is left to train, nor to "
+        "evaluate on other data or another train.eval_tokens. `trix-jax eval "
+        f"--checkpoint {run.workdir}` takes --data and --tokens; a greater train.steps "
+        "goes on."
+    )
+
+
+def _is_apart(run: Run, before: dict[str, Any]) -> bool:
+    """Whether losses and routes of a checkpoint are of other tokens than the run's."""
+    is_other = before["data_fingerprint"] != run.store.fingerprint
+    return is_other or before.get("val_tokens") != _val_tokens(run)
 
 
 def _started_from(run: Run, state: TrainState, weights: dict[str, Any]) -> TrainState:
