@@ -53,7 +53,16 @@ class Setting(NamedTuple):
     arms: dict[str, str]
 
 
-SHARED = "--arm tiles --model.routing.source hash --model.tiles-per-token 7 --model.shared-width 32"
+BODY = "--model.positions rotary --model.norm rms --model.qk-norm"
+TILES = "--arm tiles --model.tiles-per-token 7 --model.shared-width"
+HASH = "--model.routing.source hash"
+ROUTES = "--model.routing.hold-after 0.1 --model.routing.hold routes --model.routing.signature sign"
+
+
+def dense(*widths: int) -> dict[str, str]:
+    return {f"dense-{w}": f"--arm dense --model.ffn-width {w}" for w in widths}
+
+
 SETTINGS = {
     "english-256": Setting(
         "experiments/quality/english_256.yaml",
@@ -61,23 +70,28 @@ SETTINGS = {
         2048,
         {
             "sparse-16-top4-embedding": "--arm sparse --model.tiles-per-token 4 --model.router-input embedding",
-            **{
-                f"dense-{w}": f"--arm dense --model.ffn-width {w}"
-                for w in (128, 256, 1024)
-            },
+            **dense(128, 256, 1024),
         },
     ),
     "wikipedia-128": Setting(
         "experiments/quality/wikipedia.yaml",
-        "--model.positions rotary --model.norm rms --model.qk-norm",
+        BODY,
         4096,
         {
-            "tiles-64-hash-eighth-shared-layers": f"{SHARED} --model.hash-per-layer",
-            "tiles-64-hash-eighth-shared": SHARED,
-            **{
-                f"dense-{w}": f"--arm dense --model.ffn-width {w}"
-                for w in (256, 512, 1024, 2048)
-            },
+            "tiles-64-hash-eighth-shared-layers": f"{TILES} 32 {HASH} --model.hash-per-layer",
+            "tiles-64-hash-eighth-shared": f"{TILES} 32 {HASH}",
+            "tiles-64-held-eighth-shared-routes": f"{TILES} 32 {ROUTES}",
+            **dense(256, 512, 1024, 2048),
+        },
+    ),
+    "wikipedia-64": Setting(
+        "experiments/quality/wikipedia.yaml",
+        f"--model.d-model 64 --model.n-heads 2 {BODY}",
+        4096,
+        {
+            "tiles-64-hash-eighth-shared-layers": f"{TILES} 16 {HASH} --model.hash-per-layer",
+            "tiles-64-held-eighth-shared-routes": f"{TILES} 16 {ROUTES}",
+            **dense(128, 256, 512, 1024),
         },
     ),
     "shakespeare-128": Setting(
