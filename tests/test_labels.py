@@ -66,3 +66,14 @@ def test_optax_takes_the_labels_of_boxed_parameters():
     optimizer = optax.partition(rates, optimizer_labels)
     updates, _ = optimizer.update(params, optimizer.init(params))
     assert (updates["tiles"]["up"]["kernel"].value == -1).all()
+
+
+def test_a_parameter_called_value_or_alone_has_its_word():
+    params = {"value": 0.0, "kernel": {"value": 0.0}, "layer": {"kernel": 0.0}}
+    words = {
+        "value": "other",
+        "kernel": {"value": "other"},
+        "layer": {"kernel": "kernel"},
+    }
+    assert optimizer_labels(params) == words
+    assert optimizer_labels(jnp.ones(3)) == "other"

@@ -38,7 +38,8 @@ def freeze(
     the outputs are equal bit for bit to those of a model that trained to the end, but
     for mode "soft", whose weights are never ternary in training: that is warned of. What
     the packed weights multiply is the module's `TernaryConfig.activations`, which may
-    be changed after training.
+    be changed after training. It packs the parameters as they lie in `variables`: merge
+    what `nn.map_variables` or `nn.WeightNorm` would add to them on the way (LoRA) first.
 
     Args:
         model: the module that `variables` belong to.

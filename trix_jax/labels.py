@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 PROJECTIONS = ("up", "down", "kernel")  # the modules of latent ternary matrices
+BOX = jax.tree_util.GetAttrKey("value")  # of `nn.Partitioned`, `nnx.Param`
 OWN = ("tile_read", "tile_write")  # those of tiles that read by themselves
 
 
@@ -31,8 +32,9 @@ def optimizer_labels(params: Any) -> Any:
     """
 
     def label(path, _):
-        names = [str(getattr(e, "key", getattr(e, "name", ""))) for e in path]
-        names = [name for name in names if name != "value"]  # inside a box
+        inside = [entry for entry in path if entry != BOX]
+        names = [str(getattr(e, "key", getattr(e, "name", ""))) for e in inside]
+        names = names or [""]  # a parameter by itself
         if names[-1] == "router":
             return "kernel"
         if names[-1] != "kernel" or names[-2:-1] == ["splines"]:

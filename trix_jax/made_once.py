@@ -33,7 +33,8 @@ def ternary_once(
     `full_precision_fraction` keeps weights real for a while. Modes "none", "soft" and
     "progressive" have nothing that could be made once; their weights are made as ever.
 
-    It belongs to these parameters: make it anew after every update.
+    It belongs to these parameters: make it anew after every update. What
+    `nn.map_variables` adds to them on the way is not in it.
 
     Args:
         model: the module that `variables` belong to.
