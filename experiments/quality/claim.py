@@ -334,6 +334,7 @@ def claim(d_model: int) -> Setting:
             "fixed": fixed(64, d_model),
             "read": fixed(64, d_model)[:1],
             "layers": per_layer(64, d_model),
+            "layers-ffn": at_ffn_rates(per_layer(64, d_model)[0])[:2],
             "before": with_losses((*together(64, d_model), *by_activation(d_model))),
         },
         order=(

@@ -71,6 +71,12 @@ QUESTIONS = (
         "The projections of FFNs learn at a multiple of the arm's best rate.",
     ),
     Question(
+        "And the recommended tiles?",
+        "layers-ffn",
+        "tiles-64-hash-eighth-shared-layers",
+        "The same.",
+    ),
+    Question(
         "Which body?",
         "bodies",
         "body-gpt2",
