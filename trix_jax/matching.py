@@ -11,29 +11,32 @@ import jax.numpy as jnp
 from trix_jax import dispatch
 from trix_jax.clusters import EPSILON
 from trix_jax.compiled import together
-from trix_jax.typing import Array, Bool, Float, Integer
+from trix_jax.typing import Array, Bool, Float, Integer, Scalar
 
 FEW = 8  # tiles that are looked for one after the other; more by a sort
 
 
-@together("scale")
 def match(
-    h: Float[Array, "T D"], signature: Float[Array, "N D"], scale: float = 1.0
+    h: Float[Array, "T D"], signature: Float[Array, "N D"], scale: Scalar = 1.0
 ) -> Float[Array, "T N"]:
     """Computes `scale * rms_unit(h) @ signature.T / sqrt(D)` in float32."""
+    return _match(h, signature, scale / h.shape[-1] ** 0.5)
+
+
+@together()
+def _match(h, signature, factor):
     h32 = h.astype(jnp.float32)
     # Of one token: on CPUs XLA is slow at a vector from the left.
     products = (signature @ h32.T).T if h.shape[0] == 1 else h32 @ signature.T
-    return products * _unit_scale(h, scale)
+    return products * _unit_scale(h, factor)
 
 
-@together("scale")
 def match_inside(
     h: Float[Array, "T D"],
     signature: Float[Array, "N D"],
     clusters: Integer[Array, "T k"],
     members: Integer[Array, "C m"],
-    scale: float = 1.0,
+    scale: Scalar = 1.0,
     mask: Bool[Array, " T"] | None = None,
 ) -> tuple[Float[Array, "T S"], Integer[Array, "T S"]]:
     """The scores of `match` for the tiles of each token's clusters alone, and those
@@ -44,6 +47,12 @@ def match_inside(
     A score equals that of `match` up to the order of its D additions. Those of masked
     tokens (False) mean nothing.
     """
+    factor = scale / h.shape[-1] ** 0.5
+    return _match_inside(h, signature, clusters, members, factor, mask)
+
+
+@together()
+def _match_inside(h, signature, clusters, members, factor, mask):
     if mask is not None:  # they have no row, and read that of another
         h = jnp.where(mask[:, None], h, 0)
     signature = jnp.asarray(signature)
@@ -53,16 +62,15 @@ def match_inside(
     scores = dispatch.from_blocks(blocks @ jnp.swapaxes(near, -1, -2), plan)
     tiles = members[clusters]
     count = (h.shape[0], tiles.shape[1] * tiles.shape[2])
-    return scores.reshape(count) * _unit_scale(h, scale), tiles.reshape(count)
+    return scores.reshape(count) * _unit_scale(h, factor), tiles.reshape(count)
 
 
-def _unit_scale(h, scale):
+def _unit_scale(h, factor):
     """What turns `h @ signature` into a score, a number a token."""
     mean = jnp.mean(jnp.square(h.astype(jnp.float32)), axis=-1, keepdims=True)
-    return jax.lax.rsqrt(mean + EPSILON) * (scale / h.shape[-1] ** 0.5)
+    return jax.lax.rsqrt(mean + EPSILON) * factor
 
 
-@together("k")
 def select_tiles(scores: Float[Array, "T N"], k: int = 1) -> Integer[Array, "T K"]:
     """The `k` best tiles of each token, best first; of equal scores the lowest index
     wins.
@@ -80,7 +88,6 @@ def select_tiles(scores: Float[Array, "T N"], k: int = 1) -> Integer[Array, "T K
     return jax.lax.top_k(jnp.where(scores == 0, 0, scores), k)[1]
 
 
-@together("k")
 def select_among(
     scores: Float[Array, "T S"], tiles: Integer[Array, "T S"], k: int = 1
 ) -> Integer[Array, "T K"]:

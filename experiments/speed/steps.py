@@ -177,7 +177,7 @@ def main(names: Sequence[str]) -> None:
         print(name, json.dumps(arms, indent=1))
     result = {
         "command": "python -m experiments.speed.steps [SETTING ...]",
-        "settings": {name: measured[name] for name in SETTINGS},
+        "settings": {name: measured[name] for name in SETTINGS if name in measured},
     }
     PATH.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 

@@ -159,7 +159,7 @@ class RunConfig:
 class _Loader(yaml.SafeLoader):
     """Without aliases: a page of them can stand for more text than there is memory.
     Without a key given twice, of which the first would be lost. And keys are text: to
-    YAML an unquoted 64 is a number, and `on` is true. Integers are decimal: to YAML 1.1
+    YAML an unquoted 64 is a number, and `on` is true. Numbers are decimal: to YAML 1.1
     010 is 8 and 1:30 is 90.
     """
 
@@ -180,11 +180,19 @@ class _Loader(yaml.SafeLoader):
 
     def construct_yaml_int(self, node):
         text = node.value.lstrip("+-")
-        if ":" in text or (text[0] == "0" and text.strip("0_")[:1].isdecimal()):
+        is_octal = text[:1] == "0" and text.strip("0_")[:1].isdecimal()
+        self._check_decimal(node, text and not is_octal)
+        return super().construct_yaml_int(node)
+
+    def construct_yaml_float(self, node):
+        self._check_decimal(node, node.value)
+        return super().construct_yaml_float(node)
+
+    def _check_decimal(self, node, is_decimal):
+        if not is_decimal or ":" in node.value:
             raise yaml.constructor.ConstructorError(
                 None, None, f"quote {node.value!r} or write it decimal", node.start_mark
             )
-        return super().construct_yaml_int(node)
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.events.AliasEvent):
@@ -194,6 +202,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -213,7 +213,7 @@ class Router(nn.Module):
         address = _addresses(signature, members, kind=config.signature)
         near = routing.match(*jax.lax.stop_gradient((h, address)), config.score_scale)
         near += state["cluster_bias"].value[None]
-        clusters = routing.select_tiles(near, s.top_k_clusters)
+        clusters = _select_tiles(near, s.top_k_clusters)
         self._add_margins(state, "cluster_margins", near, clusters)
         steered = self.has_variable(steering.STEERING, "tiles")
         needs_all = self._is_training() and config.balance_over == "all"
@@ -232,7 +232,7 @@ class Router(nn.Module):
         if is_steered:
             orders = self.get_variable(steering.STEERING, "tiles")
             biased = steering.obey(biased, orders)
-        tiles = routing.select_tiles(biased, self.settings.tiles_per_token)
+        tiles = _select_tiles(biased, self.settings.tiles_per_token)
         if is_steered and allowed is not None:  # a tile of a closed cluster is taken
             taken = jax.nn.one_hot(tiles, self.settings.num_tiles, dtype=bool)
             allowed |= taken.any(axis=-2)
@@ -248,7 +248,7 @@ class Router(nn.Module):
             h, signature, clusters, members, config.score_scale, state["mask"]
         )
         biased = jax.lax.stop_gradient(scores) + bias[tiles]
-        columns = routing.select_among(biased, tiles, self.settings.tiles_per_token)
+        columns = _select_among(biased, tiles, self.settings.tiles_per_token)
         self._add_margins(state, "margins", biased, columns, tiles)
         gates = routing.gates(scores, columns, config.gate)
         chosen = jnp.take_along_axis(tiles, columns, axis=-1)
@@ -283,6 +283,8 @@ class Router(nn.Module):
 
 
 _addresses = together("kind")(routing.cluster_signatures)
+_select_tiles = together("k")(routing.select_tiles)
+_select_among = together("k")(routing.select_among)
 _balance = together()(routing.balance_loss)
 _diversity = together()(routing.diversity_loss)
 

@@ -158,6 +158,14 @@ def test_one_training_and_one_validation_text_have_no_end_marks(tmp_path):
         prepare(DataConfig(**paths), tmp_path / "store", quiet)
 
 
+def test_a_table_beside_text_is_validation_as_it_stands(tmp_path):
+    path, val = tmp_path / "train.csv", tmp_path / "val.csv"
+    path.write_text("id,text\n1,some text\n" * 9)
+    val.write_text("id,text\n")
+    config = DataConfig(source="text", path=str(path), val_path=str(val))
+    assert prepare(config, tmp_path / "s", quiet).val_bytes == len(val.read_bytes())
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [(None, "does not exist"), ("", "is empty"), ("x", "the validation split must")],

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 from trix_jax.lm.data import origin, splits
 from trix_jax.lm.data.config import DataConfig
-from trix_jax.lm.data.files import SUFFIXES
+from trix_jax.lm.data.files import SUFFIXES, suffix_of
 from trix_jax.lm.data.sides import apart, by_name, tell
 from trix_jax.lm.data.sources import (
+    TABLES,
     Source,
     describe,
     infer_source,
@@ -169,8 +170,12 @@ class Corpus(NamedTuple):
         return [*local_files(self._val_source(), path, report, *selection)]
 
     def _val_source(self) -> Source:
-        """A folder beside training on code is code; else as it looks."""
+        """A folder beside training on code is code; a table beside text is text, since
+        the training's source says so; else as it looks.
+        """
         path = Path(self.config.val_path or "")
+        if self.config.source == "text" and suffix_of(path) in TABLES:
+            return "text"
         is_code = kind_of(self.config.source) == "code" and path.is_dir()
         return "code" if is_code else infer_source(path)
 

@@ -109,8 +109,7 @@ def check_finished(run: Run, step: int) -> None:
     raise ValueError(
         f"{run.workdir} is finished at step {step}: nothing is left to train, nor to "
         "evaluate on other data or another train.eval_tokens. `trix-jax eval "
-        f"--checkpoint {run.workdir}` takes --data and --tokens; a greater train.steps "
-        "goes on."
+        f"--checkpoint {run.workdir}` takes --data and --tokens."
     )
 
 
