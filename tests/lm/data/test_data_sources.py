@@ -254,7 +254,9 @@ def test_infer_source_goes_by_suffix_and_first_kind_held(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="say source='code'"):
         infer_source(tmp_path / "empty")
-    with pytest.raises(ValueError, match=r"x\.csv' is a table: .* --data\.source text"):
+    with pytest.raises(
+        ValueError, match=r"x\.csv' is a table: say --data\.source text"
+    ):
         infer_source("x.csv")
 
 

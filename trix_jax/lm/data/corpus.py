@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 from trix_jax.lm.data import origin, splits
 from trix_jax.lm.data.config import DataConfig
-from trix_jax.lm.data.files import SUFFIXES, suffix_of
+from trix_jax.lm.data.files import SUFFIXES, TABLES, suffix_of
 from trix_jax.lm.data.sides import apart, by_name, tell
 from trix_jax.lm.data.sources import (
-    TABLES,
     Source,
     describe,
     infer_source,

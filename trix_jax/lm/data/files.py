@@ -25,6 +25,7 @@ SUFFIXES = {
     "jsonl": ((".jsonl", ".ndjson"), (".json",)),
     "parquet": ((".parquet",),),
 }
+TABLES = (".csv", ".tsv")  # as text they are one document, commas and all
 
 
 def suffix_of(path: Path) -> str:

@@ -33,6 +33,7 @@ from trix_jax.lm.data.datasets import DATASETS, Dataset
 from trix_jax.lm.data.download import fetch
 from trix_jax.lm.data.files import (
     BYTE_ORDER_MARK,
+    TABLES,
     files_of,
     json_texts,
     read,
@@ -66,7 +67,6 @@ STDLIB_LEFT_OUT = frozenset(
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE = "tinyshakespeare.txt"
-TABLES = (".csv", ".tsv")  # one document of both texts and commas, if read as text
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
@@ -144,17 +144,11 @@ def infer_source(path: str | Path) -> Source:
     of file it holds.
 
     Raises:
-        ValueError: a folder holds nothing to read, or text beside training tokens; a
-            file is a table of values apart by commas or tabs.
+        ValueError: a folder holds nothing to read, or text beside tokens; a table.
     """
     path = Path(path)
-    kinds: dict[str, Source] = {
-        ".parquet": "parquet",
-        ".jsonl": "jsonl",
-        ".ndjson": "jsonl",
-        ".txt": "text",
-        ".json": "jsonl",
-    }
+    kinds: dict[str, Source] = {".parquet": "parquet", ".jsonl": "jsonl"}
+    kinds |= {".ndjson": "jsonl", ".txt": "text", ".json": "jsonl"}
     files = walk(path) if path.is_dir() else []
     held = {suffix_of(file) for file in files}
     tokens = [f for f in files if suffix_of(f) in SUFFIXES and TRAIN & words(f.name)]
@@ -168,12 +162,11 @@ def infer_source(path: str | Path) -> Source:
             return source
     if {*SUFFIXES} & (held or {suffix_of(path)}):
         return "tokens"
-    if suffix_of(path) in TABLES and not path.is_dir():
-        raise ValueError(
-            f"path={str(path)!r} is a table: write its texts as Parquet or .jsonl, or say "
-            "--data.source text to train on it as it stands, commas and all."
-        )
     if not path.is_dir():
+        if suffix_of(path) in TABLES:
+            raise ValueError(
+                f"path={str(path)!r} is a table: say --data.source text to read it all."
+            )
         return "text"
     raise ValueError(
         f"path={str(path)!r} holds no .parquet, .jsonl, .ndjson, .txt, .json, .bin or .npy file; for source files say source='code'."
