@@ -103,8 +103,9 @@ def check_finished(run: Run, step: int) -> None:
     Raises:
         ValueError: says what does.
     """
-    before = checkpoint.read_meta(run.checkpoints, step)
-    if not finished(run, step) or not _is_apart(run, before):
+    if not finished(run, step):
+        return
+    if not _is_apart(run, checkpoint.read_meta(run.checkpoints, step)):
         return
     raise ValueError(
         f"{run.workdir} is finished at step {step}: nothing is left to train, nor to "
