@@ -18,10 +18,11 @@ FOLDERS = ("trix_jax", "kernels", "tests", "examples", "experiments", "docs")
 # lower floors and itself, nothing of its own floor and nothing above.
 FLOORS = {
     "kernels: packed two-bit matmuls": ("trix_kernels",),
-    "ground: names of dimensions, whole files, one program": (
+    "ground: names of dimensions, whole files, one program, a share of training": (
         "trix_jax.typing",
         "trix_jax.files",
         "trix_jax.compiled",
+        "trix_jax.progress",
     ),
     "core: arrays to arrays": (
         "trix_jax.ternary",

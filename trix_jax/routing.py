@@ -32,6 +32,7 @@ from trix_jax.matching import match as match
 from trix_jax.matching import match_inside as match_inside
 from trix_jax.matching import select_among as select_among
 from trix_jax.matching import select_tiles as select_tiles
+from trix_jax.progress import reached
 from trix_jax.routing_state import MARGINS as MARGINS
 from trix_jax.routing_state import freeze_routing as freeze_routing
 from trix_jax.routing_state import hold_signatures as hold_signatures
@@ -76,8 +77,9 @@ class RoutingConfig:
             what it was at that moment and takes no gradient, while the weights go on
             training. None never holds, 1 leaves it to `hold_signatures`.
         hold: "signatures"; "scores", the router's input as well (in a `TransformerLM`,
-            a copy of the embedding's rows); "routes", the biases as well, so that
-            routes by token are fixed. Balance goes on under the first two.
+            a copy of the embedding's rows; a layer of one's own sees what it is given);
+            "routes", the biases as well, so that routes by token are fixed. Balance
+            goes on under the first two.
     """
 
     source: Source = "weights"
@@ -184,7 +186,7 @@ def hold(
 def is_due(config: RoutingConfig, progress: Scalar) -> Bool[Array, ""]:
     """Whether training has come to where `config` holds."""
     after = config.hold_after
-    return jnp.asarray(after is not None and after < 1) & (progress >= (after or 0))
+    return jnp.asarray(after is not None and after < 1) & reached(progress, after or 0)
 
 
 def cluster_signatures(

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from trix_jax.compiled import together
+from trix_jax.progress import reached
 from trix_jax.typing import Array, Float, Scalar
 
 Mode = Literal["none", "ste", "soft", "progressive"]
@@ -162,9 +163,9 @@ def ternarize(
         temperature = (
             config.temperature * (config.final_temperature / config.temperature) ** done
         )
-        q = jnp.where(progress >= last, q, _staircase(u, edge, temperature))
+        q = jnp.where(reached(progress, last), q, _staircase(u, edge, temperature))
     if config.mode != "soft" and config.full_precision_fraction > 0:
-        q = jnp.where(progress >= config.full_precision_fraction, q, u)
+        q = jnp.where(reached(progress, config.full_precision_fraction), q, u)
     return Ternary(q, scale)
 
 
@@ -214,7 +215,7 @@ def is_as_served(config: TernaryConfig, progress: float) -> bool:
         "progressive": config.hard_fraction,
         "soft": float("inf"),
     }
-    return progress >= first[config.mode]
+    return bool(reached(progress, first[config.mode]))
 
 
 def expand_scale(

@@ -10,7 +10,7 @@ import pytest
 
 from trix_jax.lm import config as cfg
 from trix_jax.lm import presets
-from trix_jax.lm.accounting import active_width, costs, match_params
+from trix_jax.lm.accounting import active_width, costs, match_bits, match_params
 from trix_jax.lm.train import provenance
 from trix_jax.lm.train.optimizer import decay_mask, learning_rate_schedule
 from trix_jax.nn.transformer import TransformerConfig, TransformerLM
@@ -197,6 +197,31 @@ def test_costs_by_hand():
     assert costs(deep).ffn_active == 2 * ((4 + 8) * 128 + tiles)
     assert costs(deep).ffn_active_training == 2 * ((4 + 16) * 128 + tiles)
     assert costs(sparse).ffn_active_training == costs(sparse).ffn_active
+
+
+def test_width_of_equal_bits_counts_routing():
+    tiles = TransformerConfig(
+        vocab_size=4096, ffn="sparse", expansion=16, num_tiles=64, tiles_per_token=7
+    )
+    dense = TransformerConfig(vocab_size=4096, ffn="dense")
+    widths = []
+    for how in (
+        RoutingConfig(source="hash"),
+        RoutingConfig(),
+        RoutingConfig(hold_after=0.1, hold="routes"),
+    ):
+        one = dataclasses.replace(tiles, routing=how)
+        width = match_bits(dense, one)
+        cost, twin = costs(one), costs(dataclasses.replace(dense, ffn_width=width))
+        unit = 16 * 4 * 2 * 128  # bits of one more hidden unit in four layers
+        assert abs(cost.ffn_bits + cost.routing_bits - twin.ffn_bits) < unit
+        widths.append(width)
+    # 64 signatures of D numbers and a bias; and a row of D for each of 4,096 ids.
+    assert widths[1] - widths[0] == 32
+    assert widths[2] - widths[1] == 4096 * 128 // (4 * 2 * 128)
+    unknown = dataclasses.replace(one, vocab_size=None)
+    with pytest.raises(ValueError, match=r"give model\.vocab_size"):
+        match_bits(dense, unknown)
 
 
 def test_costs_of_lookups_by_hand():

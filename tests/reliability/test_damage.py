@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from trix_jax.lm.checkpoint import checkpoint, step_files
-from trix_jax.lm.data import prepare
+from trix_jax.lm.data import open_store, prepare
 from trix_jax.lm.serve.load import load_run, open_run_data
 from trix_jax.lm.train import metrics
 from trix_jax.lm.train.evaluate import evaluate
@@ -228,6 +228,9 @@ def test_other_data_compares_nothing_with_that_of_before(
     *_, last = (line for line in metrics.read(log) if line["event"] == "eval")
     assert last["routing_stability"] == []
     assert done["best_val_loss"] == last["val_loss"] > 0.1
+    assert done["data_since"] == 5
+    windows = len(open_store(tmp_path / "store").train) // config.model.context
+    assert last["epochs"] == 5 * config.train.batch_size / windows
     steps = run / "checkpoints"
     assert checkpoint.read_meta(steps, 10)["best_val_loss"] == last["val_loss"]
     assert checkpoint.resolve(steps, "best") == 10

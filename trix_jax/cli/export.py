@@ -91,12 +91,15 @@ def _about(directory: Path, number: int | None) -> dict[str, Any]:
     config, environment = read_config(directory), directory / "env.json"
     a_step = config.train.batch_size * config.model.context
     known = read_json(environment) if environment.exists() else {}
+    meta = read_meta(directory / "checkpoints", number)
     return {
         "arm": config.arm,
         "seed": config.seed,
         "steps": number,
         "tokens": number * a_step,
-        "seconds": read_meta(directory / "checkpoints", number)["seconds"],
+        "seconds": meta["seconds"],
+        "init_from": meta.get("init_from"),
+        "data_since": meta.get("data_since", 0),
         "git_commit": known.get("git_commit"),
     }
 

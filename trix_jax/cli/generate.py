@@ -14,6 +14,7 @@ from trix_jax.lm.data import Tokenizer
 from trix_jax.lm.presets import parse
 from trix_jax.lm.serve.generate import SamplingConfig, generate
 from trix_jax.lm.serve.load import load_run
+from trix_jax.nn.transformer import TransformerLM
 from trix_jax.typing import Variables
 
 
@@ -54,6 +55,7 @@ def main(argv: list[str]) -> None:
     prompt = np.asarray(given, np.int64)
     ids, shown = [*map(int, prompt)], ""
     end = _end(args, tokenizer)
+    model = TransformerLM(model.config.as_served())
     tokens = generate(model, variables, prompt, args.tokens, args.sampling, end)
     tokens = itertools.takewhile(lambda token: token != end, tokens)
     for text in texts(tokenizer, args.prompt, ids, tokens):

@@ -30,8 +30,8 @@ class Costs(NamedTuple):
         ffn_active: multiply-accumulates of the FFNs per token in evaluation and serving,
             routing scores included: with clusters `C + top_k_clusters * N / C` scores,
             by a hash none.
-        ffn_bits: bits of the FFN weights as served: ternary at 2 plus scales,
-            everything else at 16.
+        ffn_bits: bits of the FFN weights as served: ternary at 2, in whole bytes for each
+            output of a kernel, plus scales, everything else at 16.
         ffn_active_training: `ffn_active` of a forward pass in training, where a balance
             loss over all tiles needs their scores: with clusters `C + N`, by a hash none.
         routing_bits: bits that routing stores beside the FFN weights as served, at 16 a
@@ -77,27 +77,44 @@ def match_params(config: TransformerConfig, reference: TransformerConfig) -> int
     """Width of the dense FFN at which `config` has as many parameters as `reference`,
     to the nearest unit.
     """
-    return _match("total", config, reference)
+    return _match("total", config, _costs(reference).total)
 
 
 def match_active(config: TransformerConfig, reference: TransformerConfig) -> int:
     """Width of the dense FFN with the FFN multiply-accumulates of `reference`."""
-    return _match("ffn_active", config, reference)
+    return _match("ffn_active", config, _costs(reference).ffn_active)
 
 
 def match_bits(config: TransformerConfig, reference: TransformerConfig) -> int:
-    """Width of the dense FFN with the served FFN bits of `reference`, at 16 a weight."""
-    return _match("ffn_bits", config, reference)
+    """Width of the dense FFN with the bits that the FFNs of `reference` and their routing
+    take as served (`ffn_bits + routing_bits`, as `export` writes by default), at 16 a
+    weight.
+
+    Raises:
+        ValueError: the routing of `reference` keeps a row for each id, and it has no
+            vocabulary.
+    """
+    if reference.vocab_size is None and reference.routing.hold != "signatures":
+        raise ValueError(
+            f"match-bits counts what routing.hold={reference.routing.hold!r} stores, a "
+            "row for each id of the vocabulary: give model.vocab_size."
+        )
+    cost = _costs(reference)
+    return _match("ffn_bits", config, cost.ffn_bits + cost.routing_bits)
 
 
-def _match(cost: str, config: TransformerConfig, reference: TransformerConfig) -> int:
+def _match(cost: str, config: TransformerConfig, wanted: int) -> int:
     """A dense FFN's costs are linear in its width: two widths tell the third."""
     one, two = (
-        getattr(costs(dataclasses.replace(config, ffn="dense", ffn_width=width)), cost)
+        getattr(_costs(dataclasses.replace(config, ffn="dense", ffn_width=width)), cost)
         for width in (1, 2)
     )
-    wanted = getattr(costs(reference), cost)
     return max(1, 1 + round((wanted - one) / (two - one)))
+
+
+def _costs(config: TransformerConfig) -> Costs:
+    """Of a model whose vocabulary need not be known yet, as it costs all the same."""
+    return costs(dataclasses.replace(config, vocab_size=config.vocab_size or 1))
 
 
 MATCHES = {
@@ -184,11 +201,21 @@ def _bits(layer, c: TransformerConfig) -> int:
     kernels = _kernels(layer, c)
     if not kernels:
         return FLOAT_BITS * _size(layer)
-    ternary = sum(kernel["kernel"].size for kernel, _ in kernels)
+    shapes = [kernel["kernel"].shape for kernel, _ in kernels]
+    ternary = sum(map(math.prod, shapes))
+    packed = 4 * sum(_packed_bytes(*shape) for shape in shapes)
     scales = sum(number for _, number in kernels)
     learned = _size([kernel["scale"] for kernel, _ in kernels if "scale" in kernel])
     rest = _size(layer) - ternary - learned
-    return 2 * ternary + SCALE_BITS * scales + FLOAT_BITS * rest
+    return 2 * packed + SCALE_BITS * scales + FLOAT_BITS * rest
+
+
+def _packed_bytes(*shape: int) -> int:
+    """Of a kernel `[*N, I, O]` in a file: four weights a byte, each output's inputs from
+    a byte of their own on.
+    """
+    *tiles, inputs, outputs = shape
+    return math.prod(tiles) * outputs * math.ceil(inputs / 4)
 
 
 def _kernels(layer, c: TransformerConfig) -> list[tuple[dict, int]]:

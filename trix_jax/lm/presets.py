@@ -162,14 +162,14 @@ def match_width(
     """A dense model whose `ffn_width` ("match-params", "match-active", "match-bits") is
     the width at which it costs what the reference costs; another model as it is.
 
-    The vocabulary, which need not be known yet, costs both the same.
+    Raises:
+        ValueError: see `match_bits`.
     """
     match = MATCHES.get(str(model.ffn_width))
     if match is None:
         return model
-    known = {"vocab_size": model.vocab_size or 1}
-    target = dataclasses.replace(reference, ffn_width=None, **known)
-    width = match(dataclasses.replace(model, **known), target)
+    target = dataclasses.replace(reference, ffn_width=None, vocab_size=model.vocab_size)
+    width = match(model, target)
     return dataclasses.replace(model, ffn_width=width)
 
 

@@ -11,7 +11,7 @@ from trix_jax.nn.settings import TileSettings, check_divides
 from trix_jax.nn.sparse_lookup_ffn import Reads, check_reads, compress_width
 from trix_jax.nn.token_input import check_router_input
 from trix_jax.routing import RoutingConfig
-from trix_jax.ternary import TernaryConfig
+from trix_jax.ternary import TernaryConfig, as_served
 
 FFNKind = Literal["hierarchical", "sparse", "lookup", "dense"]
 RouterInput = Literal["hidden", "embedding", "pair"]
@@ -35,7 +35,8 @@ class TransformerConfig:
         ffn_width: hidden width of the dense FFN; None takes `expansion * d_model`;
             "match-params", "match-active" and "match-bits" are filled in by the
             training lane with the width at which the model has as many parameters, FFN
-            multiply-accumulates or served FFN bits as its TriX arm.
+            multiply-accumulates or bits as served, of the FFN and its routing, as its
+            TriX arm.
         expansion: total hidden width of all tiles over D.
         num_tiles, tiles_per_cluster, top_k_clusters, tiles_per_token: see
             `TileSettings`.
@@ -190,6 +191,12 @@ class TransformerConfig:
         """Whether the FFN has weights that `trix_jax.freeze` packs."""
         is_ternary = self.has_ternary_products and self.ternary.mode != "none"
         return is_ternary or (self.ffn == "lookup" and self.ternary_splines)
+
+    def as_served(self) -> "TransformerConfig":
+        """The config that computes with the weights that are served, which training in
+        mode "soft" never does.
+        """
+        return dataclasses.replace(self, ternary=as_served(self.ternary))
 
     def on_any_device(self) -> "TransformerConfig":
         """The same model, whose kernels are taken where they run: what was trained with

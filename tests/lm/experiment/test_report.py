@@ -8,7 +8,7 @@ from trix_jax.lm import ngram
 from trix_jax.lm.data import DataConfig, prepare
 from trix_jax.lm.experiment import report
 from trix_jax.lm.experiment.hypotheses import HYPOTHESES, answer, by_arm
-from trix_jax.lm.experiment.report import write_experiment_report
+from trix_jax.lm.experiment.report import _headline, write_experiment_report
 from trix_jax.lm.experiment.results import from_tree, result_of, to_tree
 from trix_jax.lm.experiment.spec import Experiment, Spec, write_notes
 
@@ -51,6 +51,29 @@ def test_hypotheses_are_answered_from_what_was_run(runs_of, tmp_path):
     assert answer(HYPOTHESES[0], also) == lower  # a control is compared with nothing
     alone = by_arm([runs[0] for runs in found.values()])
     assert "one seed, no interval: undecided" in answer(HYPOTHESES[0], alone)
+
+
+def test_losses_of_other_validation_tokens_are_not_compared(runs_of, tmp_path):
+    specs = [
+        *runs_of("s", "lookup", [1.8, 1.81, 1.79]),
+        *runs_of("s", "hash", [1.9, 1.91, 1.89]),
+        *runs_of("s", "dense", [2.0, 2.01, 2.0]),
+    ]
+    results = [result_of(spec, tmp_path / "e/runs") for spec in specs]
+    names = {"hash": "lookup-hash"}
+    results = [one._replace(arm=names.get(one.arm, one.arm)) for one in results]
+    parts = [
+        one._replace(val_tokens=1024) if one.arm == "lookup" else one for one in results
+    ]
+    lower, special, *_ = HYPOTHESES
+    assert ": supported.**" in answer(lower, by_arm(results))
+    assert "lookup against lookup-hash" in answer(special, by_arm(results))
+    for hypothesis in (lower, special):
+        assert "undecided.** Not measured" in answer(hypothesis, by_arm(parts))
+    assert "lowest first: lookup" in _headline("s", by_arm(results), {})
+    said = _headline("s", by_arm(parts), {2: 2.5})
+    assert "in no order: " in said
+    assert "lowest" not in said
 
 
 def test_hypothesis_whose_sizes_disagree_is_mixed(runs_of, tmp_path):

@@ -46,6 +46,7 @@ TILES = TransformerConfig(
 KINDS = {
     "sparse": {},
     "hash": {"routing": RoutingConfig(source="hash"), "shared_width": 4},
+    "narrow": {"expansion": 1, "num_tiles": 8},  # one weight to a byte
     "channel": {"ternary": TernaryConfig(granularity="channel")},
     "learned": {"routing": RoutingConfig(source="learned")},
     "hierarchical": {"ffn": "hierarchical"},

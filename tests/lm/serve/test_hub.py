@@ -134,6 +134,40 @@ def test_push_refuses_what_is_no_export(run_dir, hub):
     assert not hub.calls
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({}, ["It has met no text but its training data; nothing"]),
+        (
+            {"data_since": 1200},
+            ["Its first 1,200 steps were on other data", "It has met other text than"],
+        ),
+        (
+            {"init_from": {"path": "/home/me/a", "step": 40, "sha256": 64 * "a"}},
+            [
+                f"the weights of step 40 of a run (sha256 {16 * 'a'}), whose training is "
+                "counted nowhere here.",
+                "It has met other text than",
+            ],
+        ),
+        (
+            {"init_from": {"path": "a", "step": None, "sha256": 64 * "b"}},
+            ["the weights of an export (sha256 b", "It has met other text than"],
+        ),
+    ],
+)
+def test_card_says_what_else_the_weights_have_met(
+    more, words, exported, run_dir, tmp_path
+):
+    folder = shutil.copytree(exported, tmp_path / "model")
+    about = read_run(run_dir).summary | more
+    card = write_card(folder, open_run_data(run_dir), about).read_text()
+    assert [word for word in words if word not in card] == []
+    assert ("no text but" in card) == (not more)
+    assert "/home/me" not in card
+
+
 def test_card_states_what_was_measured(exported, run_dir):
     store = open_run_data(run_dir)
     card = write_card(exported, store, read_run(run_dir).summary).read_text()

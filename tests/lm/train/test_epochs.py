@@ -5,13 +5,15 @@ of a run.
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 
 from trix_jax.files import read_json
 from trix_jax.lm.checkpoint import checkpoint
 from trix_jax.lm.data import open_store
-from trix_jax.lm.train import metrics
+from trix_jax.lm.train import loop, metrics, milestone
 from trix_jax.lm.train.loop import train
+from trix_jax.lm.train.run import Run
 
 STEPS, EVERY, BATCH, CONTEXT = 12, 5, 16, 16
 
@@ -71,3 +73,17 @@ def test_every_number_of_the_originals_plan_is_in_the_files(run):
     assert summary["tokens"] == STEPS * BATCH * CONTEXT
     assert summary["seconds"] > 0
     assert 0 < summary["routing"][0]["entropy"] <= math.log(4) + 1e-6
+
+
+def test_other_data_is_read_from_its_first_window_on_and_its_epochs_are_its_own(
+    tiny_config, run_dir
+):
+    since, store = 7, open_store(run_dir / "data")
+    run = Run(tiny_config, run_dir, store, None, None, [], "pmap", data_since=since)
+    found = next(loop._batches(run, since))
+    expected = next(loop._batches(run._replace(data_since=0), 0))
+    np.testing.assert_array_equal(found, expected)
+    windows = len(store.train) // tiny_config.model.context
+    epoch = math.ceil(windows / tiny_config.train.batch_size)
+    assert milestone.epochs(run, since + epoch - 1) == 0
+    assert milestone.epochs(run, since + epoch) == 1

@@ -14,6 +14,7 @@ from trix_jax import freeze
 from trix_jax.cli.main import main
 from trix_jax.lm.checkpoint import checkpoint, step_files
 from trix_jax.lm.data import open_store
+from trix_jax.lm.inspect import route
 from trix_jax.lm.serve.load import load_run
 from trix_jax.lm.train import metrics
 from trix_jax.lm.train.evaluate import evaluate
@@ -90,6 +91,15 @@ def test_soft_weights_are_evaluated_and_exported_with_what_packing_changes(
     assert main(["eval", "--checkpoint", run, "--json"]) == 0
     *_, line = capsys.readouterr().out.splitlines()
     assert json.loads(line)["val_loss_unquantized"] == said["val_loss_before"]
+    both, lines = [], open_store(f"{run}/data").val.window(0, 33)
+    for folder in (run, out):
+        model, variables, _ = load_run(folder)
+        both.append(route(model, variables, lines).losses)
+        argv = ["--checkpoint", folder, "--prompt", "the", "--tokens", "12", "--json"]
+        assert main(["generate", *argv]) == 0
+        both.append(json.loads(capsys.readouterr().out)["text"])
+    np.testing.assert_allclose(both[0], both[2], rtol=1e-5)
+    assert both[1] == both[3]
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,12 @@ def _pairs(hypothesis: Hypothesis, found: Found) -> list[tuple[str, str, str]]:
             continue
         for control in hypothesis.controls:
             names = (f"{arm}-{control}", *([control] if arm == "sparse" else []))
-            pairs += [(size, arm, one) for one in names if (size, one) in found]
+            there = [one for one in names if (size, one) in found]
+            pairs += [
+                (size, arm, one)
+                for one in there
+                if found[size, one][0].val_tokens == runs[0].val_tokens
+            ]
         if hypothesis.cost and (
             other := twin(runs[0], everyone, hypothesis.cost, hypothesis.within)
         ):

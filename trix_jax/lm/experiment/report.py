@@ -119,6 +119,12 @@ def _label(experiment: Experiment, results: Sequence[Result]) -> str:
 
 def _headline(size: str, found: Found, known: dict[int, float]) -> str:
     arms = [runs for (s, _), runs in found.items() if s == size]
+    if len({runs[0].val_tokens for runs in arms}) > 1:
+        text = ", ".join(f"{r[0].arm} {spread([x.val_loss for x in r])}" for r in arms)
+        return (
+            f"**{size}**, validation loss in nats per token, of other tokens for some "
+            f"arms and so in no order: {text}."
+        )
     ordered = sorted(arms, key=mean_loss)
     text = ", ".join(f"{r[0].arm} {spread([x.val_loss for x in r])}" for r in ordered)
     passed = [n for n, loss in known.items() if mean_loss(ordered[0]) < loss]

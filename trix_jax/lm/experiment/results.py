@@ -157,16 +157,17 @@ def by_sampler(results: Iterable[Result]) -> dict[str, list[Result]]:
 def twin(
     arm: Result, others: Iterable[Result], cost: str, within: float
 ) -> Result | None:
-    """The dense run of the same size and sampler whose FFN's cost is nearest, if it is
-    near enough.
+    """The dense run of the same size and sampler, evaluated on the same tokens, whose
+    FFN's cost is nearest, if it is near enough.
 
     Args:
         cost: the name of a field; "params_total" is compared without what both models
             have beside their FFNs.
         within: the share by which it may be off.
     """
-    alike = [one for one in others if one.sampler == arm.sampler]
-    dense = [one for one in alike if one.is_dense and one.size == arm.size]
+    same = arm.size, arm.sampler, arm.val_tokens
+    alike = [o for o in others if (o.size, o.sampler, o.val_tokens) == same]
+    dense = [one for one in alike if one.is_dense]
 
     def distance(one: Result) -> float:
         beside = 0

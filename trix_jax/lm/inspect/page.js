@@ -94,7 +94,7 @@ function tileCard(tile) {
 
 function drawTiles() {
   const { clusters, usage } = layers[block];
-  $("tiles-hint").textContent = "The bar is the tile's share of the tokens, its mark an even share; the tokens are those it reads most above that share"
+  $("tiles-hint").textContent = "The bar is the tile's share of the assignments of tokens to tiles, its mark an even share; the tokens are those it reads most above that share"
     + (clusters ? "; tiles stand under the cluster that leads to them." : ".");
   const share = (members) => members.reduce((sum, tile) => sum + usage[tile], 0);
   $("tiles").replaceChildren(...(clusters
@@ -175,7 +175,7 @@ function drawHistory() {
     colour: shade(i), label: `block ${i}`, width: i === block ? 2.5 : 1.5,
   }));
   const charts = [lineChart("Validation loss, nats a token", [{ points: history.map((e) => [e.step, e.val_loss]), colour: "#23211e", label: "" }], (v) => v.toFixed(2))];
-  charts.push(lineChart("Tokens that kept their tiles since the evaluation before", stable, (v) => `${number(100 * v)}%`));
+  charts.push(lineChart("Assignments kept since the evaluation before", stable, (v) => `${number(100 * v)}%`));
   const used = order().map((tile) => ({
     points: history.map((e) => [e.step, e.tile_usage[block][tile]]), colour: colour(tile, 0.68, 0.13), label: "",
   }));

@@ -59,13 +59,14 @@ def route(
     ids: np.ndarray,
     orders: tuple[Order, ...] = (),
 ) -> Seen:
-    """Reads a text, as many whole windows of the context as it has, and notes every
-    token's tiles.
+    """Reads a text, as many whole windows of the context as it has, with the weights
+    that are served, and notes every token's tiles.
 
     Raises:
         ValueError: a text shorter than one window, or an order for a layer or tile that
             is not there.
     """
+    model = TransformerLM(model.config.as_served())
     length = min(model.config.context, len(ids) - 1)
     count = (len(ids) - 1) // length if length else 0
     if not count:

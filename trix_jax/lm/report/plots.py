@@ -187,7 +187,7 @@ def routing_health(path: Path, steps: Lines, evals: Lines, tiles: int):
         axes[1].text(
             *middle, words, color=GREY, ha="center", transform=axes[1].transAxes
         )
-    set_title(axes[1], "Share of tokens that kept their tile")
+    set_title(axes[1], "Share of assignments kept")
     draw_smoothed(axes[2], tokens, balance, BLUE)
     set_title(axes[2], "Balance loss, all layers")
     draw_smoothed(axes[3], tokens, diversity, BLUE)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from trix_jax.lm.report import plots
 from trix_jax.lm.report.page import describe_ffn, made_with, table, write_page
-from trix_jax.lm.report.plots import HEALTHY_SHARE, MIB
+from trix_jax.lm.report.plots import HEALTHY_SHARE
 from trix_jax.lm.report.record import RunRecord, read_run
 from trix_jax.lm.train.metrics import bits
 from trix_jax.lm.train.optimizer import decay_begins
@@ -20,6 +20,8 @@ BALANCE = (
     "equation 4): 0 at even use, N - 1 where one tile takes all, and **negative** where "
     "scores prefer the tiles that have few tokens."
 )
+
+KIB = 2**10
 
 
 class Floors(NamedTuple):
@@ -69,10 +71,11 @@ def write_run_report(
         ("bits per byte, last", bits(summary["final_val_bits_per_byte"])),
         ("parameters, of these in FFNs", f"{params['total']:,}, {params['ffn']:,}"),
         ("FFN multiply-accumulates per token", f"{params['ffn_active']:,}"),
-        ("FFN weights as served", f"{params['ffn_bits'] / 8 / MIB:.2f} MiB"),
+        ("FFN weights as served", f"{params['ffn_bits'] / 8 / KIB:,.1f} KiB"),
         ("training tokens", f"{summary['tokens']:,}"),
+        *_began(summary),
         ("training tokens per second, median", f"{run.speed:,.0f}"),
-        ("seconds, evaluations included", f"{summary['seconds']:,.0f}"),
+        ("seconds, compiling and evaluations included", f"{summary['seconds']:,.0f}"),
     ]
     if config.train.eval_tokens:
         count = run.evals[-1]["val_tokens"]
@@ -99,6 +102,18 @@ def write_run_report(
         "[metrics.jsonl](metrics.jsonl). Result: [summary.json](summary.json).",
     ]
     return write_page(workdir, parts)
+
+
+def _began(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What else the weights have met: data before this, or another training."""
+    rows = []
+    if since := summary.get("data_since"):
+        rows.append(("steps of these on other data, the first", f"{since:,}"))
+    if first := summary.get("init_from"):
+        what = "export" if first["step"] is None else f"step {first['step']:,}"
+        told = f"{what} of {first['path']}, not counted here"
+        rows.append(("began with the weights of", told))
+    return rows
 
 
 def routing_section(

@@ -55,7 +55,8 @@ def write_card(
         directory: what `export` wrote.
         store: the data that it was trained on.
         about: of the run, up to the step that is exported: `arm`, `seed`, `steps`,
-            `tokens`, `seconds`, `git_commit`.
+            `tokens`, `seconds`, `git_commit`; `init_from` and `data_since` where it did
+            not begin with drawn weights, or on this data.
         batch_size: sequences in an evaluation batch.
 
     Returns:
@@ -207,12 +208,25 @@ def _results(result: Evaluation, floors: dict[int, float], is_packed: bool) -> s
 
 def _training(store: Store, about: dict[str, Any]) -> str:
     commit = f", commit {about['git_commit']}" if about.get("git_commit") else ""
-    return (
+    text = (
         f"Source: {store.manifest['source']}; {len(store.train):,} training tokens "
         f"(fingerprint {store.fingerprint[:16]}). Arm {about['arm']}, seed {about['seed']}: "
         f"{about['steps']:,} steps over {about['tokens']:,} tokens in "
-        f"{about['seconds']:,.0f} seconds{commit}."
+        f"{about['seconds']:,.0f} seconds, compiling and evaluations included{commit}."
     )
+    if since := about.get("data_since"):
+        text += (
+            f" Its first {since:,} steps were on other data, which is not named here."
+        )
+    if first := about.get("init_from"):
+        what = (
+            "an export" if first["step"] is None else f"step {first['step']:,} of a run"
+        )
+        text += (
+            f" It began with the weights of {what} (sha256 {first['sha256'][:16]}), whose "
+            "training is counted nowhere here."
+        )
+    return text
 
 
 def _limits(result, floors, c: TransformerConfig, about) -> str:
@@ -221,7 +235,7 @@ def _limits(result, floors, c: TransformerConfig, about) -> str:
     lines = [
         f"- One run, one seed ({about['seed']}): nothing is said of the spread over seeds.",
         f"- It sees at most {c.context} tokens at a time.",
-        "- It has met no text but its training data; nothing was done about what it may say.",
+        f"- {_met(about)}; nothing was done about what it may say.",
     ]
     if lost:
         lines.insert(0, f"- Counting alone does better: {_orders(lost)}.")
@@ -231,6 +245,15 @@ def _limits(result, floors, c: TransformerConfig, about) -> str:
             f"- It is better than {_orders(beaten)} of the same text, and no more is claimed.",
         )
     return "\n".join(lines)
+
+
+def _met(about: dict[str, Any]) -> str:
+    if about.get("data_since") or about.get("init_from"):
+        return (
+            "It has met other text than its training data, of which this validation text "
+            "may be a part"
+        )
+    return "It has met no text but its training data"
 
 
 def _orders(orders: list[int]) -> str:

@@ -25,6 +25,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from trix_jax.lm.serve.generate import SamplingConfig, generate
 from trix_jax.lm.serve.load import load_run
+from trix_jax.nn.transformer import TransformerLM
 
 NEW_TOKENS = 256  # the harness' own default for tasks that do not say
 SEED = SamplingConfig.seed  # of a request that comes once
@@ -35,7 +36,8 @@ class TrixLM(TemplateLM):
 
     def __init__(self, checkpoint: str | Path, step: str = "latest", batch: int = 16):
         super().__init__()
-        self._model, self._variables, self._tokenizer = load_run(checkpoint, step)
+        model, self._variables, self._tokenizer = load_run(checkpoint, step)
+        self._model = TransformerLM(model.config.as_served())
         if self._tokenizer.kind == "none":
             raise ValueError(
                 f"{checkpoint} has no tokenizer, and the tasks of the harness are text: "

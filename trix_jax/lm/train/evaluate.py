@@ -22,7 +22,7 @@ from trix_jax.lm.train import eval_step
 from trix_jax.lm.train.eval_step import Placement
 from trix_jax.nn.transformer import TransformerConfig, TransformerLM
 from trix_jax.ops import PACKED
-from trix_jax.ternary import as_served, is_as_served
+from trix_jax.ternary import is_as_served
 from trix_jax.typing import Array
 
 ROUTES_KEPT = 131_072  # validation tokens whose tiles are remembered, to tell how stable the routing is
@@ -88,7 +88,7 @@ def evaluate(
     variables, placement = eval_step.settle(variables)
     now = jax.device_put(progress, placement.everywhere)
     how = variables, placement, store, batch_size, context, now, most
-    result = _evaluate(_served(config), *how)
+    result = _evaluate(config.as_served(), *how)
     if PACKED in variables or is_same:
         return result
     trained = _evaluate(config, *how)
@@ -119,10 +119,6 @@ def trains_as_served(config: TransformerConfig, progress: float) -> bool:
     """Whether training computes at `progress` with the weights that are served."""
     has_latent = config.has_ternary_products
     return not has_latent or is_as_served(config.ternary, progress)
-
-
-def _served(config: TransformerConfig) -> TransformerConfig:
-    return dataclasses.replace(config, ternary=as_served(config.ternary))
 
 
 def _evaluate(

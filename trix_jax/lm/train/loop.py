@@ -23,7 +23,13 @@ from trix_jax.lm.train import extend, initial, metrics, milestone, parallel
 from trix_jax.lm.train.display import Display
 from trix_jax.lm.train.header import header
 from trix_jax.lm.train.optimizer import make_optimizer
-from trix_jax.lm.train.position import Position, check_data, check_finished, restore
+from trix_jax.lm.train.position import (
+    Position,
+    check_data,
+    check_finished,
+    data_since,
+    restore,
+)
 from trix_jax.lm.train.run import (
     Report,
     Resume,
@@ -149,7 +155,8 @@ def _begin(
     if hosts.is_first():
         _settle(run, step, source, start.other_data, report)
     hosts.wait_for_all("the run directory is settled")
-    run = run._replace(init_from=initial.read_record(workdir))
+    record, since = initial.read_record(workdir), data_since(run, step)
+    run = run._replace(init_from=record, data_since=since)
     return run, restore(run, step, report, weights)
 
 
@@ -303,14 +310,16 @@ def _answer(
 
 
 def _batches(run: Run, start: int) -> Iterator[np.ndarray]:
-    """`[accumulate, B, L + 1]` tokens for each step after `start`."""
+    """`[accumulate, B, L + 1]` tokens for each step after `start`; other data than before
+    is read from its first window on.
+    """
     config, context = run.config.train, run.config.model.context
     batches = train_batches(
         run.store.train,
         batch_size=config.batch_size,
         context=context,
         seed=run.config.seed,
-        start_step=start,
+        start_step=start - run.data_since,
         sampler=config.sampler,
     )
     shape = (config.accumulate, -1, context + 1)

@@ -44,13 +44,16 @@ def wants_checkpoint(run: Run, step: int) -> bool:
 
 
 def epochs(run: Run, step: int) -> int:
-    """Whole epochs, so many windows as the training split has, up to a step."""
+    """Whole epochs of the present data, so many windows as the training split has, up to
+    a step.
+    """
     return math.floor(_epochs(run, step))
 
 
 def _epochs(run: Run, step: int) -> Fraction:
     windows = epoch_windows(run.store.train, run.config.model.context)
-    return Fraction(step * run.config.train.batch_size, windows)
+    steps = step - run.data_since
+    return Fraction(steps * run.config.train.batch_size, windows)
 
 
 def keep(

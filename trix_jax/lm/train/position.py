@@ -25,7 +25,6 @@ class Position(NamedTuple):
         best: lowest validation loss on the present data.
         seconds: trained so far.
         skipped: steps in a row, up to this one, without a finite loss and gradient.
-        data_since: the step after which the present data came; 0 without other data.
         is_owed: whether the evaluation of this step is still to be made, because the run
             stopped before it or it failed.
     """
@@ -36,7 +35,6 @@ class Position(NamedTuple):
     best: float
     seconds: float
     skipped: int
-    data_since: int = 0
     is_owed: bool = False
 
 
@@ -49,6 +47,16 @@ def check_data(workdir: Path, step: int, store: Store) -> None:
             f"{workdir} was trained on other data: its fingerprint is {before[:12]}, "
             f"that of {store.directory} is {now[:12]}. To go on all the same: --other-data."
         )
+
+
+def data_since(run: Run, step: int | None) -> int:
+    """The step after which the run's data came: where its checkpoint is of other data,
+    that one.
+    """
+    if step is None:
+        return 0
+    before = checkpoint.read_meta(run.checkpoints, step)
+    return step if _is_other(run, before) else before.get("data_since", 0)
 
 
 def restore(
@@ -72,15 +80,14 @@ def restore(
         state = state if weights is None else _started_from(run, state, weights)
         return Position(0, state, routes, math.inf, 0.0, 0)
     before = checkpoint.read_meta(run.checkpoints, step)
-    is_other = before["data_fingerprint"] != run.store.fingerprint
     is_apart = _is_apart(run, before)
     leaves = checkpoint.read_leaves(run.checkpoints, step)
     stored = arrays.empty(leaves["routes"]) if is_apart else routes
     template = {**state._asdict(), "routes": stored}
     tree, meta = checkpoint.restore(run.checkpoints, step, template)
     stored = np.asarray(tree.pop("routes"))
-    if is_other:
-        meta |= {"data_since": step, "evaluation_owed": False}
+    if _is_other(run, before):
+        meta |= {"evaluation_owed": False}
     else:
         name = f"step {step} of {run.workdir}"
         provenance.check(meta, run.config, run.workdir / "tokenizer.json", step, name)
@@ -91,9 +98,8 @@ def restore(
     report(f"resuming {run.workdir} from step {step}")
     best = math.inf if meta["best_val_loss"] is None else meta["best_val_loss"]
     seconds, skipped = meta["seconds"], meta.get("skipped", 0)
-    since, state = meta.get("data_since", 0), TrainState(**tree)
-    is_owed = meta.get("evaluation_owed", False)
-    return Position(step, state, routes, best, seconds, skipped, since, is_owed)
+    state, is_owed = TrainState(**tree), meta.get("evaluation_owed", False)
+    return Position(step, state, routes, best, seconds, skipped, is_owed)
 
 
 def check_finished(run: Run, step: int) -> None:
@@ -114,10 +120,13 @@ def check_finished(run: Run, step: int) -> None:
     )
 
 
+def _is_other(run: Run, before: dict[str, Any]) -> bool:
+    return before["data_fingerprint"] != run.store.fingerprint
+
+
 def _is_apart(run: Run, before: dict[str, Any]) -> bool:
     """Whether losses and routes of a checkpoint are of other tokens than the run's."""
-    is_other = before["data_fingerprint"] != run.store.fingerprint
-    return is_other or before.get("val_tokens") != _val_tokens(run)
+    return _is_other(run, before) or before.get("val_tokens") != _val_tokens(run)
 
 
 def _started_from(run: Run, state: TrainState, weights: dict[str, Any]) -> TrainState:
@@ -135,7 +144,7 @@ def save(run: Run, position: Position, val_loss: float | None) -> None:
         "best_val_loss": position.best if math.isfinite(position.best) else None,
         "seconds": position.seconds,
         "skipped": position.skipped,
-        "data_since": position.data_since,
+        "data_since": run.data_since,
         "val_tokens": _val_tokens(run),
         "evaluation_owed": position.is_owed,
         **provenance.notes(run.config, run.store),

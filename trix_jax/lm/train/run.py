@@ -34,6 +34,8 @@ class Run(NamedTuple):
 
     Attributes:
         init_from: where its first weights came from (`initial.read_record`); None: drawn.
+        data_since: the step after which the present data came; 0 without other data. Its
+            windows and epochs are counted from there.
     """
 
     config: RunConfig
@@ -44,6 +46,7 @@ class Run(NamedTuple):
     devices: list[jax.Device]
     mapping: Mapping
     init_from: dict[str, Any] | None = None
+    data_since: int = 0
 
     @property
     def checkpoints(self) -> Path:

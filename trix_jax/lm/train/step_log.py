@@ -101,7 +101,7 @@ class StepLog:
             batch_size=config.train.batch_size,
             context=config.model.context,
             seed=config.seed,
-            batch=step - 1,
+            batch=step - 1 - run.data_since,
             sampler=config.train.sampler,
         )
         self._log.write(

@@ -34,7 +34,7 @@ def write_summary(run: Run, seconds: float, start: Position) -> dict[str, Any]:
         )
     if summary := finished(run, start.step):
         return summary
-    evals = [line for line in evals if line["step"] > start.data_since] or evals
+    evals = [line for line in evals if line["step"] > run.data_since] or evals
     whole = len(run.store.val) - 1  # of lines before they said
     tokens = [line.get("val_tokens", whole) for line in evals]
     evals = [e for e, count in zip(evals, tokens, strict=True) if count == tokens[-1]]
@@ -58,6 +58,8 @@ def write_summary(run: Run, seconds: float, start: Position) -> dict[str, Any]:
     }
     if run.init_from:
         summary["init_from"] = run.init_from
+    if run.data_since:
+        summary["data_since"] = run.data_since
     if hosts.is_first():
         write_json(run.workdir / "summary.json", summary)
     return summary
