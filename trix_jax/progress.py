@@ -1,11 +1,13 @@
 """How far training is, as a share of it."""
 
-from trix_jax.typing import Array, Bool, Scalar
+from typing import Any
+
+import jax
 
 ROUNDINGS = 2.0**-22  # of `step / steps` in float32: two
 
 
-def reached(progress: Scalar, share: float) -> Bool[Array, ""] | bool:
+def reached(progress: jax.Array | float, share: float) -> Any:
     """Whether `share` of training is done: `progress >= share`, but for float32.
 
     Compiled, `step / 100` is `step * float32(1 / 100)`, and 30 steps come out below 0.3: a
