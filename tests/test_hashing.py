@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from trix_jax import RoutingConfig, TransformerConfig
 from trix_jax.hashing import hash_tiles, layer_ids, pair_ids
 
 
@@ -73,3 +74,20 @@ def test_a_number_of_tiles_from_numpy_gives_the_same_tiles(kind, no_type_hook):
     ids = jnp.arange(20)
     expected = hash_tiles(ids, 8, 3)
     np.testing.assert_array_equal(hash_tiles(ids, kind(8), 3), expected)
+
+
+def test_layers_that_would_hash_alike_are_refused():
+    """Four layers are 2**30 keys each: the fifth would have those of the first."""
+    sizes = {"vocab_size": 2**18, "num_tiles": 2**12, "expansion": 2**12}
+    how = {
+        "routing": RoutingConfig(source="hash"),
+        "hash_per_layer": True,
+        "ffn": "sparse",
+    }
+    ids = jnp.arange(5)
+    one, other = (hash_tiles(layer_ids(ids, i, 2**18), 2**12, 2) for i in (0, 4))
+    assert (one == other).all()
+    TransformerConfig(n_layers=4, **sizes, **how)
+    with pytest.raises(ValueError, match="layers 4 apart share one"):
+        TransformerConfig(n_layers=5, **sizes, **how)
+    TransformerConfig(n_layers=5, **sizes | {"vocab_size": 2**18 + 1}, **how)

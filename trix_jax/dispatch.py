@@ -59,7 +59,7 @@ def block_rows(assignments: Any, num_tiles: int) -> int:
     """
     if not isinstance(assignments, int):
         return SYMBOLIC_ROWS
-    load = np.floor(np.log2(assignments / num_tiles))
+    load = np.floor(np.log2(max(assignments, 1) / num_tiles))
     return int(2 ** np.clip(np.maximum(load - 1, np.minimum(load, 5)), 0, 7))
 
 

@@ -53,7 +53,9 @@ def layer_ids(
     vocab_size: int,
 ) -> Integer[Array, "*B"]:
     """Ids of tokens in one of several layers, so that each hashes tokens to tiles of its
-    own: `token_ids + layer * vocab_size` in uint32, whatever integers the ids are.
+    own: `token_ids + layer * vocab_size` in uint32, whatever integers the ids are. Layers
+    whose distance times `vocab_size` and the number of tiles is a multiple of 2**32 hash
+    alike; `TransformerConfig` refuses them.
 
     Args:
         token_ids: any shape.

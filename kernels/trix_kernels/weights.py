@@ -45,6 +45,16 @@ class Packed(NamedTuple):
     scale: Float[Array, "*N G S"]
 
 
+def check_contraction(x: Num[Array, "*B I"], weights: Packed) -> None:
+    """Raises a ValueError unless `x` has as many channels as the weights contract."""
+    *_, rows, words = weights.bits.shape
+    inputs = words * PLANES if layout_of(weights) == "planar" else rows
+    if x.shape[-1] != inputs:
+        raise ValueError(
+            f"x must have {inputs} channels, as the weights. Got {x.shape[-1]}."
+        )
+
+
 def layout_of(weights: Packed) -> Layout:
     """The layout, which the type of the words tells."""
     layouts: dict[str, Layout] = {"uint8": "rows", "uint16": "planar", "int8": "bytes"}
@@ -57,8 +67,14 @@ def pack(
     """Ternary weights to two bits each, or a byte; exact.
 
     Raises:
-        ValueError: the shape has no planar layout (`planar_unsupported_reason`).
+        ValueError: the shape has no planar layout (`planar_unsupported_reason`), or the
+            contraction is not cut into as many groups as there are scales.
     """
+    if q.shape[-2] % scale.shape[-2]:
+        raise ValueError(
+            f"scale must have a number of groups that divides {q.shape[-2]}, the "
+            f"contraction. Got {scale.shape[-2]}."
+        )
     scale = scale.astype(jnp.bfloat16)
     if layout == "bytes":
         return Packed(jnp.sign(q).astype(jnp.int8), scale)

@@ -138,3 +138,21 @@ def test_rows_layout_keeps_features_that_do_not_fill_a_byte():
     x = jnp.eye(5)[None]
     y = xla.of_blocks(Packed(*held), jnp.zeros(1, jnp.int32), 7)[0]
     np.testing.assert_array_equal(x @ y, q[:1])
+
+
+def test_gradients_of_a_tile_whose_blocks_stand_apart_are_summed():
+    x, pairs = problem()
+    weights, x = tuple(Packed(*pack(*pair)) for pair in pairs), x[:3]
+
+    def grads(order):
+        def loss(scales):
+            both = [w._replace(scale=s) for w, s in zip(weights, scales, strict=True)]
+            return (xla.tile_ffn(x[order], *both, tile[order], (F, D), RELU) ** 2).sum()
+
+        return jax.grad(loss)([w.scale.astype(jnp.float32) for w in weights])
+
+    tile = jnp.asarray([0, 0, 1])
+    together, apart = grads(jnp.asarray([0, 1, 2])), grads(jnp.asarray([0, 2, 1]))
+    for one, other in zip(together, apart, strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert np.abs(one[0]).max() > 0

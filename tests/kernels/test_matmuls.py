@@ -213,3 +213,58 @@ def test_bfloat16_gradients_are_computed_in_bfloat16_and_close_to_float32(groups
     dots = re.findall(r"dot_general.*: \((.*)\) ->", narrow.lower(x, q).as_text())
     assert len(dots) == 2 * groups  # the forward pass is not needed
     assert not any("f32" in re.sub("bf16", "", operands) for operands in dots)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "features", "layout", "wide"),
+    [(8, 4, "rows", 9), (8, 4, "rows", 7), (128, 64, "planar", 130)],
+)
+def test_other_channels_than_the_weights_contract_are_refused(
+    inputs, features, layout, wide
+):
+    """XLA would cut `x`, or weights, to what fits."""
+    weights = pack(jnp.ones((1, inputs, features)), jnp.ones((1, 1, 1)), layout)
+    one = jax.tree.map(lambda leaf: leaf[0], weights)
+    x, tile, shape = jnp.ones((4, wide)), jnp.zeros(1, int), (features, features)
+    with pytest.raises(ValueError, match=rf"channels, as the weights\. Got {wide}"):
+        tile_matmul(x, weights, jnp.asarray([4]), features)
+    with pytest.raises(ValueError, match=rf"channels, as the weights\. Got {wide}"):
+        trix_kernels.ternary_matmul(x, one, features)
+    with pytest.raises(ValueError, match=rf"channels, as the weights\. Got {wide}"):
+        trix_kernels.block_ffn(x[None], weights, weights, tile, shape, jnp.tanh)
+
+
+def test_groups_that_do_not_divide_the_contraction_are_refused():
+    with pytest.raises(ValueError, match="number of groups that divides 8"):
+        pack(jnp.ones((1, 8, 4)), jnp.ones((1, 3, 1)))
+
+
+def test_no_blocks_and_no_rows_give_none():
+    weights = pack(jnp.ones((1, 8, 4)), jnp.ones((1, 1, 1)))
+    back = pack(jnp.ones((1, 4, 6)), jnp.ones((1, 1, 1)))
+    none, x = jnp.zeros(0, jnp.int32), jnp.zeros((0, 2, 8))
+
+    def ffn(x):
+        return trix_kernels.block_ffn(x, weights, back, none, (4, 6), jnp.tanh)
+
+    assert ffn(x).shape == jax.jit(ffn)(x).shape == (0, 2, 6)
+    assert jax.grad(lambda x: ffn(x).sum())(x).shape == x.shape
+    product = functools.partial(
+        trix_kernels.grouped_matmul, x, jnp.ones((1, 8, 4)), none
+    )
+    for how in ("xla", "reference"):
+        assert product(implementation=how).shape == (0, 2, 4)
+    planar = pack(jnp.ones((128, 64)), jnp.ones((1, 1)), "planar")
+    y = trix_kernels.ternary_matmul(jnp.zeros((0, 128)), planar, 64)
+    assert y.shape == (0, 64)
+
+
+def test_planar_weights_are_exported_with_a_symbolic_batch():
+    rng = np.random.default_rng(0)
+    _, _, weights = packed(rng, 1, 128, 64)
+    one = jax.tree.map(lambda leaf: leaf[0], weights)
+    (batch,) = jax.export.symbolic_shape("batch")
+    call = jax.jit(lambda x: trix_kernels.ternary_matmul(x, one, 64))
+    exported = jax.export.export(call)(jax.ShapeDtypeStruct((batch, 128), jnp.float32))
+    x = jnp.asarray(ternary(rng, 3, 128))
+    np.testing.assert_array_equal(exported.call(x), call(x))

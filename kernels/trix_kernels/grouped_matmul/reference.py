@@ -6,7 +6,10 @@ import numpy as np
 def grouped_matmul(x, w, block_tile):
     """Computes `y[m] = x[m] @ w[n]`, `n = block_tile[m]`."""
     x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
-    return np.stack([rows @ w[n] for rows, n in zip(x, block_tile, strict=True)])
+    y = np.zeros((*x.shape[:2], w.shape[-1]))
+    for m, n in enumerate(block_tile):
+        y[m] = x[m] @ w[n]
+    return y
 
 
 def transposed_matmul(dy, w, block_tile):

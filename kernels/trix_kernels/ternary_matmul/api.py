@@ -11,7 +11,7 @@ from trix_kernels.tile_matmul.api import (
     chosen,
     unsupported_reason,
 )
-from trix_kernels.weights import ROWS, Packed, unpack
+from trix_kernels.weights import ROWS, Packed, check_contraction, unpack
 
 
 def ternary_matmul(
@@ -33,15 +33,25 @@ def ternary_matmul(
         activations, implementation: as for `block_matmul`.
 
     Raises:
+        ValueError: `x` has other channels than the weights contract.
         NotImplementedError: the named implementation does not run on this
             device, and why.
     """
+    check_contraction(x, weights)
     if implementation == "reference":
         oracle = reference.ternary_matmul
         if activations == "int8":
             oracle = reference.ternary_matmul_int8
         y = oracle(x.astype(jnp.float32), *unpack(weights, features))
         return jnp.asarray(y, x.dtype)
+    if not isinstance(x.shape[0], int):  # symbolic (`jax.export`): no blocks to cut
+        if implementation == "mosaic_gpu":
+            raise NotImplementedError(
+                f"The Mosaic GPU kernels need a known number of rows. Got {x.shape[0]}."
+            )
+        return xla.ternary_matmul(x, weights, features, activations)
+    if not x.shape[0]:
+        return jnp.zeros((0, features), x.dtype)
     rows = next((rows for rows in ROWS if rows >= x.shape[0]), max(ROWS))
     one_tile = Packed(*(leaf[None] for leaf in weights))
     padding = -x.shape[0] % rows

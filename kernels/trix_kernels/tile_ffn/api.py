@@ -20,7 +20,7 @@ from trix_kernels.tile_matmul.api import (
     block_matmul,
     unsupported_reason,
 )
-from trix_kernels.weights import Packed, unpack
+from trix_kernels.weights import Packed, check_contraction, unpack
 
 
 def block_ffn(
@@ -49,9 +49,11 @@ def block_ffn(
             name runs exactly that. "reference" is numpy, on concrete arrays.
 
     Raises:
+        ValueError: `x` has other channels than the weights contract.
         NotImplementedError: the named implementation does not run on this
             device, and why.
     """
+    check_contraction(x, up)
     if implementation is None and unsupported_reason(x, up, activations):
         implementation = "xla"
     if implementation == "reference":

@@ -36,7 +36,8 @@ class Rows(NamedTuple):
 
     Attributes:
         x: the rows.
-        tile: of each block; blocks of one tile stand together.
+        tile: of each block; where blocks of one tile stand together its weights are
+            decoded once.
         used: number of blocks to compute; they come first.
     """
 
@@ -93,7 +94,7 @@ def backward(
             dx_m, more = jax.vjp(value, rows.x[m], own)[1](dy[m])
             return m + 1, _put(dx, dx_m, m), jax.tree.map(jnp.add, grads, more)
 
-        start = first, dx, jax.tree.map(jnp.zeros_like, own)
+        start = first, dx, _take(total, tile)  # of an earlier run of the same tile
         m, dx, grads = _while_same_tile(block, start, rows, tile)
         total = jax.tree.map(lambda all_, one: _put(all_, one, tile), total, grads)
         return m, (dx, total)

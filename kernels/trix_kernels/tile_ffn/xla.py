@@ -33,7 +33,7 @@ def tile_ffn(
 
     Args:
         up, down: `Packed`, or pairs `(q, scale)` that take gradients.
-        block_tile: on a CPU blocks of one tile must stand together.
+        block_tile: blocks of one tile best stand together: a CPU decodes it once.
         shape: F, the hidden width, and O.
         act: elementwise.
         used: blocks from this one on need not be computed; None computes all.
@@ -65,7 +65,7 @@ def _forward(shape, act, inputs, fixed):
     def batched(inputs, fixed):
         return _batched(*_joined(inputs, fixed), shape, act)
 
-    if inputs[0].shape[0] == 1:
+    if inputs[0].shape[0] <= 1:
         return batched(inputs, fixed)
     cpu = _loop_unless_vmapped(loop, batched)
     return jax.lax.platform_dependent(inputs, fixed, cpu=cpu, default=batched)
@@ -85,8 +85,10 @@ def _backward(shape, act, primals, dy):
         inputs, dy = given
         return jax.vjp(value, inputs)[1](dy)[0]
 
+    given = primals[0], dy
+    if primals[0][0].shape[0] == 0:
+        return batched(given, fixed)
     cpu = _loop_unless_vmapped(loop, batched)
-    given = inputs, dy
     return jax.lax.platform_dependent(given, fixed, cpu=cpu, default=batched)
 
 

@@ -17,6 +17,7 @@ from trix_kernels.weights import (
     PLANES,
     ROWS,
     Packed,
+    check_contraction,
     interleave,
     layout_of,
     planar_block,
@@ -85,9 +86,11 @@ def block_matmul(
             name runs exactly that. "reference" is numpy, on concrete arrays.
 
     Raises:
+        ValueError: `x` has other channels than the weights contract.
         NotImplementedError: the named implementation does not run on this
             device, and why.
     """
+    check_contraction(x, weights)
     reason = unsupported_reason(x, weights, activations)
     if implementation is None:
         implementation = "xla" if reason else chosen(x.shape[1], activations)
