@@ -66,6 +66,7 @@ BODY = Setting(
 # Tiles -------------------------------------------------------------------------------
 
 LADDER = (16, 32, 48, 64, 128)
+MORE = (96, 128)  # of the best tiles, an eighth of them a token
 HOLD, SCORES = "--model.routing.hold-after", "--model.routing.hold scores"
 HASH = "--model.routing.source hash"
 PAIR = "--model.router-input pair"
@@ -334,6 +335,7 @@ def claim(d_model: int) -> Setting:
             "fixed": fixed(64, d_model),
             "read": fixed(64, d_model)[:1],
             "layers": per_layer(64, d_model),
+            "more": tuple(per_layer(number, d_model)[0] for number in MORE),
             "layers-ffn": at_ffn_rates(per_layer(64, d_model)[0])[:2],
             "before": with_losses((*together(64, d_model), *by_activation(d_model))),
         },
@@ -342,6 +344,8 @@ def claim(d_model: int) -> Setting:
             Step("layers", 1),
             Step("dense-around", 4),
             Step("layers", 4),
+            Step("more", 1),
+            Step("more", 4),
             # By two seeds more, which the curve then needs too.
             Step("layers", 6),
             Step("dense-around", 6),

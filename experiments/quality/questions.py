@@ -77,6 +77,12 @@ QUESTIONS = (
         "The same.",
     ),
     Question(
+        "And more of them?",
+        "more",
+        "tiles-64-hash-eighth-shared-layers",
+        "An eighth of the tiles a token, so that compute grows with their number.",
+    ),
+    Question(
         "Which body?",
         "bodies",
         "body-gpt2",

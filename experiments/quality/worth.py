@@ -22,6 +22,7 @@ from experiments.quality.arms import Arm
 from experiments.quality.claim import (
     HASH,
     LADDER,
+    MORE,
     balanced,
     claim,
     fixed,
@@ -237,7 +238,8 @@ def candidates(d_model: int) -> tuple[Arm, ...]:
     and memory are weighed.
     """
     hashed, moving = tiles(64, "hash", HASH), tiles(64, "moving")
-    ways = *together(64, d_model), *per_layer(64, d_model), *fixed(64, d_model)
+    best = (per_layer(number, d_model)[0] for number in (64, *MORE))
+    ways = *together(64, d_model), *best, *fixed(64, d_model)
     others = hashed, *balanced(64), moving, *ways
     return (*map(held, LADDER), *others)
 

@@ -85,8 +85,8 @@ def _backward(shape, act, primals, dy):
         inputs, dy = given
         return jax.vjp(value, inputs)[1](dy)[0]
 
-    given = primals[0], dy
-    if primals[0][0].shape[0] == 0:
+    given = inputs, dy
+    if inputs[0].shape[0] == 0:
         return batched(given, fixed)
     cpu = _loop_unless_vmapped(loop, batched)
     return jax.lax.platform_dependent(given, fixed, cpu=cpu, default=batched)
