@@ -66,7 +66,7 @@ def worth_in_words(d: int, tiles: str, place: Worth) -> list[str]:
         return [f"{at} {end}", f"They take a width of {own}; {seeds}."]
     if place.equivalent.value == curve.ABOVE:
         if place.equivalent.low == curve.ABOVE:
-            end = f"more than the dense FFN {widths[-1]} wide, the widest that has run (95 %)."
+            end = f"more than the dense FFN {widths[-1]} wide, the widest with as many seeds (95 %)."
             times = f"{widths[-1] / place.width.greater:.2f}"
             return [
                 f"{at} {end}",
@@ -76,7 +76,8 @@ def worth_in_words(d: int, tiles: str, place: Worth) -> list[str]:
         return [
             f"{at} a dense FFN of width {width:.0f} or more (95 %).",
             f"That is {times:.2f} times the width that they take, {own}, or more; {seeds}. "
-            f"Their mean is ahead of the dense FFN {widths[-1]} wide, the widest that has run.",
+            f"Their mean is ahead of the dense FFN {widths[-1]} wide, the widest with as "
+            "many seeds.",
         ]
     width, times = (
         sentence_text(place.equivalent, 0),

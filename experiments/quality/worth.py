@@ -212,8 +212,9 @@ def worth(
     seeds: Seeds = concluding,
 ) -> Worth | None:
     """An arm's place on the curve, each side by the seeds that the other has too, by all
-    of them where it has none; None before both have runs. An arm that only the seed which
-    chooses has run is read off that seed's curve.
+    of them where it has none; None before both have runs. Widths with fewer of the arm's
+    seeds than others, up to three, are left out where that leaves a curve. An arm that
+    only the seed which chooses has run is read off that seed's curve.
     """
     one = tuned(runs, arm.name, arm.rate_of)
     if one is None:
@@ -224,13 +225,18 @@ def worth(
     if len(found) < 2:
         return None
     own = shared(seeds(one), {s for losses in found.values() for s in losses})
-    read = Reading(own, {width: shared(x, own) for width, x in found.items()})
+    common = {width: len(own.keys() & x.keys()) for width, x in found.items()}
+    least = min(LEAST_SEEDS, len(own))
+    known = {width: x for width, x in found.items() if common[width] >= least}
+    if len(known) < 2:
+        known = found
+    read = Reading(own, {width: shared(x, own) for width, x in known.items()})
     losses = list(own.values())
     place = curve.equivalent_interval(read.losses, losses)
     beside = curve.neighbours(sorted(read.dense), place.value)
-    least = max(1, min(len(own.keys() & found[width].keys()) for width in beside))
+    seeds_of = max(1, min(common[width] for width in beside))
     width = width_of(model_of(setting, arm, vocab_size))
-    return Worth(arm.name, width, place, least, fmean(losses), read)
+    return Worth(arm.name, width, place, seeds_of, fmean(losses), read)
 
 
 def candidates(d_model: int) -> tuple[Arm, ...]:

@@ -189,6 +189,20 @@ def test_workdir_that_is_a_file(capsys, tmp_path, text):
     assert str(tmp_path / "new") in train(capsys, tmp_path, "--data.path", text)
 
 
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "env.json", "metrics.jsonl", "REPORT.md"]
+)
+def test_workdir_of_something_else_keeps_its_files(capsys, tmp_path, text, name):
+    new = tmp_path / "new"
+    new.mkdir()
+    (new / name).write_text("mine")
+    answer = train(capsys, tmp_path, "--data.path", text)
+    assert f"holds {name} and is no run" in answer
+    assert "Use another workdir" in answer
+    assert (new / name).read_text() == "mine"
+    assert {path.name for path in new.iterdir()} <= {name, ".lock"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", ["eval", "generate", "export"])
 def test_checkpoint_mistake(capsys, tmp_path, run, verb):

@@ -75,7 +75,7 @@ def test_the_page_says_first_what_tiles_are_worth(tmp_path):
         (0.3, "are worth less than the dense FFN 128 wide, the narrowest that has"),
         (
             -0.1,
-            "are worth more than the dense FFN 512 wide, the widest that has run (95 %).",
+            "are worth more than the dense FFN 512 wide, the widest with as many seeds (95 %).",
         ),
     ):
         gaps = dict(zip(names, [(x,) for x in (*losses, loss)], strict=True))
@@ -98,7 +98,7 @@ def test_a_mean_beyond_the_curve_has_a_lower_bound_on_it(tmp_path):
     ).groups()
     assert 256 < int(first) < 512
     assert float(bound) == pytest.approx(int(first) / 162, abs=0.02)
-    assert "Their mean is ahead of the dense FFN 512 wide, the widest that has" in page
+    assert "Their mean is ahead of the dense FFN 512 wide, the widest with as" in page
 
 
 @pytest.mark.slow

@@ -132,6 +132,21 @@ def test_arm_that_starts_from_no_plain_arm_is_refused(like, tmp_path):
         preset(path, "twin")
 
 
+def test_arm_inside_a_preset_is_refused_where_it_would_be_a_label(tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_text("arms: {dense: {model.ffn: dense}, wide: {arm: dense}}\n")
+    for arm in ("wide", "dense", "base"):
+        with pytest.raises(
+            ValueError, match=r"arms.wide in .* with like. Got arm: dense"
+        ):
+            preset(path, arm)
+    path.write_text("arm: dense\narms: {dense: {model.ffn: dense}}\n")
+    with pytest.raises(ValueError, match="of which --arm chooses one"):
+        preset(path, "dense")
+    path.write_text("arm: mine\nmodel: {ffn: dense}\n")  # a run's own config
+    assert preset(path, "base").model.ffn == "dense"
+
+
 @pytest.mark.slow
 def test_matched_width_is_that_of_the_arm_it_starts_from(tmp_path):
     path = tmp_path / "p.yaml"

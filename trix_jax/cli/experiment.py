@@ -87,7 +87,8 @@ def parse_run(flags: list[str]) -> RunConfig:
 
 
 def _chosen(specs: Sequence[Spec], only: str) -> list[Spec]:
-    chosen = [spec for spec in specs if spec.name.startswith(only)]
+    exact = [spec for spec in specs if spec.name == only]  # seed-1, and not seed-10
+    chosen = exact or [spec for spec in specs if spec.name.startswith(only)]
     if not chosen:
         raise ValueError(
             f"only={only!r} must be the start of a run's name. Got none of "

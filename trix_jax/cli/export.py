@@ -33,6 +33,7 @@ class Args:
 
 def main(argv: list[str]) -> None:
     """Exports a run."""
+    from trix_jax.lm.serve.card import of_other_weights
     from trix_jax.lm.serve.export import check_output, export
     from trix_jax.lm.serve.load import (
         eval_batch_size,
@@ -60,6 +61,8 @@ def main(argv: list[str]) -> None:
         weights += f", {sizes['ffn_packed']:,} in {args.dtype}"
     weights += f"; routing {sizes['routes']:,} bytes"
     report(f"{args.output}: {weights}")
+    if not told and (said := of_other_weights(args.output)):
+        report(said)
     more = _change(args, model, variables, size, report)
     if told:
         from trix_jax.lm.serve.card import write_card
@@ -98,9 +101,8 @@ def _about(directory: Path, number: int | None) -> dict[str, Any]:
         "steps": number,
         "tokens": number * a_step,
         "seconds": meta["seconds"],
-        "init_from": meta.get("init_from"),
-        "data_since": meta.get("data_since", 0),
         "git_commit": known.get("git_commit"),
+        **{name: meta[name] for name in ("init_from", "data_since") if meta.get(name)},
     }
 
 

@@ -66,7 +66,8 @@ def preset_flags(path: str | Path, arm: str) -> tuple[list[str], list[str]]:
     It starts from the preset, or with `like` from another arm of the preset.
 
     Raises:
-        ValueError: the preset has no such arm, or an arm is no such thing.
+        ValueError: the preset has no such arm, an arm is no such thing, or `arm` is set
+            in a preset that has arms.
     """
     tree = read_yaml(path)
     arms = tree.pop("arms", None) or {}
@@ -78,6 +79,7 @@ def preset_flags(path: str | Path, arm: str) -> tuple[list[str], list[str]]:
         raise ValueError(
             f"arm must be one of {', '.join([*sorted(arms), BASE_ARM])}. Got {arm!r}."
         )
+    _check_labels(path, tree, arms)
     overrides = _overrides(path, arms, arm)
     like = overrides.pop("like", None)
     for given in (tree, *(each for each in arms.values() if isinstance(each, dict))):
@@ -92,6 +94,25 @@ def preset_flags(path: str | Path, arm: str) -> tuple[list[str], list[str]]:
             )
         start += to_flags(first)
     return start, to_flags(overrides)
+
+
+def _check_labels(path: str | Path, tree: dict[str, Any], arms: dict[str, Any]) -> None:
+    """Raises a ValueError for `arm` inside a preset that has arms: it would be a label that
+    changes no setting.
+    """
+    named = [
+        name for name, one in arms.items() if isinstance(one, dict) and "arm" in one
+    ]
+    if named:
+        raise ValueError(
+            f"arms.{named[0]} in {path} must name the arm that it starts from with like. "
+            f"Got arm: {arms[named[0]]['arm']}."
+        )
+    if arms and "arm" in tree:
+        raise ValueError(
+            f"{path} has arms, of which --arm chooses one; arm must not be set beside "
+            f"them. Got {tree['arm']!r}."
+        )
 
 
 def _overrides(path: str | Path, arms: dict[str, Any], arm: str) -> dict[str, Any]:

@@ -59,6 +59,7 @@ def test_folders_and_files_that_are_links_are_read_and_a_cycle_ends(tmp_path):
         ("a.txt.zst", zstd(b"packed too"), ["packed too"]),
         ("a.JSONL", jsonl("x", "y"), ["x", "y"]),
         ("a.ndjson", jsonl("x", "y"), ["x", "y"]),
+        ("a.jsonl", jsonl("x", None, "y"), ["x", "y"]),  # as in a table
         ("a.jsonl.gz", packed(jsonl("x", "y")), ["x", "y"]),
         ("a.jsonl.GZ", packed(jsonl("x")) + packed(jsonl("y")), "xy"),
         ("a.jsonl.zst", zstd(jsonl("x", "y")), ["x", "y"]),

@@ -102,6 +102,11 @@ def test_llm_c_s_header_is_no_token(magic, version, kind, tmp_path):
         ("a.bin", IDS.astype("<u4").tobytes(), "as in a file of wider integers"),
         ("a.bin", IDS.astype("<i8").tobytes(), "as in a file of wider integers"),
         ("a.bin", (IDS * 2000).astype("<u4").tobytes(), "as in a file of wider"),
+        (
+            "a.bin",
+            np.where(np.arange(200) % 50, IDS, -1).astype("<i4").tobytes(),
+            "as in a file of wider integers",
+        ),
         ("a.bin.gz", b"packed", "must be a .bin or .npy file of tokens, not packed"),
         ("a.bin", b"PK\x03\x04" + bytes(60), "it is a PyTorch or zip file"),
         (

@@ -66,6 +66,8 @@ def test_runs_of_the_settings_that_are_asked_for_pass(small, ended):
         ("train.weight_decay", 0.3, r"weight_decay was 0\.1 and is 0\.3"),
         ("model.d_model", 32, r"lookup/seed-1 holds .*d_model was 16 and is 32"),
         ("train.sampler", "offsets", "sampler was 'epochs' and is 'offsets'"),
+        ("train.steps", 3, r"lookup/seed-1 holds .*steps was 6 and is 3"),
+        ("train.steps", 9, "cannot be extended to 9"),
     ],
 )
 def test_experiment_with_other_settings_is_refused_and_overwrites_nothing(

@@ -5,8 +5,10 @@ import subprocess
 import pytest
 import yaml
 
+from trix_jax.cli.experiment import _chosen
 from trix_jax.cli.main import main
 from trix_jax.lm.experiment.job_files import render
+from trix_jax.lm.experiment.spec import Spec
 
 
 @pytest.mark.parametrize("engine", ["slurm", "kubernetes", "skypilot"])
@@ -35,3 +37,9 @@ def test_render_gives_a_job_of_one_name_per_index():
     text = render("slurm", "E 1", ["a/b/seed-1"], "e.yaml", "/w", 1)
     assert "--job-name=e-1" in text
     assert "--array=0-0%1" in text
+
+
+def test_a_runs_whole_name_is_that_run_alone():
+    specs = [Spec("e", "s", "dense", seed, 6, (), "data/s") for seed in (1, 10, 12, 2)]
+    assert _chosen(specs, "s/dense/seed-1") == specs[:1]
+    assert _chosen(specs, "s/dense/seed") == specs

@@ -121,8 +121,9 @@ def _open(file: Path) -> Any:
 
 def json_texts(file: Path) -> Iterator[str]:
     """Yields the "text" of each line, or of each entry of a `.json` file that is an
-    array, where an entry may also be the text itself. Blank lines are passed over,
-    anything else is an error with its number.
+    array, where an entry may also be the text itself. Blank lines are passed over, and
+    texts that are null, as those of a table are; anything else is an error with its
+    number.
     """
     with unpacked(file) as lines:
         for where, entry in _entries(file, lines):
@@ -130,6 +131,8 @@ def json_texts(file: Path) -> Iterator[str]:
                 value = json.loads(entry) if isinstance(entry, bytes) else entry
                 is_text = isinstance(value, str) and not isinstance(entry, bytes)
                 text = value if is_text else value["text"]
+                if text is None:
+                    continue
                 text.encode()  # JSON can spell lone surrogates, which are not text
             except (
                 ValueError,

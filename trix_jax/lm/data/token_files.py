@@ -150,10 +150,12 @@ def _open_bin(file: Path) -> Integer[np.ndarray, " T"]:
         )
     found = np.memmap(file, "<u2", "r") if size else np.zeros(0, np.uint16)
     head = found[:SAMPLE]
-    if len(head) > 32 and head[1::2].max() < 4 <= head.max():
+    high = head[1::2]  # of int32, -1 included
+    is_wide = ((high < 4) | (high == 0xFFFF)).all()
+    if len(head) > 32 and is_wide and head.max() >= 4:
         raise ValueError(
             f"{file} must hold uint16, as nanoGPT writes it. Every second of its first "
-            f"{len(head)} is below 4, as in a file of wider integers: give these as .npy."
+            f"{len(head)} is below 4 or 65,535, as in a file of wider integers: give these as .npy."
         )
     return found
 

@@ -83,7 +83,8 @@ class Losses:
             self._left -= 1
             back = self._tokenizer.decode(own)
             # A space before the first word is the habit of many.
-            if back.removeprefix(" ") != text.removeprefix(" "):
+            text, back = text.removeprefix(" "), back.removeprefix(" ")
+            if back != text:
                 self._changed = self._changed or _difference(text, back)
 
     def tell(self, report: Callable[[str], None]) -> None:

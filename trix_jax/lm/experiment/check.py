@@ -6,13 +6,15 @@ import dataclasses
 import shlex
 from pathlib import Path
 
+from trix_jax.files import read_json
 from trix_jax.lm.checkpoint import checkpoint
 from trix_jax.lm.config import RunConfig, load
 from trix_jax.lm.data import is_store
 from trix_jax.lm.data.store import read_manifest
 from trix_jax.lm.experiment.directory import has_ended
 from trix_jax.lm.experiment.results import read
-from trix_jax.lm.experiment.spec import RESULTS, Experiment, public_command
+from trix_jax.lm.experiment.spec import RESULTS, Experiment, Spec, public_command
+from trix_jax.lm.train import extend
 from trix_jax.lm.train.provenance import check_settings
 
 
@@ -35,13 +37,21 @@ def check_ended(experiment: Experiment, workdir: Path) -> None:
                     f"gone. Now it would be `{now}`. Use another workdir, or delete that "
                     "file too."
                 )
-        if has_ended(spec, folder):
-            directory = folder / spec.name
+        directory = folder / spec.name
+        if has_ended(spec, folder) or _is_of_other_length(spec, directory):
             asked = experiment.configs[spec.size, spec.arm]
             asked = dataclasses.replace(asked, seed=spec.seed)
             written = load(directory / "config.yaml")
+            if (steps := asked.train.steps) > written.train.steps:
+                extend.first_step(directory, written, steps, written.train.steps)
+                written = extend.with_steps(written, steps)
             check_settings(directory, written, _filled_in(asked, written))
             _check_data(directory, workdir / spec.store)
+
+
+def _is_of_other_length(spec: Spec, directory: Path) -> bool:
+    path = directory / "summary.json"
+    return path.exists() and read_json(path)["steps"] != spec.steps
 
 
 def _flags(command: str) -> list[str]:

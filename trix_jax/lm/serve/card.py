@@ -100,15 +100,22 @@ def check_card(directory: str | Path) -> None:
     Raises:
         ValueError: the card tells of other weights.
     """
+    if said := of_other_weights(directory):
+        raise ValueError(said)
+
+
+def of_other_weights(directory: str | Path) -> str | None:
+    """Says so, and what to do, where the card beside an export is that of another."""
     directory = Path(directory)
     card = directory / CARD
     text = card.read_text(encoding="utf-8") if card.exists() else ""
     told = re.search(rf"{re.escape(SHA256)}([0-9a-f]+)", text)
-    if told and told[1] != _sha256(directory / WEIGHTS):
-        raise ValueError(
-            f"{card} tells of other weights than {WEIGHTS}: `trix-jax export --card` "
-            "writes it anew."
-        )
+    if told is None or told[1] == _sha256(directory / WEIGHTS):
+        return None
+    return (
+        f"{card} tells of other weights than {WEIGHTS}: `trix-jax export --card` writes "
+        "it anew."
+    )
 
 
 def _sha256(path: Path) -> str:

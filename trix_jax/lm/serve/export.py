@@ -54,7 +54,7 @@ def export(
 
     Raises:
         ValueError: a table for a model that does not route by single tokens; the
-            directory of a run.
+            directory of a run or of a token store.
     """
     directory = Path(directory)
     check_output(directory)
@@ -79,11 +79,15 @@ def export(
 
 
 def check_output(directory: str | Path) -> None:
-    """Raises a ValueError for the directory of a run, which an export would stand for."""
-    if (Path(directory) / "config.yaml").exists():
-        raise ValueError(
-            f"output must be a folder of its own, not that of a run. Got {directory}."
-        )
+    """Raises a ValueError for the directory of a run or of a token store, whose files an
+    export would stand for or write over.
+    """
+    of = {"config.yaml": "a run", "manifest.json": "a token store"}
+    for name, what in of.items():
+        if (Path(directory) / name).exists():
+            raise ValueError(
+                f"output must be a folder of its own, not that of {what}. Got {directory}."
+            )
 
 
 def part_bytes(sizes: Mapping[str, int]) -> dict[str, int]:

@@ -35,6 +35,7 @@ from trix_jax.lm.train.run import (
     Resume,
     Run,
     as_made,
+    check_free,
     check_same,
     held,
     open_data,
@@ -170,6 +171,8 @@ def _resume_step(
     if hosts.is_first():
         step = resume_step(workdir, start.resume, report)
         initial.check_workdir(workdir, start.init_from, step)
+        if step is None:
+            check_free(workdir)
         before = read_config(workdir)
         if step is not None and before:
             step = extend.first_step(workdir, before, config.train.steps, step)

@@ -213,6 +213,21 @@ def check_same(config: RunConfig, workdir: Path, store: Store) -> None:
     provenance.check_settings(workdir, written, config, provenance.WATCHING)
 
 
+FILES = ("tokenizer.json", "env.json", "metrics.jsonl", "REPORT.md")
+
+
+def check_free(workdir: Path) -> None:
+    """Raises a ValueError for a folder that is no run's and has files that a run would
+    write over.
+    """
+    found = [name for name in FILES if (workdir / name).exists()]
+    if found and not (workdir / "config.yaml").exists():
+        raise ValueError(
+            f"{workdir} holds {', '.join(found)} and is no run, which has a config.yaml: a "
+            "new run would write over them. Use another workdir."
+        )
+
+
 def finished(run: Run, step: int | None) -> dict[str, Any] | None:
     """The summary of a run that goes on from its last step; None if there is anything
     to train, or no summary of all steps.
