@@ -351,11 +351,9 @@ def test_learning_rate_schedule_warmup_is_clipped_to_the_run():
 
 @pytest.mark.parametrize("ffn", ["hierarchical", "lookup", "dense"])
 def test_decay_mask_leaves_norms_scales_embeddings_and_splines_alone(ffn):
-    config = TransformerConfig(
-        vocab_size=65, n_layers=1, ffn=ffn, ternary=TernaryConfig(rule="fixed")
-    )
-    model = TransformerLM(config)
-    tokens = jnp.zeros((1, 4), jnp.int32)
+    ternary = TernaryConfig() if ffn == "lookup" else TernaryConfig(rule="fixed")
+    config = TransformerConfig(vocab_size=65, n_layers=1, ffn=ffn, ternary=ternary)
+    model, tokens = TransformerLM(config), jnp.zeros((1, 4), jnp.int32)
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens))["params"]
     mask = jax.tree_util.tree_leaves_with_path(decay_mask(params))
     names = {
@@ -391,3 +389,11 @@ def test_kernels_by_name_bind_the_step_and_not_who_counts_or_serves(no_type_hook
     assert xla.on_any_device() == xla
     with pytest.raises(ValueError, match="implementation must be one of"):
         TransformerConfig(ffn="dense", implementation="bogus")
+
+
+def test_ternary_settings_of_a_lookup_without_ternary_products_are_refused():
+    TransformerConfig(
+        ffn="lookup", reads="own", ternary=TernaryConfig(rule="threshold")
+    )
+    with pytest.raises(ValueError, match="with reads='shared'"):
+        TransformerConfig(ffn="lookup", ternary=TernaryConfig(rule="threshold"))

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from trix_jax import TransformerConfig, TransformerLM
 from trix_jax.nn import CausalSelfAttention, cudnn
 from trix_jax.nn.positions import rotate
+from trix_jax.ternary import TernaryConfig, hard_ternary
 
 END, D = 0, 16
 SIZES = {"vocab_size": 11, "context": 12, "d_model": D, "n_layers": 2, "n_heads": 2}
@@ -340,3 +342,24 @@ def test_what_cudnn_is_asked_for_is_what_xla_computes(monkeypatch, no_type_hook)
     layers["auto"].apply(variables, x, mask=mask)
     layers["auto"].apply(variables, x.astype(jnp.float32))
     assert asked == ["cudnn"]
+
+
+TILES = [("up", "kernel"), ("down", "kernel")]
+
+
+@pytest.mark.parametrize("ffn", ["sparse", "hierarchical"])
+def test_tiles_of_the_original_s_rule_start_above_its_threshold(ffn):
+    """Drawn at 0.02 they would all be zero, and never move."""
+    ternary = TernaryConfig(rule="fixed")
+    config = TransformerConfig(
+        vocab_size=9, context=8, d_model=16, n_layers=1, n_heads=2, num_tiles=4,
+        tiles_per_cluster=2, ffn=ffn, ternary=ternary,
+    )  # fmt: skip
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    params = jax.jit(TransformerLM(config).init)(jax.random.key(0), tokens)["params"]
+    flat = traverse_util.flatten_dict(params)
+    kernels = [leaf for path, leaf in flat.items() if path[-2:] in TILES]
+    assert len(kernels) == 2
+    for kernel in kernels:
+        q = hard_ternary(kernel, ternary).q
+        assert 0.2 < (q != 0).mean() < 0.8

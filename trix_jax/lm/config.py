@@ -39,9 +39,10 @@ class TrainConfig:
             everything else has the rate itself.
         final_learning_rate: share of the peak rate that "cosine" and "wsd" end at.
         warmup_steps: linear warm-up.
-        decay_share: of the steps, over which the rate of "wsd" falls.
-        weight_decay: AdamW's, on matrices only: never on norms, scales, embeddings,
-            splines or directions.
+        decay_share: of the steps, over which the rate of "wsd" falls; never of the
+            warm-up.
+        weight_decay: AdamW's and Muon's, on matrices only: never on norms, scales,
+            embeddings, splines or the directions of a lookup with shared reads.
         decay_until: share of the run after which no weight is decayed.
         optimizer: "muon" updates the projections of FFNs, ternary or dense, by their
             orthogonalized momentum (a tile is a matrix), everything else by AdamW.

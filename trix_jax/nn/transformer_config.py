@@ -50,12 +50,13 @@ class TransformerConfig:
             and the control "hash" then hashes pairs. The dense FFN has no use for it.
         pair_weight: see `router_input`.
         hash_per_layer: with `routing.source` "hash" every layer has a hash of its own: the
-            i-th, counted from 0, hashes `id + i * vocab_size`. Two seeds of English end
-            0.016 nats lower. False is the same tiles in all.
+            i-th, counted from 0, hashes `id + i * vocab_size`. Five seeds of English end
+            0.013 ± 0.006 nats lower. False is the same tiles in all.
         hidden_from: the first layer, counted from 0, that routes by hidden state
             whatever `router_input` says; None has no such layer.
         grid_size, compress_hidden, ternary_splines, reads: of `SparseLookupFFN`.
-        activation: None takes "gelu" for the dense FFN, "relu2" for the ternary ones.
+        activation: None takes "gelu" for the dense FFN, "relu2" for the ternary ones. A
+            lookup has no use for it.
         dropout: rate behind embeddings, attention and FFN.
         tied: the head is the embedding transposed.
         dtype: of the computation; parameters are float32.
@@ -66,7 +67,8 @@ class TransformerConfig:
         init: "gpt2" draws every matrix at a standard deviation of 0.02, those into the
             residual over `sqrt(2 * n_layers)`; "fan_in" draws the attention's at `1 /
             sqrt(D)`, its output over `sqrt(2 * n_layers)`, and the FFN as its module
-            does by itself. Embeddings have 0.02 either way.
+            does by itself. Embeddings have 0.02 either way; a lookup, and tiles with
+            `ternary.rule` "fixed", start as their modules do.
         document_mask: no token attends to another document, and positions begin anew in
             each: a document's logits are those that it gets alone.
         attention: "auto" takes cuDNN's where it runs and XLA's elsewhere, "xla" and
@@ -175,8 +177,7 @@ class TransformerConfig:
         if self.ffn == "lookup":
             TileSettings(num_tiles=n, tiles_per_token=k, **clusters)
             is_own = self.reads == "own"
-            ternary = self.ternary if is_own else TernaryConfig()
-            check_reads(self.reads, self.compress_hidden, ternary)
+            check_reads(self.reads, self.compress_hidden, self.ternary)
             if not is_own:
                 compress_width(self.d_model, self.compress_hidden)
 

@@ -24,7 +24,7 @@ def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
     `peak * (u + 1) / W` below W, then `peak` times
     - cosine: `f + (1 - f) * (1 + cos(pi * (u - W) / (S - W))) / 2`,
     - constant: 1,
-    - wsd: 1 below S - D, then `1 - (1 - f) * (u - S + D) / D`.
+    - wsd: 1 below S - D, then `1 - (1 - f) * (u - S + D) / D`, D at most S - W.
 
     f is `final_learning_rate`, which an update S would have; D is `decay_share` of S.
 
