@@ -142,6 +142,7 @@ def test_modes_switch_dropout_and_the_routing_state():
     model.train()
     assert (call(model) != call(model)).any()
     assert assigned() == 2 * 24
+    assert nnx.view(model, deterministic=True).flat.deterministic
 
 
 def test_model_without_trix_layers_is_not_frozen():

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from trix_jax.cli.main import main
 from trix_jax.lm.config import RunConfig, TrainConfig, resolve
 from trix_jax.lm.presets import match_width
+from trix_jax.lm.train.loop import train
 from trix_jax.lm.train.optimizer import make_optimizer
 from trix_jax.lm.train.step import init_state, make_train_step
 from trix_jax.nn.transformer import TransformerConfig, TransformerLM
@@ -84,3 +86,22 @@ def test_any_config_that_validates_trains(model, train):
         lambda x: (x.shape, x.dtype), state
     )
     assert values.loss.shape == ()
+
+
+@pytest.mark.slow
+def test_a_process_of_doubles_trains_exports_and_generates(
+    tiny_config, one_device, tmp_path, capsys
+):
+    run, out = str(tmp_path / "run"), str(tmp_path / "out")
+    prompt = ["--prompt", "the", "--tokens", "12", "--json"]
+    with jax.enable_x64(True):
+        train(tiny_config, run, devices=one_device, report=lambda _: None)
+        for argv in (
+            ["export", "--checkpoint", run, "--output", out],
+            ["eval", "--checkpoint", out, "--data", f"{run}/data"],
+            ["generate", "--checkpoint", out, *prompt],
+        ):
+            assert main(argv) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert main(["generate", "--checkpoint", out, *prompt]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == said

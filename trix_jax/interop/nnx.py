@@ -55,6 +55,15 @@ class Layer(nnx.bridge.ToNNX):
     def deterministic(self, value: bool) -> None:
         self.to_nnx__deterministic = value
 
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Class method used by `nnx.view`.
+
+        Args:
+          deterministic: True for evaluation.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
+
     def __call__(self, *args: Any, train: bool | None = None, **how: Any) -> Any:
         """Calls the module in the layer's mode."""
         train = not self.deterministic if train is None else train

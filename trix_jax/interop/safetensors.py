@@ -54,9 +54,13 @@ def write(
 
     Args:
         dtype: of the parameters in the file, and of the gates of a table of routes.
-            bfloat16 rounds them.
+            bfloat16 rounds them. Nothing is wider than float32.
     """
     tensors, columns = to_tensors(model, variables)
+    tensors = {
+        name: value.astype(np.float32) if value.dtype == np.float64 else value
+        for name, value in tensors.items()
+    }  # biases, where `jax_enable_x64` is set
     if dtype == "bfloat16":
         tensors = {
             name: value.astype(jnp.bfloat16) if _is_rounded(name.split(".")) else value
@@ -155,7 +159,8 @@ def from_tensors(
                 )
         else:
             flat[path] = jnp.asarray(value)
-    return _complete(model, flat)
+    with jax.enable_x64(False):  # files have no wider numbers
+        return _complete(model, flat)
 
 
 def kernel_shapes(model: TransformerLM) -> dict[tuple[str, ...], tuple[int, ...]]:

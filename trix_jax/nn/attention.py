@@ -154,8 +154,8 @@ class CausalSelfAttention(nn.Module):
         check_room(start, length, self.cache_length)
         # Inside a jit that is not known: what does not fit is NaN, and all that sees it.
         v = jnp.where(start + length <= self.cache_length, v, jnp.nan)
-        k = jax.lax.dynamic_update_slice(keys.value, k, (0, start, 0, 0))
-        v = jax.lax.dynamic_update_slice(values.value, v, (0, start, 0, 0))
+        k = jax.lax.dynamic_update_slice_in_dim(keys.value, k, start, axis=1)
+        v = jax.lax.dynamic_update_slice_in_dim(values.value, v, start, axis=1)
         keep(self, keys=k, values=v, index=start + length)
         now = start + jnp.arange(length)
         seen = (jnp.arange(self.cache_length)[None] <= now[:, None])[None]
@@ -178,7 +178,7 @@ class CausalSelfAttention(nn.Module):
             segment_ids = jnp.broadcast_to(last, shape)
         ids = segment_ids.astype(jnp.int32)
         ids = ids if mask is None else jnp.where(mask, ids, HIDDEN)
-        written = jax.lax.dynamic_update_slice(kept.value, ids, (0, start))
+        written = jax.lax.dynamic_update_slice_in_dim(kept.value, ids, start, axis=1)
         keep(self, segments=written)
         return ids[:, :, None] == written[:, None, :]
 

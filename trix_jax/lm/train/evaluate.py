@@ -190,7 +190,7 @@ def _with_routes(
 @lru_cache(maxsize=8)
 def _writer(everywhere: Sharding | None) -> Callable:
     def write(routes, tiles, start):
-        return jax.lax.dynamic_update_slice(routes, tiles, (0, start, 0))
+        return jax.lax.dynamic_update_slice_in_dim(routes, tiles, start, axis=1)
 
     return jax.jit(write, donate_argnums=0, out_shardings=everywhere)
 
