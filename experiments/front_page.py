@@ -13,6 +13,7 @@ themselves; in training, float32 weights and Muon's one float32 moment, 8 bytes 
 Seconds are those of a training step as `experiments.speed.steps` measured it.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -69,7 +70,7 @@ class Setting(NamedTuple):
 
 
 CAPTION = f"\nSampler of all runs: `{SAMPLER}`.\n"
-NEWEST, OTHER = 128, 64  # widths of the model, of the claim
+NEWEST, OTHER, MORE = 128, 64, 96  # widths of the claim's models; tiles beside 64
 FRONT = "english-256-muon"
 SETTINGS = {
     FRONT: Setting(
@@ -123,18 +124,20 @@ def less(arms: Mapping[str, Tuned], name: str, sign: str = "+") -> str:
 
 
 def comparison() -> str:
-    """TriX in the setting of the claim, by a hash a layer, by one for all and by signatures
+    """TriX in the setting of the claim, of more tiles, by one hash for all and by signatures
     whose routes stay, and the dense FFNs of the curve; over the seeds that all have.
     """
     setting, runs = claim(NEWEST), claim_runs(NEWEST)
     ours, *dense = newest_arms()
+    more = per_layer(MORE, NEWEST)[0]
     same, read = together(64, NEWEST)[0], fixed(64, NEWEST)[0]
     names = {
         ours.name: "**TriX, recommended**",
+        more.name: f"TriX, {MORE} tiles",
         same.name: "TriX, one hash for all layers",
         read.name: "TriX, routes read and held",
     }
-    arms = [ours, same, read, *dense]
+    arms = [ours, more, same, read, *dense]
     found = {a.name: tuned(runs, a.name, a.rate_of) for a in arms}
     reference, rows = found["dense-512"], []
     assert reference is not None
@@ -167,16 +170,13 @@ def claim_runs(d_model: int) -> list[results.Result]:
 
 def differences() -> str:
     """What the recommended configuration is worth at both widths."""
-    name = newest_arms()[0].name
     lines = []
-    for d in (NEWEST, OTHER):
-        setting = claim(d)
-        place = worth(setting, claim_runs(d), setting.arm(name), VOCABULARY)
+    for tiles, d in itertools.product((64, MORE), (NEWEST, OTHER)):
+        arm = per_layer(tiles, d)[0]
+        place = worth(claim(d), claim_runs(d), arm, VOCABULARY)
         assert place is not None
-        lines.append(
-            f"At model width {d} TriX is worth a dense FFN of width "
-            f"{place_text(place)}.\n"
-        )
+        what = f"At model width {d} TriX of {tiles} tiles is worth a dense FFN of width"
+        lines.append(f"{what} {place_text(place)}.\n")
     lines.append(neighbours())
     return "".join(lines)
 
@@ -193,7 +193,7 @@ def neighbours() -> str:
         if other and compared_seeds(one, other):
             said.append(f"{apart(one, other)} of {arm.name.rpartition('-')[2]}")
     return (
-        f"Less the {len(said)} dense FFNs of the curve at width {NEWEST}, paired by seed: "
+        f"64 tiles less the {len(said)} dense FFNs at width {NEWEST}, paired by seed: "
         f"{', '.join(said)}.\n{read_and_held()}"
     )
 
@@ -225,7 +225,7 @@ def place_text(place: Worth) -> str:
     if low == curve.ABOVE:
         widest = max(place.read.dense)
         return (
-            f"above {widest:,}, the widest of the curve (95 %): more than "
+            f"above {widest:,}, the widest with as many seeds (95 %): more than "
             f"**{widest / place.width.greater:.2f} times the width that it takes**, {own} ({seeds})"
         )
     if place.equivalent.value in end:

@@ -55,6 +55,10 @@ class Setting(NamedTuple):
 
 BODY = "--model.positions rotary --model.norm rms --model.qk-norm"
 TILES = "--arm tiles --model.tiles-per-token 7 --model.shared-width"
+MORE = (
+    "--arm tiles --model.num-tiles 96 --model.expansion 24 --model.tiles-per-token 11 "
+    "--model.shared-width"
+)
 HASH = "--model.routing.source hash"
 ROUTES = "--model.routing.hold-after 0.1 --model.routing.hold routes --model.routing.signature sign"
 
@@ -79,6 +83,7 @@ SETTINGS = {
         4096,
         {
             "tiles-64-hash-eighth-shared-layers": f"{TILES} 32 {HASH} --model.hash-per-layer",
+            "tiles-96-hash-eighth-shared-layers": f"{MORE} 32 {HASH} --model.hash-per-layer",
             "tiles-64-hash-eighth-shared": f"{TILES} 32 {HASH}",
             "tiles-64-held-eighth-shared-routes": f"{TILES} 32 {ROUTES}",
             **dense(256, 512, 1024, 2048),
@@ -90,6 +95,7 @@ SETTINGS = {
         4096,
         {
             "tiles-64-hash-eighth-shared-layers": f"{TILES} 16 {HASH} --model.hash-per-layer",
+            "tiles-96-hash-eighth-shared-layers": f"{MORE} 16 {HASH} --model.hash-per-layer",
             "tiles-64-held-eighth-shared-routes": f"{TILES} 16 {ROUTES}",
             **dense(128, 256, 512, 1024),
         },
