@@ -169,16 +169,18 @@ def claim_runs(d_model: int) -> list[results.Result]:
 
 
 def differences() -> str:
-    """What the recommended configuration is worth at both widths."""
-    lines = []
+    """What 64 tiles, which are recommended, and more are worth at both widths."""
+    rows = []
     for tiles, d in itertools.product((64, MORE), (NEWEST, OTHER)):
-        arm = per_layer(tiles, d)[0]
-        place = worth(claim(d), claim_runs(d), arm, VOCABULARY)
+        place = worth(claim(d), claim_runs(d), per_layer(tiles, d)[0], VOCABULARY)
         assert place is not None
-        what = f"At model width {d} TriX of {tiles} tiles is worth a dense FFN of width"
-        lines.append(f"{what} {place_text(place)}.\n")
-    lines.append(neighbours())
-    return "".join(lines)
+        own = f"{place.width.greater:.0f}"
+        rows.append(
+            [f"{tiles} tiles", f"{d}", own, *place_cells(place), f"{place.seeds}"]
+        )
+    head = "TriX; width of the model; width that it takes; worth a dense FFN of width"
+    head += "; times its own (95 %); seeds"
+    return f"{table(head.split('; '), rows)}\n{neighbours()}"
 
 
 def neighbours() -> str:
@@ -214,33 +216,17 @@ def apart(one: Tuned, other: Tuned) -> str:
     return shown([one.losses[seed] - other.losses[seed] for seed in seeds], "+")
 
 
-def place_text(place: Worth) -> str:
-    """The dense width of equal loss, and how many times the arm's own that is; or which
-    end of the curve it is beyond.
+def place_cells(place: Worth) -> tuple[str, str]:
+    """The dense width of equal loss, and how many times the arm's own that is; or that it
+    is beyond the curve.
     """
-    seeds = "one seed" if place.seeds == 1 else f"{place.seeds} seeds"
-    own = f"{place.width.greater:.0f}"
-    low, times = place.equivalent.low, place.multiplier.low
-    end = {curve.BELOW: "less than the narrowest", curve.ABOVE: "more than the widest"}
-    if low == curve.ABOVE:
+    if place.equivalent.low == curve.ABOVE:
         widest = max(place.read.dense)
-        return (
-            f"above {widest:,}, the widest with as many seeds (95 %): more than "
-            f"**{widest / place.width.greater:.2f} times the width that it takes**, {own} ({seeds})"
-        )
-    if place.equivalent.value in end:
-        said = f"{end[place.equivalent.value]} of the curve ({seeds})"
-        if curve.BELOW < low < curve.ABOVE:
-            said = (
-                f"{low:.0f} or more (95 %), **{times:.2f} times the width that it takes**, "
-                f"{own}. Its mean is {said}"
-            )
-        return said
-    width, times = (
-        sentence_text(estimate, digits)
-        for estimate, digits in ((place.equivalent, 0), (place.multiplier, 2))
-    )
-    return f"{width}, **{times} times the width that it takes**, {own} ({seeds})"
+        times = f"more than **{widest / place.width.greater:.2f}**"
+        return f"more than {widest:,}", times
+    times = sentence_text(place.multiplier, 2)
+    middle, space, rest = times.partition(" ")
+    return sentence_text(place.equivalent, 0), f"**{middle}**{space}{rest}"
 
 
 def seconds_of(setting: str, arm: str) -> str:

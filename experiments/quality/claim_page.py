@@ -44,7 +44,6 @@ NOTE = (
     "Equivalent width: the dense width of equal loss, never extrapolated; `below` and `above` are off the curve. "
     "Multiplier: equivalent width over W, with its 95 %. "
     f"Seed {SEEDS[0]} chose the rates; where others have run, they alone conclude. "
-    "Where it has not run, the first that has chooses. "
     "A star marks a rate whose neighbours have not both been run.\n"
 )
 W = (

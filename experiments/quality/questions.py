@@ -80,7 +80,7 @@ QUESTIONS = (
         "And more of them?",
         "more",
         "tiles-64-hash-eighth-shared-layers",
-        "An eighth of the tiles a token, so that compute grows with their number.",
+        "An eighth a token.",
     ),
     Question(
         "Which body?",
