@@ -129,5 +129,5 @@ def legend(
     if any(is_one_seed(p.place.read) for points in panels.values() for p in points):
         text = f"hollow: seed {SEEDS[0]} alone"
         handles += axes.plot([], [], "s", color="grey", mfc="white", label=text)
-    look = {"frameon": False, "fontsize": 8, "ncols": 2}
+    look = {"frameon": False, "fontsize": 6.5, "ncols": 2}
     figure.legend(handles=handles, loc="outside lower center", **look)
