@@ -187,7 +187,7 @@ def by_pairs(d: int, runs: Sequence[Result], one: Tuned, place: Worth) -> str:
     than the narrower neighbour over W.
     """
     dense = dense_arms(d, runs)
-    beside = curve.neighbours(sorted(dense), place.equivalent.value)
+    beside = curve.neighbours(sorted(place.read.dense), place.equivalent.value)
     pairs = {width: difference(one, dense[width]) for width in sorted(dense)}
     each = [
         f"{found.mean:+.4f}{_half(found, ' ')} at {width}"

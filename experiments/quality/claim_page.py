@@ -203,8 +203,7 @@ def untuned(
     setting: Setting, runs: Sequence[Result], arm: Arm, place: Worth
 ) -> list[str]:
     """Which rates behind a place on the curve are not bracketed, in a sentence."""
-    widths = sorted(dense_curve(setting, runs))
-    beside = curve.neighbours(widths, place.equivalent.value)
+    beside = curve.neighbours(sorted(place.read.dense), place.equivalent.value)
     dense = [a for a in setting.groups["dense-curve"] if width_in(a.name) in beside]
     found = [tuned(runs, one.name, one.rate_of) for one in (arm, *dense)]
     names = [f"`{one.arm}`" for one in found if one and not one.is_bracketed]

@@ -80,7 +80,7 @@ QUESTIONS = (
         "And more of them?",
         "more",
         "tiles-64-hash-eighth-shared-layers",
-        "An eighth a token.",
+        "An eighth a token, the real FFN among them.",
     ),
     Question(
         "Which body?",

@@ -143,6 +143,7 @@ def test_modes_switch_dropout_and_the_routing_state():
     assert (call(model) != call(model)).any()
     assert assigned() == 2 * 24
     assert nnx.view(model, deterministic=True).flat.deterministic
+    assert not model.flat.deterministic
 
 
 def test_model_without_trix_layers_is_not_frozen():

@@ -268,3 +268,21 @@ def test_planar_weights_are_exported_with_a_symbolic_batch():
     exported = jax.export.export(call)(jax.ShapeDtypeStruct((batch, 128), jnp.float32))
     x = jnp.asarray(ternary(rng, 3, 128))
     np.testing.assert_array_equal(exported.call(x), call(x))
+
+
+def test_a_symbolic_number_of_blocks_is_exported():
+    rng = np.random.default_rng(0)
+    (_, _, up), (_, _, down) = (
+        packed(rng, 1, *s, layout="rows") for s in ((8, 4), (4, 6))
+    )
+    (blocks,) = jax.export.symbolic_shape("blocks")
+
+    def ffn(x):
+        tile = jnp.zeros(x.shape[0], jnp.int32)
+        return trix_kernels.block_ffn(x, up, down, tile, (4, 6), jnp.tanh)
+
+    exported = jax.export.export(jax.jit(ffn))(
+        jax.ShapeDtypeStruct((blocks, 2, 8), jnp.float32)
+    )
+    x = jnp.asarray(ternary(rng, 3, 2, 8))
+    np.testing.assert_allclose(exported.call(x), ffn(x), rtol=1e-6)

@@ -87,14 +87,17 @@ def match_active(config: TransformerConfig, reference: TransformerConfig) -> int
 
 def match_bits(config: TransformerConfig, reference: TransformerConfig) -> int:
     """Width of the dense FFN with the bits that the FFNs of `reference` and their routing
-    take as served (`ffn_bits + routing_bits`, as `export` writes by default), at 16 a
+    take as served (`ffn_bits + routing_bits`, with signatures and no table), at 16 a
     weight.
 
     Raises:
         ValueError: the routing of `reference` keeps a row for each id, and it has no
             vocabulary.
     """
-    if reference.vocab_size is None and reference.routing.hold != "signatures":
+    by_id = (
+        reference.routing.hold != "signatures" and reference.routing.source != "hash"
+    )
+    if reference.vocab_size is None and by_id:
         raise ValueError(
             f"match-bits counts what routing.hold={reference.routing.hold!r} stores, a "
             "row for each id of the vocabulary: give model.vocab_size."

@@ -238,7 +238,8 @@ def _block_arguments(config: TransformerConfig) -> dict[str, Any]:
     if c.init == "gpt2":
         into_residual = nn.initializers.normal(INIT_STD * depth)
         is_dense = c.ffn == "dense"
-        if is_dense or c.ternary.rule != "fixed":  # whose threshold is far above 0.02
+        is_fixed = c.ternary.rule == "fixed" and c.ternary.mode != "none"
+        if is_dense or not is_fixed:  # whose threshold is far above 0.02
             how["up_init"] = INIT if is_dense else Whole(INIT)
             how["down_init"] = into_residual if is_dense else Whole(into_residual)
         how["shared_init"] = INIT, into_residual

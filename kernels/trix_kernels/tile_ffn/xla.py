@@ -65,7 +65,7 @@ def _forward(shape, act, inputs, fixed):
     def batched(inputs, fixed):
         return _batched(*_joined(inputs, fixed), shape, act)
 
-    if inputs[0].shape[0] <= 1:
+    if inputs[0].shape[0] in (0, 1):  # not a symbolic number
         return batched(inputs, fixed)
     cpu = _loop_unless_vmapped(loop, batched)
     return jax.lax.platform_dependent(inputs, fixed, cpu=cpu, default=batched)

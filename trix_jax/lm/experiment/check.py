@@ -50,8 +50,11 @@ def check_ended(experiment: Experiment, workdir: Path) -> None:
 
 
 def _is_of_other_length(spec: Spec, directory: Path) -> bool:
-    path = directory / "summary.json"
-    return path.exists() and read_json(path)["steps"] != spec.steps
+    try:
+        summary = read_json(directory / "summary.json")
+    except (OSError, ValueError):  # none, or damaged: it is written anew
+        return False
+    return summary["steps"] != spec.steps
 
 
 def _flags(command: str) -> list[str]:

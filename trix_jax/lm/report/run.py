@@ -108,7 +108,7 @@ def _began(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What else the weights have met: data before this, or another training."""
     rows = []
     if since := summary.get("data_since"):
-        rows.append(("steps of these on other data, the first", f"{since:,}"))
+        rows.append(("first steps, on other data", f"{since:,}"))
     if first := summary.get("init_from"):
         what = "export" if first["step"] is None else f"step {first['step']:,}"
         told = f"{what} of {first['path']}, not counted here"
