@@ -196,7 +196,7 @@ def _question(what: Question, found: Sequence[Found]) -> list[str]:
     head = f"arm,setting,rate,loss,less `{what.base}`,95%,seeds,verdict"
     left = [name for name in left if name.strip("`") not in {row[0] for row in rows}]
     shown = [table(head.split(","), rows, left=2)] if rows else []
-    few = ", ".join(left) if len(left) < 4 else f"{len(left)} arms of this question"
+    few = ", ".join(left) if len(left) < 4 else f"{len(left)} arms"
     waiting = [f"Not run: {few}.\n"] if left else []
     still = _standing(found) if what.group == "holding" else []
     return [f"## {what.title}\n", f"{what.about}\n", *shown, *waiting, *still]

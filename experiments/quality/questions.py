@@ -68,7 +68,7 @@ QUESTIONS = (
         "Do tiles want a rate of their own?",
         "ffn-rates",
         "tiles-64-hash",
-        "The projections of FFNs learn at a multiple of the arm's best rate.",
+        "FFNs' projections learn at a multiple of the arm's best rate.",
     ),
     Question(
         "And the recommended tiles?",
@@ -80,7 +80,7 @@ QUESTIONS = (
         "And more of them?",
         "more",
         "tiles-64-hash-eighth-shared-layers",
-        "An eighth a token, the real FFN among them.",
+        "An eighth a token, with the real FFN.",
     ),
     Question(
         "Which body?",
