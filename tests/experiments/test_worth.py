@@ -235,7 +235,7 @@ def test_every_arm_of_the_claim_is_a_model_that_can_be(name):
         assert config.model.d_model == int(name.split("-")[1])
         if arm.name.startswith("tiles-"):
             model, quarter = config.model, config.model.d_model // 4
-            active = 8 if "eighth" in arm.name else 4
+            active = model.num_tiles // 8 if "eighth" in arm.name else 4
             assert (
                 model.tile_width * model.tiles_per_token + model.shared_width
                 == active * quarter

@@ -134,7 +134,7 @@ def test_metrics_and_summary_have_the_documented_keys(touchy):
             sometimes = {"val_loss_unquantized"} if event == "eval" else set()
             assert line.keys() | sometimes == wanted[event] | {"event"}
     summary = json.loads((run / "summary.json").read_text())
-    assert summary.keys() | {"init_from"} == wanted["summary"]
+    assert summary.keys() | {"init_from", "data_since"} == wanted["summary"]
     text = DOCS.read_text("utf-8")
     assert [name for name in summary["params"] if f"`{name}`" not in text] == []
 
