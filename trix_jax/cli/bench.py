@@ -9,9 +9,9 @@ from trix_jax.lm.presets import parse
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Measure the layers against dense FFNs, as medians of ratios within a
-    round: greater is better for TriX. Then the import, the data and how cost grows. Some ten minutes on two idle
-    cores.
+    """Measure the layers against dense FFNs, as medians of ratios within a round:
+    greater is better for TriX. Then the import, the data and how cost grows. Some ten
+    minutes on two idle cores.
     """
 
     rounds: int = 7
