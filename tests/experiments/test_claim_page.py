@@ -77,8 +77,20 @@ def test_the_figure_gives_each_arm_the_curve_that_its_multiplier_is_read_off(poi
         assert place.loss == pytest.approx(fmean(place.read.own.values()))
     hollow = [p.label for p in points if claim_figure.is_one_seed(p.place.read)]
     assert hollow == ["tiles-64-hash"]
-    # Losses that are borrowed from another seed have no dot.
-    assert axes.get_lines()[0].get_markevery() == [1, 2]
+    assert list(lines["dense, seeds 43, 44"][0]) == [128, 256]
+    assert axes.get_lines()[0].get_markevery() == [0, 1]
+
+
+@pytest.mark.slow
+def test_a_width_whose_losses_are_of_other_seeds_has_no_dot():
+    dense = {"dense-64": {42: 4.75}, "dense-128": LOSSES["dense-128"]}
+    runs = runs_of({**dense, SHARED: LOSSES[SHARED]})
+    arm = claim(64).arm(SHARED)
+    place = worth(claim(64), runs, arm, claim_page.VOCABULARY)
+    axes = Figure().subplots()
+    claim_figure.draw_curves(axes, [Point(SHARED, place)])
+    assert {64, 128} <= set(axes.get_lines()[0].get_xdata())
+    assert axes.get_lines()[0].get_markevery() == [1]
 
 
 def test_no_two_arms_look_alike_and_an_arm_looks_alike_in_all_panels():
