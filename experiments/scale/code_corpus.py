@@ -14,6 +14,7 @@ its authors': keep the licence files with what you pass on.
 
 import argparse
 import hashlib
+import importlib.util
 import re
 import shlex
 import shutil
@@ -201,8 +202,15 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--record", nargs="+", metavar="NAME", default=[])
     parser.add_argument("--val-share", type=float, default=VAL_SHARE, help="recorded")
-    parser.add_argument("--pip", default="python3 -m pip", help="the command")
+    parser.add_argument("--pip", default=own_pip(), help="the command")
     return parser.parse_args(argv)
+
+
+def own_pip() -> str:
+    """The command for this Python's pip; an environment of uv has none, so uv runs one."""
+    if importlib.util.find_spec("pip"):
+        return shlex.join([sys.executable, "-m", "pip"])
+    return shlex.join(["uvx", "--python", sys.executable, "pip"])
 
 
 if __name__ == "__main__":

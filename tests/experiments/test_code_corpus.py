@@ -1,6 +1,7 @@
 """The corpus of E4: wheels to source, sides, and the record."""
 
 import json
+import sys
 import zipfile
 
 import pytest
@@ -99,3 +100,12 @@ def test_committed_packages_have_a_permissive_licence_and_a_side():
     # More than 50 million tokens, were every token as long as seven bytes.
     assert sizes["train"] > 5 * 50e6
     assert 0.01 <= sizes["val"] / sizes["train"] <= 0.03
+
+
+def test_pip_is_that_of_this_python_and_uvs_where_it_has_none(monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert code_corpus.own_pip().endswith(" -m pip")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert code_corpus.own_pip() == f"uvx --python {sys.executable} pip"
