@@ -62,6 +62,9 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.server.calls.append((self.path, None))
+        if "/tree/main" in self.path:
+            of = {"type": "file", "size": 1, "oid": "0" * 40}
+            return self.answer([{"path": path, **of} for path in self.server.there])
         self.answer({"sha": "0" * 40, "siblings": []})
 
     def answer(self, tree):
@@ -80,6 +83,7 @@ class Hub(BaseHTTPRequestHandler):
 def hub(monkeypatch):
     server = HTTPServer(("127.0.0.1", 0), Hub)
     server.calls, server.created, server.lines = [], None, []
+    server.there = []
     server.address = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -106,6 +110,13 @@ def test_push_uploads_the_export_and_nothing_else(exported, hub):
     for name, content in sent.items():
         assert content == (exported / name).read_bytes()
     assert ("/api/models/someone/tiny/commit/main", "Bearer hf_local") in hub.calls
+
+
+def test_push_without_a_card_says_that_an_earlier_one_stays(exported, hub):
+    hub.there = ["README.md", "model.safetensors"]
+    with pytest.warns(UserWarning, match="keeps the card that it had"):
+        push(exported, "someone/tiny", endpoint=hub.address)
+    assert {line["key"] for line in hub.lines} == {"header", "file"}
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """An export to a model hub."""
 
+import warnings
 from pathlib import Path
 
 from trix_jax.lm.serve.card import CARD, check_card
@@ -15,6 +16,9 @@ def push(
     endpoint: str | None = None,
 ) -> str:
     """Uploads an export: its weights, config, tokenizer and card, and nothing else.
+
+    Without a card in the export the repository keeps the card that it had, since that may
+    be somebody's own words: a warning says so.
 
     The token is the one that `hf auth login` or the environment has set.
 
@@ -46,4 +50,9 @@ def push(
         allow_patterns=[WEIGHTS, CONFIG, TOKENIZER, CARD],
         commit_message="Upload a trix_jax model",
     )
+    if not (directory / CARD).exists() and CARD in api.list_repo_files(repo):
+        warnings.warn(
+            f"{repo} keeps the card that it had, and this export has none: its numbers may be of other weights. `trix-jax export --card` writes one.",
+            stacklevel=2,
+        )
     return str(done.commit_url)
