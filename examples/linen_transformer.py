@@ -2,7 +2,7 @@
 
     python examples/linen_transformer.py [STEPS]
 
-The recommended configuration: seven of 64 tiles a token, chosen by a hash of its id,
+The recommended configuration: eleven of 96 tiles a token, chosen by a hash of its id,
 another in every layer, and a small real FFN beside them. Reads the source of Python's
 own `argparse`, so nothing is downloaded. What a dense FFN does not ask for: ids go
 through every block to the layer's routing, its auxiliary loss, averaged over the blocks,
@@ -144,7 +144,7 @@ def evaluate(model, variables) -> float:
 def make_ffn():
     by_hash = RoutingConfig(source="hash")
     return SparseTriXFFN(
-        D, num_tiles=64, tiles_per_token=7, expansion=16, routing=by_hash
+        D, num_tiles=96, tiles_per_token=11, expansion=24, routing=by_hash
     )
 
 

@@ -70,7 +70,8 @@ class Setting(NamedTuple):
 
 
 CAPTION = f"\nSampler of all runs: `{SAMPLER}`.\n"
-NEWEST, OTHER, MORE = 128, 64, 96  # widths of the claim's models; tiles beside 64
+NEWEST, OTHER = 128, 64  # widths of the claim's models
+TILES, FEWER = 96, 64  # recommended, and those that cost less
 FRONT = "english-256-muon"
 SETTINGS = {
     FRONT: Setting(
@@ -124,20 +125,21 @@ def less(arms: Mapping[str, Tuned], name: str, sign: str = "+") -> str:
 
 
 def comparison() -> str:
-    """TriX in the setting of the claim, of more tiles, by one hash for all and by signatures
-    whose routes stay, and the dense FFNs of the curve; over the seeds that all have.
+    """TriX in the setting of the claim, of fewer tiles, those by one hash for all and by
+    signatures whose routes stay, and the dense FFNs of the curve; over the seeds that all
+    have.
     """
     setting, runs = claim(NEWEST), claim_runs(NEWEST)
     ours, *dense = newest_arms()
-    more = per_layer(MORE, NEWEST)[0]
-    same, read = together(64, NEWEST)[0], fixed(64, NEWEST)[0]
+    fewer = per_layer(FEWER, NEWEST)[0]
+    same, read = together(FEWER, NEWEST)[0], fixed(FEWER, NEWEST)[0]
     names = {
         ours.name: "**TriX, recommended**",
-        more.name: f"TriX, {MORE} tiles",
-        same.name: "TriX, one hash for all layers",
-        read.name: "TriX, routes read and held",
+        fewer.name: f"TriX, {FEWER} tiles",
+        same.name: f"{FEWER} tiles, one hash for all layers",
+        read.name: f"{FEWER} tiles, routes read and held",
     }
-    arms = [ours, more, same, read, *dense]
+    arms = [ours, fewer, same, read, *dense]
     found = {a.name: tuned(runs, a.name, a.rate_of) for a in arms}
     reference, rows = found["dense-512"], []
     assert reference is not None
@@ -161,7 +163,7 @@ def newest_arms() -> list[Arm]:
     """The recommended configuration, and dense FFNs from the narrowest to the widest."""
     curve_arms = claim(NEWEST).groups["dense-curve"]
     dense = sorted(curve_arms, key=lambda arm: int(arm.name.rpartition("-")[2]))
-    return [per_layer(64, NEWEST)[0], *dense]
+    return [per_layer(TILES, NEWEST)[0], *dense]
 
 
 def claim_runs(d_model: int) -> list[results.Result]:
@@ -169,9 +171,9 @@ def claim_runs(d_model: int) -> list[results.Result]:
 
 
 def differences() -> str:
-    """What 64 tiles, which are recommended, and more are worth at both widths."""
+    """What the recommended tiles and fewer are worth at both widths."""
     rows = []
-    for tiles, d in itertools.product((64, MORE), (NEWEST, OTHER)):
+    for tiles, d in itertools.product((TILES, FEWER), (NEWEST, OTHER)):
         place = worth(claim(d), claim_runs(d), per_layer(tiles, d)[0], VOCABULARY)
         assert place is not None
         own = f"{place.width.greater:.0f}"
@@ -195,7 +197,7 @@ def neighbours() -> str:
         if other and compared_seeds(one, other):
             said.append(f"{apart(one, other)} of {arm.name.rpartition('-')[2]}")
     return (
-        f"64 tiles less the {len(said)} dense FFNs at width {NEWEST}, paired by seed: "
+        f"{TILES} tiles less the {len(said)} dense FFNs at width {NEWEST}, paired by seed: "
         f"{', '.join(said)}.\n{read_and_held()}"
     )
 

@@ -71,7 +71,7 @@ QUESTIONS = (
         "FFNs' projections learn at a multiple of the arm's best rate.",
     ),
     Question(
-        "And the recommended tiles?",
+        "And with another hash in every layer?",
         "layers-ffn",
         "tiles-64-hash-eighth-shared-layers",
         "The same.",

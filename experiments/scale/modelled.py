@@ -247,14 +247,16 @@ def config_of(one: results.Result) -> RunConfig:
 
 
 def core_macs_of(every: Configs, folder: Path) -> dict[str, float]:
-    """Multiply-accumulates of training a second of a core, of each arm of E1's epoch the
-    median over its seeds.
+    """Multiply-accumulates of training a second of a core, of each arm of E1's epoch by the
+    seconds of the seed that took fewest: what else the core did only adds to them.
     """
-    rates: dict[str, list[float]] = {}
-    for arm, speed in speeds_of(folder, ON_CORE):
-        macs = 3 * budget.macs_per_token(every[ON_CORE, arm].model)
-        rates.setdefault(arm, []).append(macs * speed)
-    return {arm: statistics.median(each) for arm, each in rates.items()}
+    rates: dict[str, float] = {}
+    for one in results.read(folder / f"{ON_CORE}.json"):
+        if one.seconds and one.tokens:
+            macs = 3 * budget.macs_per_token(every[ON_CORE, one.arm].model)
+            speed = macs * one.tokens / one.seconds
+            rates[one.arm] = max(speed, rates.get(one.arm, 0))
+    return rates
 
 
 def core_macs_under_way(run: Path) -> dict[str, Any]:

@@ -65,8 +65,8 @@ def needs_note(modelled: dict[str, Any]) -> str:
     core = "Nothing has been timed on a core."
     if modelled["core_from"]:
         core = (
-            f"Core hours in bold are **measured** in `{modelled['core_from']}`, on a shared core; the "
-            "others are modelled by the multiply-accumulates a second of the same arm there. They count no evaluation."
+            f"Core hours in bold are **measured** in `{modelled['core_from']}`: the whole run of the fastest seed, evaluations included, "
+            "on a core that others used too. The others are modelled by the multiply-accumulates a second of the same arm there."
         )
     return (
         "Tokens and memory are of `lookup`, memory as compiled for an H100. "

@@ -50,12 +50,12 @@ def test_changed_result_changes_the_page(page, setting, arm, tmp_path, monkeypat
 
 def test_the_recommended_configuration_is_that_of_the_claim_with_dense_twins():
     model = preset()
-    (arm,) = claim(128).groups["layers"]
+    arm, _ = claim(128).groups["more"]
     assert model_of(claim(128), arm, 4096) == dataclasses.replace(
         model, vocab_size=4096
     )
     read = preset("signatures")
     assert (read.routing.source, read.routing.hold_after) == ("weights", 0.1)
     twins = [preset(name) for name in ("dense", "dense-cost")]
-    assert [twin.ffn_width for twin in twins] == [2080, 289]
+    assert [twin.ffn_width for twin in twins] == [3104, 417]
     assert {(twin.ffn, twin.shared_width) for twin in twins} == {("dense", 0)}

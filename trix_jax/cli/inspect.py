@@ -152,6 +152,10 @@ def _diff(args: Args, seen, tokenizer, ids, report) -> list[dict[str, Any]]:
     if other.startswith("step:"):
         other, step = args.checkpoint, other.removeprefix("step:")
     model, variables, other_tokenizer = load_run(other, step)
+    if model.config.ffn == "dense":
+        raise ValueError(
+            f"--against must be of a TriX arm. Got {args.against}, a dense model."
+        )
     if other_tokenizer.decode(ids) != tokenizer.decode(ids):
         raise ValueError(f"--against must have the same tokenizer. Got {args.against}.")
     layers = diff(route(model, variables, ids), seen)

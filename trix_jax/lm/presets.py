@@ -7,7 +7,6 @@ get the messages of the command line and only the outcome has to make sense.
 """
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +42,29 @@ def _check_once(path: str | Path, tree: dict[Any, Any]) -> None:
     """Raises a ValueError for a setting under two spellings, of which the first would be
     lost: `learning_rate` and `learning-rate`, nested and dotted.
     """
-    names = [*_names(tree)]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(
-            f"config {path} must give {twice[0]} once. It is there in two spellings."
-        )
+    try:
+        flat(tree)
+    except ValueError as error:
+        raise ValueError(f"config {path} {error}") from None
 
 
-def _names(tree, prefix="") -> Iterator[str]:
-    """Every setting's name as flags spell it."""
+def flat(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested or dotted settings by their names as flags spell them, such as
+    `model.d-model`, so that one mapping can go over another.
+
+    Raises:
+        ValueError: one in two spellings.
+    """
+    found: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}".replace("_", "-")
-        if isinstance(value, dict):
-            yield from _names(value, f"{name}.")
-        else:
-            yield name
+        own = flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+        if twice := sorted(found.keys() & own):
+            raise ValueError(
+                f"must give {twice[0]} once. It is there in two spellings."
+            )
+        found |= own
+    return found
 
 
 def preset_flags(path: str | Path, arm: str) -> tuple[list[str], list[str]]:

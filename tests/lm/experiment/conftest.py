@@ -90,7 +90,7 @@ def _write_run(folder, size, arm, seed, val_loss, train_loss=None, size_scale=1.
     summary = {
         "best_val_loss": val_loss,
         "final_val_loss": val_loss,
-        "final_val_ppl": math.exp(val_loss),
+        "final_val_ppl": math.exp(min(val_loss, 700)),
         "final_val_bits_per_byte": val_loss / math.log(2) / 4,
         "seconds": 10.0,
         "tokens": 640,

@@ -53,6 +53,57 @@ def test_hypotheses_are_answered_from_what_was_run(runs_of, tmp_path):
     assert "one seed, no interval: undecided" in answer(HYPOTHESES[0], alone)
 
 
+def test_an_arm_is_a_control_of_the_same_tiles_only_and_a_hash_is_no_mere_control(
+    runs_of, tmp_path
+):
+    specs = [
+        *runs_of("s", "sparse", [1.8, 1.81, 1.79]),
+        *runs_of("s", "hash", [1.9, 1.91, 1.89]),
+        *runs_of("s", "dense", [2.0, 2.01, 2.0]),
+    ]
+    results = [result_of(spec, tmp_path / "e/runs") for spec in specs]
+    (hashed, *_) = [one for one in results if one.arm == "hash"]
+    alike = {"params_total": hashed.params_total}
+    results = [one._replace(**alike) if one.is_dense else one for one in results]
+    found = by_arm(results)
+    lower, special, *_ = HYPOTHESES
+    assert "s, hash against dense: -0.1" in answer(lower, found)
+    alone = by_arm([one for one in results if one.arm != "sparse"])
+    assert "hash against dense" in answer(lower, alone)
+    assert "sparse against hash" in answer(special, found)
+    other = [o._replace(num_tiles=8) if o.arm == "hash" else o for o in results]
+    assert "Not measured" in answer(special, by_arm(other))
+
+
+def test_a_diverged_seed_decides_nothing_and_other_seeds_are_in_no_order(
+    runs_of, tmp_path
+):
+    specs = [
+        *runs_of("s", "lookup", [1.5, 1.51, 1.49]),
+        *runs_of("s", "dense", [2.0, 2.01, 2.0]),
+    ]
+    lost = tmp_path / "e/runs" / specs[2].name
+    (lost / "summary.json").unlink()
+    said = "trix-jax train: loss (nan) or gradient norm (nan) is not finite at step 7, after 10 skipped in a row (train.max_skipped=10): stopped."
+    (lost / "log.txt").write_text(said)
+    write(tmp_path / "e", specs)
+    text = write_experiment_report(tmp_path / "e", print).read_text()
+    assert "dense FFN: undecided.**" in text
+    assert "undecided, a seed of lookup diverged" in text
+    assert "of other seeds for some arms and so in no order: lookup" in text
+    runs = [result_of(one, tmp_path / "e/runs") for one in specs]
+    one, two = [r for r in runs if r.is_dense], [r for r in runs if not r.is_dense]
+    apart = by_arm([*two[:1], *one[1:]])
+    assert "the arms that would tell share no seed" in answer(HYPOTHESES[0], apart)
+
+
+def test_a_loss_that_no_perplexity_holds_is_reported(runs_of, tmp_path):
+    specs = runs_of("s", "lookup", [9445.5, 9000.0])
+    write(tmp_path / "e", specs)
+    text = write_experiment_report(tmp_path / "e", print).read_text()
+    assert "lookup 9222.7500 ±" in text
+
+
 def test_losses_of_other_validation_tokens_are_not_compared(runs_of, tmp_path):
     specs = [
         *runs_of("s", "lookup", [1.8, 1.81, 1.79]),
@@ -60,8 +111,11 @@ def test_losses_of_other_validation_tokens_are_not_compared(runs_of, tmp_path):
         *runs_of("s", "dense", [2.0, 2.01, 2.0]),
     ]
     results = [result_of(spec, tmp_path / "e/runs") for spec in specs]
-    names = {"hash": "lookup-hash"}
-    results = [one._replace(arm=names.get(one.arm, one.arm)) for one in results]
+    same = {"num_tiles": 4, "tile_width": None, "tiles_per_token": 1}
+    control = {"arm": "lookup-hash"} | same
+    results = [
+        one._replace(**(control if one.arm == "hash" else same)) for one in results
+    ]
     parts = [
         one._replace(val_tokens=1024) if one.arm == "lookup" else one for one in results
     ]

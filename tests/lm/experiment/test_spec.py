@@ -142,6 +142,26 @@ def test_file_that_is_like_another_takes_what_it_does_not_say(small, tmp_path):
         read_experiment(second, parse_run)
 
 
+def test_settings_go_over_those_of_all_one_by_one_however_they_are_written(
+    small, tmp_path
+):
+    tree = yaml.safe_load(small.read_text())
+    tree["set"] |= {"train": {"steps": 40, "batch-size": 4}, "model": {"n_heads": 1}}
+    tree["arm_set"] = {"dense": {"train": {"learning_rate": 2e-3}}}
+    small.write_text(yaml.safe_dump(tree))
+    found = read_experiment(small, parse_run).configs["s", "dense"]
+    train = found.train.steps, found.train.batch_size, found.train.learning_rate
+    assert (*train, found.model.n_heads) == (40, 4, 2e-3, 1)
+    path = tmp_path / "like.yaml"
+    path.write_text(yaml.safe_dump({"like": "small.yaml", "set": {"train.steps": 20}}))
+    found = read_experiment(path, parse_run).configs["s", "dense"]
+    assert (found.train.steps, found.train.batch_size) == (20, 4)
+    tree["set"]["train.steps"] = 10
+    small.write_text(yaml.safe_dump(tree))
+    with pytest.raises(ValueError, match="set in .* must give train.steps once"):
+        read_experiment(small, parse_run)
+
+
 def test_notes_say_what_was_asked_and_refuse_another_experiment(small, tmp_path):
     experiment, workdir = read_experiment(small, parse_run), tmp_path / "e"
     workdir.mkdir()

@@ -181,3 +181,13 @@ def test_verb_refuses_an_order_it_cannot_read(run_dir, tmp_path, capsys):
     ]
     assert main([*argv, "--pin", "0:2"]) == 2
     assert "LAYER:TILE:CHARACTERS" in capsys.readouterr().err
+
+
+def test_verb_refuses_a_dense_model_beside(run_dir, model, tmp_path, capsys):
+    loaded, _, tokenizer, _ = model
+    dense = TransformerLM(dataclasses.replace(loaded.config, ffn="dense"))
+    variables = dense.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    export(dense, variables, tokenizer, tmp_path / "dense")
+    argv = ["inspect", "--checkpoint", str(run_dir), "--output", str(tmp_path / "p")]
+    assert main([*argv, "--against", str(tmp_path / "dense")]) == 2
+    assert "--against must be of a TriX arm" in capsys.readouterr().err

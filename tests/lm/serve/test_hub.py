@@ -65,7 +65,7 @@ class Hub(BaseHTTPRequestHandler):
         if "/tree/main" in self.path:
             of = {"type": "file", "size": 1, "oid": "0" * 40}
             return self.answer([{"path": path, **of} for path in self.server.there])
-        self.answer({"sha": "0" * 40, "siblings": []})
+        return self.answer({"sha": "0" * 40, "siblings": []})
 
     def answer(self, tree):
         data = json.dumps(tree).encode()

@@ -1,15 +1,17 @@
 """The hypotheses of the original's plan, as data, and what runs say of them."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from trix_jax.lm.experiment.results import Result, twin
 from trix_jax.lm.experiment.stats import Interval, paired, verdict
 
 ROUTES = ("hash", "random")  # that no weights choose
-# Arms beside which another stands: ends of their names, or whole names of those on the
-# tiles of `sparse`.
+# Ends of names of arms that stand beside another of the same tiles; whole names, beside
+# `sparse`.
 CONTROLS = (*ROUTES, "learned", "float")
+
+TILES = ("num_tiles", "tile_width", "tiles_per_token")  # fields of a result
 
 Found = dict[tuple[str, str], list[Result]]  # by size and arm
 
@@ -74,21 +76,34 @@ def by_arm(results: Sequence[Result]) -> Found:
     return found
 
 
-def answer(hypothesis: Hypothesis, found: Found) -> str:
-    """What the runs say of a hypothesis: a verdict a pair of arms, and one of all."""
-    rows, verdicts = [], set()
-    for size, arm, other in _pairs(hypothesis, found):
+def answer(
+    hypothesis: Hypothesis,
+    found: Found,
+    diverged: Collection[tuple[str, str]] = (),
+) -> str:
+    """What the runs say of a hypothesis: a verdict a pair of arms, and one of all.
+
+    Args:
+        diverged: arms of which a seed did, with which nothing is decided: the seeds that
+            are left are the good ones.
+    """
+    rows, verdicts, pairs = [], set(), _pairs(hypothesis, found)
+    for size, arm, other in pairs:
         values = (
             {run.seed: getattr(run, hypothesis.field) for run in found[size, name]}
             for name in (arm, other)
         )
         if difference := paired(*values):
             words = verdict(difference, "supported", "not supported", "undecided")
+            gone = [name for name in (arm, other) if (size, name) in diverged]
+            words = "undecided" if gone else words
             verdicts.add(words)
+            words += f", a seed of {gone[0]} diverged" if gone else ""
             text = f"{difference.mean:+.4f}{_bounds(difference)}: {words}"
             rows.append(f"  - {size}, {arm} against {other}: {text}")
     if not rows:
-        return f"**{hypothesis.claim}: undecided.** Not measured here: {hypothesis.absent}."
+        why = "the arms that would tell share no seed" if pairs else hypothesis.absent
+        return f"**{hypothesis.claim}: undecided.** Not measured here: {why}."
     word = verdicts.pop() if len(verdicts) == 1 else "mixed"
     head = f"**{hypothesis.claim}: {word}.** Measured: {hypothesis.measured} (95% interval over seeds)."
     return "\n".join([head, *rows])
@@ -98,16 +113,19 @@ def _pairs(hypothesis: Hypothesis, found: Found) -> list[tuple[str, str, str]]:
     """Size, arm, and what it is compared with."""
     pairs, everyone = [], [runs[0] for runs in found.values()]
     for (size, arm), runs in found.items():
-        if runs[0].is_dense or is_control(arm):
+        end = arm.rpartition("-")[2]
+        by_hash = end == "hash" and hypothesis.controls != ROUTES
+        is_beside = end in CONTROLS and _base_of(size, arm, found) is not None
+        if runs[0].is_dense or (is_beside and not by_hash):
             continue
-        for control in hypothesis.controls:
-            names = (f"{arm}-{control}", *([control] if arm == "sparse" else []))
-            there = [one for one in names if (size, one) in found]
-            pairs += [
-                (size, arm, one)
-                for one in there
-                if found[size, one][0].val_tokens == runs[0].val_tokens
-            ]
+        pairs += [
+            (size, arm, other)
+            for place, other in found
+            if place == size
+            and other.rpartition("-")[2] in hypothesis.controls
+            and _base_of(size, other, found) == arm
+            and found[size, other][0].val_tokens == runs[0].val_tokens
+        ]
         if hypothesis.cost and (
             other := twin(runs[0], everyone, hypothesis.cost, hypothesis.within)
         ):
@@ -115,9 +133,14 @@ def _pairs(hypothesis: Hypothesis, found: Found) -> list[tuple[str, str, str]]:
     return pairs
 
 
-def is_control(arm: str) -> bool:
-    """Whether an arm is there to be compared with."""
-    return arm.rpartition("-")[2] in CONTROLS
+def _base_of(size: str, arm: str, found: Found) -> str | None:
+    """The arm beside which this one stands, with the same tiles; None where none is."""
+    base = arm.rpartition("-")[0] or "sparse"
+    if (size, base) not in found:
+        return None
+    one, other = found[size, arm][0], found[size, base][0]
+    alike = (getattr(one, name) == getattr(other, name) for name in TILES)
+    return base if all(alike) else None
 
 
 def _bounds(found: Interval) -> str:

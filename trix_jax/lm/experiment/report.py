@@ -7,7 +7,7 @@ page can be made again where the run directories are gone; then the figures of s
 runs stay as they are.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,8 @@ def write_experiment_report(
         if len(groups) > 1:
             parts.append(f"# Sampler `{sampler}`")
         ending = f"_{sampler}" if len(groups) > 1 else ""
-        parts += _compared(by_arm(runs), known_floors, directory, ending)
+        lost = {(one.size or "", one.arm) for one in results if not one.is_finite}
+        parts += _compared(by_arm(runs), lost, known_floors, directory, ending)
     parts += [
         "## Made with",
         _made_with(directory, finished),
@@ -72,11 +73,16 @@ def write_experiment_report(
 
 
 def _compared(
-    found: Found, known_floors: Floors, directory: Path, ending: str
+    found: Found,
+    diverged: Collection[tuple[str, str]],
+    known_floors: Floors,
+    directory: Path,
+    ending: str,
 ) -> list[str]:
     """What the runs of one sampler say.
 
     Args:
+        diverged: arms of which a seed did, by size.
         ending: of the names of figures.
     """
     sizes = list(dict.fromkeys(size for size, _ in found))
@@ -87,7 +93,7 @@ def _compared(
         *(_headline(size, found, known_floors.get(size, {})) for size in sizes),
         f"![Validation loss against parameters, compute, bits and seconds]({name})",
         "## What the original's plan expected",
-        *(answer(hypothesis, found) for hypothesis in HYPOTHESES),
+        *(answer(hypothesis, found, diverged) for hypothesis in HYPOTHESES),
         "## The runs",
         *(part for parts in size_parts for part in parts),
     ]
@@ -119,11 +125,15 @@ def _label(experiment: Experiment, results: Sequence[Result]) -> str:
 
 def _headline(size: str, found: Found, known: dict[int, float]) -> str:
     arms = [runs for (s, _), runs in found.items() if s == size]
-    if len({runs[0].val_tokens for runs in arms}) > 1:
+    others = {
+        "tokens": {runs[0].val_tokens for runs in arms},
+        "seeds": {frozenset(run.seed for run in runs) for runs in arms},
+    }
+    if differ := [name for name, values in others.items() if len(values) > 1]:
         text = ", ".join(f"{r[0].arm} {spread([x.val_loss for x in r])}" for r in arms)
         return (
-            f"**{size}**, validation loss in nats per token, of other tokens for some "
-            f"arms and so in no order: {text}."
+            f"**{size}**, validation loss in nats per token, of other "
+            f"{' and '.join(differ)} for some arms and so in no order: {text}."
         )
     ordered = sorted(arms, key=mean_loss)
     text = ", ".join(f"{r[0].arm} {spread([x.val_loss for x in r])}" for r in ordered)

@@ -18,6 +18,7 @@ from trix_jax.lm.config import SAMPLER_BEFORE, load
 from trix_jax.lm.experiment.directory import has_ended, held, is_diverged
 from trix_jax.lm.experiment.spec import Spec, name_of, public_command
 from trix_jax.lm.report.record import read_run
+from trix_jax.lm.train.evaluate import perplexity
 
 LAST_SHARE = 0.05  # of the steps, whose training loss counts as the last
 LOCK = "results.lock"  # in a folder of runs
@@ -261,7 +262,7 @@ def _outcome(directory: Path) -> dict[str, Any]:
         "val_ppl": summary["final_val_ppl"],
         "val_bits_per_byte": summary["final_val_bits_per_byte"],
         "best_val_loss": summary["best_val_loss"],
-        "best_val_ppl": math.exp(summary["best_val_loss"]),
+        "best_val_ppl": perplexity(summary["best_val_loss"]),
         "train_val_gap": val_loss - statistics.mean(line["loss"] for line in last),
         **_params(summary["params"], record.config.model),
         "min_entropy_share": summary.get("min_entropy_share"),

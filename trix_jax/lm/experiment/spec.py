@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 from trix_jax.files import read_json, write_json
 from trix_jax.lm.config import RunConfig, read_yaml
 from trix_jax.lm.data import DataConfig, is_store, prepare
-from trix_jax.lm.presets import to_flags
+from trix_jax.lm.presets import flat, to_flags
 from trix_jax.lm.signals import Signals
 
 NOTES, RESULTS = "experiment.json", "metrics.json"
 WORDS = ("title", "question", "label")
 KEYS = ("name", "like", *WORDS, "sizes", "arms", "seeds", "arm_seeds", "set", "arm_set")
-MERGED = ("set", "arm_set")  # with those of the file that one is like
 BY_ARM = ("arm_set", "arm_seeds")
 KINDS = {
     "sizes": dict, "arms": list, "seeds": list, "arm_seeds": dict, "set": dict, "arm_set": dict,
@@ -112,7 +111,8 @@ def read_experiment(
 ) -> Experiment:
     """Reads an experiment's file and checks every run's flags.
 
-    A file that is `like` another one has what that has and it does not say itself. An
+    A file that is `like` another one has what that has and it does not say itself: of
+    `set` by setting, of `arm_set` by arm, of all else by section. An
     arm is one of the preset's, or what `arm_set` makes of one: `{arm: lookup,
     model.grid_size: 1}`. `arm_seeds` gives an arm seeds of its own.
 
@@ -140,7 +140,11 @@ def read_experiment(
         for arm in map(str, tree["arms"]):
             own = dict(by_arm.get(arm) or {})
             start = str(own.pop("arm", arm))
-            more = to_flags({**every, **given, **own})
+            more = to_flags(
+                _flat("set", every, path)
+                | _flat(f"sizes.{size}", given, path)
+                | _flat(f"arm_set.{arm}", own, path)
+            )
             config = parse([preset, "--arm", start, *more])
             data = experiment.data.setdefault(str(size), config.data)
             if config.data != data:
@@ -242,12 +246,22 @@ def _with_like(tree: dict[str, Any], path: Path) -> dict[str, Any]:
         )
     base.pop("name", None)  # or two experiments would have one
     arms = tree.get("arms") or base.get("arms") or []
-    merged = {k: {**(base.get(k) or {}), **(tree.get(k) or {})} for k in MERGED}
+    sets = [_flat("set", one.get("set") or {}, path) for one in (base, tree)]
+    arms_set = [one.get("arm_set") or {} for one in (base, tree)]
+    merged = {"set": sets[0] | sets[1], "arm_set": arms_set[0] | arms_set[1]}
     merged["arm_seeds"] = tree.get("arm_seeds") or base.get("arm_seeds") or {}
     for key in BY_ARM:  # without what the other file says of arms that this one has not
         own = tree.get(key) or {}
         merged[key] = {a: v for a, v in merged[key].items() if a in arms or a in own}
     return {**base, **tree, **merged}
+
+
+def _flat(where: str, given: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Settings by their dotted names, so that an arm's own go over those of all one by one."""
+    try:
+        return flat(given)
+    except ValueError as error:
+        raise ValueError(f"{where} in {path} {error}") from None
 
 
 def _checked(tree: dict[str, Any], path: Path) -> dict[str, Any]:

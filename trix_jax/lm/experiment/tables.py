@@ -7,6 +7,7 @@ from statistics import mean
 from trix_jax.lm.experiment.results import Result
 from trix_jax.lm.experiment.stats import paired, spread, verdict
 from trix_jax.lm.experiment.tuning import Tuned, sweep
+from trix_jax.lm.train.evaluate import perplexity
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -28,7 +29,7 @@ def runs_table(arms: Sequence[Sequence[Result]]) -> str:
                 str(len(runs)),
                 f"{one.learning_rate:g}",
                 spread([r.val_loss for r in runs]),
-                f"{math.exp(mean_loss(runs)):.2f}",
+                f"{perplexity(mean_loss(runs)):.2f}",
                 _bits([r.val_bits_per_byte for r in runs]),
                 f"{mean(r.train_val_gap or 0 for r in runs):+.3f}",
                 f"{one.params_total:,}",

@@ -146,7 +146,7 @@ def _evaluate(
     counts, mean = jnp.asarray(total.counts, jnp.float32), total.loss / total.tokens
     return Evaluation(
         val_loss=mean,
-        val_ppl=math.exp(min(mean, 700.0)),
+        val_ppl=perplexity(mean),
         val_bits_per_byte=_bits_per_byte(mean, store),
         tokens=int(total.tokens),
         tile_usage=(counts / jnp.maximum(counts.sum(-1, keepdims=True), 1)).tolist(),
@@ -155,6 +155,11 @@ def _evaluate(
         dead_tiles=routing.dead_tiles(counts).tolist() if counts.size else [],
         routes=routes[:, :kept],
     )
+
+
+def perplexity(loss: float) -> float:
+    """`exp(loss)`, of at most 700 nats, above which no float holds it."""
+    return math.exp(min(loss, 700.0))
 
 
 class Total(NamedTuple):
