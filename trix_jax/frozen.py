@@ -52,9 +52,10 @@ def freeze(
         **kwargs: the same.
 
     Raises:
-        ValueError: no ternary weights found, or they are frozen already, or a layer of
-            mode "none" keeps real weights; no `"params"`, or not the model's; a weight
-            that is NaN or infinite, where values are known.
+        ValueError: no ternary weights found, or they are frozen already, or all are of
+            mode "none", whose real weights stay beside others that are packed; no
+            `"params"`, or not the model's; a weight that is NaN or infinite, where values
+            are known.
     """
     if "params" not in variables:
         raise ValueError(
@@ -72,17 +73,25 @@ def freeze(
             f"{type(model).__name__} holds no ternary weights: there is nothing to freeze."
         )
     modes = {
-        module.config.mode
-        for module in modules.values()
+        path: module.config.mode
+        for path, module in modules.items()
         if isinstance(getattr(module, "config", None), TernaryConfig)
     }
-    if "soft" in modes:
+    if set(modes.values()) == {"none"}:
+        raise ValueError(
+            "mode='none' keeps real weights: there is nothing ternary to freeze."
+        )
+    if "soft" in modes.values():
         warnings.warn(SOFT, stacklevel=2)
     for path, module in sorted(modules.items(), key=lambda item: -len(item[0])):
+        if modes.get(path) == "none":
+            continue
         own = {key[-1]: params.pop(key) for key in list(params) if key[:-1] == path}
         inside = {
             k[len(path) :]: v for k, v in packed.items() if k[: len(path)] == path
         }
+        if not own and not inside:  # around kernels of mode "none"
+            continue
         new = getattr(module, PACK)(nn.unbox(own), nn.unbox(unflatten_dict(inside)))
         box = own.get("kernel")
         packed |= {(*path, name): _boxed(value, box) for name, value in new.items()}

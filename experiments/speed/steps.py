@@ -54,8 +54,8 @@ class Setting(NamedTuple):
 
 
 BODY = "--model.positions rotary --model.norm rms --model.qk-norm"
-TILES = "--arm tiles --model.tiles-per-token 7 --model.shared-width"
-MORE = (
+FEWER = "--arm tiles --model.tiles-per-token 7 --model.shared-width"
+TILES = (
     "--arm tiles --model.num-tiles 96 --model.expansion 24 --model.tiles-per-token 11 "
     "--model.shared-width"
 )
@@ -82,10 +82,10 @@ SETTINGS = {
         BODY,
         4096,
         {
-            "tiles-64-hash-eighth-shared-layers": f"{TILES} 32 {HASH} --model.hash-per-layer",
-            "tiles-96-hash-eighth-shared-layers": f"{MORE} 32 {HASH} --model.hash-per-layer",
-            "tiles-64-hash-eighth-shared": f"{TILES} 32 {HASH}",
-            "tiles-64-held-eighth-shared-routes": f"{TILES} 32 {ROUTES}",
+            "tiles-96-hash-eighth-shared-layers": f"{TILES} 32 {HASH} --model.hash-per-layer",
+            "tiles-64-hash-eighth-shared-layers": f"{FEWER} 32 {HASH} --model.hash-per-layer",
+            "tiles-64-hash-eighth-shared": f"{FEWER} 32 {HASH}",
+            "tiles-64-held-eighth-shared-routes": f"{FEWER} 32 {ROUTES}",
             **dense(256, 512, 1024, 2048),
         },
     ),
@@ -94,9 +94,9 @@ SETTINGS = {
         f"--model.d-model 64 --model.n-heads 2 {BODY}",
         4096,
         {
-            "tiles-64-hash-eighth-shared-layers": f"{TILES} 16 {HASH} --model.hash-per-layer",
-            "tiles-96-hash-eighth-shared-layers": f"{MORE} 16 {HASH} --model.hash-per-layer",
-            "tiles-64-held-eighth-shared-routes": f"{TILES} 16 {ROUTES}",
+            "tiles-96-hash-eighth-shared-layers": f"{TILES} 16 {HASH} --model.hash-per-layer",
+            "tiles-64-hash-eighth-shared-layers": f"{FEWER} 16 {HASH} --model.hash-per-layer",
+            "tiles-64-held-eighth-shared-routes": f"{FEWER} 16 {ROUTES}",
             **dense(128, 256, 512, 1024),
         },
     ),

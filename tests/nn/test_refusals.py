@@ -36,6 +36,10 @@ def variables():
         (SparseTriXFFN, {"routing": "hash"}, "must be a RoutingConfig.* Got 'hash'"),
         (SparseTriXFFN, {"routing": {"source": "hash"}}, "must be a RoutingConfig"),
         (HierarchicalTriXFFN, {"ternary": "ste"}, "must be a TernaryConfig"),
+        (SparseTriXFFN, {"dropout": 1.5}, r"dropout must be in 0\.\.1\. Got 1\.5"),
+        (SparseLookupFFN, {"dropout": -0.5}, r"dropout must be in 0\.\.1\. Got -0\.5"),
+        (SparseLookupFFN, {"grid_size": -1}, "grid_size must be an integer above 0"),
+        (SparseLookupFFN, {"grid_size": 2.0}, r"integer above 0\. Got 2\.0"),
     ],
 )
 def test_settings_of_another_type_are_named(kind, how, message, no_type_hook):

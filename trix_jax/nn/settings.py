@@ -102,6 +102,8 @@ class TileSettings:
             raise ValueError(
                 f"tiles_per_token={self.tiles_per_token} must be at least 1 and at most {what}={choice}."
             )
+        if not 0 <= self.dropout <= 1:
+            raise ValueError(f"dropout must be in 0..1. Got {self.dropout}.")
         activation(self.activation)
         if self.implementation not in (None, *get_args(Implementation)):
             kinds, name = ", ".join(get_args(Implementation)), self.implementation

@@ -2,6 +2,7 @@
 each.
 """
 
+import operator
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -114,6 +115,7 @@ class SparseLookupFFN(nn.Module):
     ) -> Output:
         """Applies the layer. Arguments and results are those of `SparseTriXFFN`."""
         check_reads(self.reads, self.compress_hidden, self.ternary)
+        check_grid(self.grid_size)
         x = inputs.check_input(x, self.d_model, self.param_dtype)
         lead, tokens = x.shape[:-1], inputs.flatten(x, token_ids, router_input, mask)
         settings, dtype = self._settings(), self.dtype or x.dtype
@@ -238,6 +240,20 @@ def _near_ramp(key, shape, dtype=jnp.float32) -> Array:
     """Latent coefficients of ReLUs, with noise."""
     start = jnp.asarray(0.5 * splines.ramp(shape[-1] // 2).reshape(1, -1), dtype)
     return start + SPLINE_NOISE * jax.random.normal(key, shape, dtype)
+
+
+def check_grid(grid_size: int) -> None:
+    """Refuses a number of cells that is none.
+
+    Raises:
+        ValueError: says what it is.
+    """
+    try:
+        is_one = operator.index(grid_size) >= 1
+    except TypeError:
+        is_one = False
+    if not is_one:
+        raise ValueError(f"grid_size must be an integer above 0. Got {grid_size!r}.")
 
 
 def check_reads(

@@ -158,7 +158,7 @@ def test_settings_go_over_those_of_all_one_by_one_however_they_are_written(
     assert (found.train.steps, found.train.batch_size) == (20, 4)
     tree["set"]["train.steps"] = 10
     small.write_text(yaml.safe_dump(tree))
-    with pytest.raises(ValueError, match="set in .* must give train.steps once"):
+    with pytest.raises(ValueError, match=r"set in .* must give train.steps once"):
         read_experiment(small, parse_run)
 
 
