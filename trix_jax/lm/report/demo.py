@@ -89,7 +89,11 @@ def _rates(runs: Mapping[str, RunRecord]) -> str:
         for arm, run in runs.items()
     )
     config = runs["trix"].config
-    found = "the best of three for each" if _own(config) == SWEPT else "not of these"
+    found = (
+        "each better than half and twice of it"
+        if _own(config) == SWEPT
+        else "not of these"
+    )
     return (
         f"at learning rates ({named}) swept for {SWEPT[0]} steps of seed {SWEPT[1]}, "
         f"{found}"
