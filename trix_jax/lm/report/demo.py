@@ -90,7 +90,7 @@ def _rates(runs: Mapping[str, RunRecord]) -> str:
     )
     config = runs["trix"].config
     found = (
-        "each better than half and twice of it"
+        "each better than its half and double"
         if _own(config) == SWEPT
         else "not of these"
     )
