@@ -86,7 +86,7 @@ SETTINGS = {
             "tiles-64-hash-eighth-shared-layers": f"{FEWER} 32 {HASH} --model.hash-per-layer",
             "tiles-64-hash-eighth-shared": f"{FEWER} 32 {HASH}",
             "tiles-64-held-eighth-shared-routes": f"{FEWER} 32 {ROUTES}",
-            **dense(256, 512, 1024, 2048),
+            **dense(256, 384, 512, 1024, 2048),
         },
     ),
     "wikipedia-64": Setting(
@@ -97,7 +97,7 @@ SETTINGS = {
             "tiles-96-hash-eighth-shared-layers": f"{TILES} 16 {HASH} --model.hash-per-layer",
             "tiles-64-hash-eighth-shared-layers": f"{FEWER} 16 {HASH} --model.hash-per-layer",
             "tiles-64-held-eighth-shared-routes": f"{FEWER} 16 {ROUTES}",
-            **dense(128, 256, 512, 1024),
+            **dense(128, 192, 256, 512, 1024),
         },
     ),
     "shakespeare-128": Setting(

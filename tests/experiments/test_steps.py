@@ -4,6 +4,7 @@ the committed files hold.
 
 import ast
 import json
+import re
 import sys
 
 import pytest
@@ -12,6 +13,7 @@ from experiments import front_page
 from experiments.speed import modelled, original, steps
 from experiments.speed.gpu.language_model import WAYS
 
+README = (steps.ROOT / "README.md").read_text("utf-8")
 SMALL = "--model.d-model 16 --model.n-layers 1 --model.context 8 --train.batch-size 2 --model.num-tiles 4"
 ANSWERS = """
 import json, sys
@@ -49,10 +51,15 @@ def test_the_speed_page_has_the_committed_ratios():
     )
     assert shown(arms["arms"]["dense-512"]["first_is"]) in line
     new = json.loads(steps.PATH.read_text("utf-8"))["settings"]["wikipedia-128"]
-    for width in ("1,024", "2,048"):
-        (line,) = (x for x in speed_page() if f"with dense FFNs {width} wide" in x)
+    for width in ("384", "512", "1,024", "2,048"):
         first_is = new["arms"][f"dense-{width.replace(',', '')}"]["first_is"]
-        assert shown(first_is) in line
+        lines = [x for x in speed_page() if f"with dense FFNs {width} wide" in x]
+        assert any(shown(first_is) in line for line in lines)
+        if width == "384":
+            assert f"{first_is['ratio']:.2f} times as fast as with 384" in README
+        elif width != "512":
+            said = f"{first_is['ratio']:.1f} times as fast as with"
+            assert re.search(f"{said} (dense FFNs of )?{width}", README)
     as_train_sets_it, huge = json.loads(original.PATH.read_text("utf-8"))
     details = (steps.PATH.parents[1] / "DETAILS.md").read_text("utf-8")
     for row in as_train_sets_it["rows"]:
