@@ -12,6 +12,7 @@ from optimized import jit
 
 from trix_jax import (
     HierarchicalTriXFFN,
+    RoutingConfig,
     SparseLookupFFN,
     SparseTriXFFN,
     TernaryConfig,
@@ -413,3 +414,14 @@ def test_real_weights_stay_beside_those_that_are_packed():
     assert packed["params"]["real"] == variables["params"]["real"]
     call = jit(Mixed().apply)
     np.testing.assert_array_equal(call(packed, X), call(variables, X))
+
+
+def test_frozen_tiles_by_a_hash_keep_no_sums_and_need_no_state():
+    layer = SparseTriXFFN(D, num_tiles=8, routing=RoutingConfig(source="hash"))
+    ids = jnp.arange(X.shape[0] * X.shape[1]).reshape(X.shape[:-1])
+    variables = jax.jit(layer.init)(jax.random.key(0), X, token_ids=ids)
+    packed = freeze(layer, variables, X, token_ids=ids)
+    assert packed["packed"]["tiles"].keys() == {"up", "down"}
+    alone = {name: packed[name] for name in ("params", "packed")}
+    call = jit(lambda v: layer.apply(v, X, token_ids=ids)[0])
+    np.testing.assert_array_equal(call(alone), call(variables))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from trix_jax.interop import from_torch, original
 
@@ -154,6 +154,32 @@ def test_gradient_reaches_the_latent_weights():
 def test_layer_without_its_number_of_tiles_is_refused():
     with pytest.raises(ValueError, match="num_tiles must be given"):
         from_torch.read(GOLDEN / "linear.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("kind", "known", "match"),
+    [
+        ("linear", {"num_tiles": 0}, "num_tiles must divide the .* rows .* Got 0"),
+        ("linear", {"num_tiles": 5}, "num_tiles must divide the .* rows .* Got 5"),
+        ("hierarchical", {"top_k_clusters": 99}, "at most the .* clusters. Got 99"),
+        ("hierarchical", {"top_k_clusters": 0}, "top_k_clusters must be at least 1"),
+    ],
+)
+def test_a_number_that_the_checkpoint_does_not_bear_is_refused(kind, known, match):
+    with pytest.raises(ValueError, match=match):
+        from_torch.read(GOLDEN / f"{kind}.safetensors", **known)
+
+
+def test_another_number_of_tiles_than_the_checkpoints_is_refused(tmp_path):
+    tensors = load_file(GOLDEN / "sparse.safetensors")
+    number = golden("sparse")[0].settings["num_tiles"]
+    tensors["ema_signatures"] = np.ones((number, tensors["up_proj.weight"].shape[1]))
+    about = {"format": "trix-pytorch", "about": "{}"}
+    save_file(tensors, tmp_path / "sparse.safetensors", about)
+    read = from_torch.read(tmp_path / "sparse.safetensors", num_tiles=number)
+    assert read.settings["num_tiles"] == number
+    with pytest.raises(ValueError, match=f"num_tiles must be {number}, as the check"):
+        from_torch.read(tmp_path / "sparse.safetensors", num_tiles=2 * number)
 
 
 def test_file_that_is_no_checkpoint_is_refused(tmp_path):

@@ -59,6 +59,10 @@ def _linear(a, settings):
 
 def _sparse(a, settings):
     n, (hidden, d) = settings["num_tiles"], a["up_proj.weight"].shape
+    if hidden % d:
+        raise ValueError(
+            f"the hidden width must be a multiple of d_model={d} to be adopted. Got {hidden}."
+        )
     layer = SparseTriXFFN(
         d,
         num_tiles=n,

@@ -193,13 +193,21 @@ def _settings(ffn, arrays, layer, is_model, known):
     """Integers that the arrays do not carry in their shapes."""
     found: dict[str, Any] = {"top_k_clusters": known.get("top_k_clusters", 1)}
     if ffn in ("linear", "sparse"):
-        ema = layer.get("ema_signatures")
-        found["num_tiles"] = known.get("num_tiles") if ema is None else ema.shape[0]
+        found["num_tiles"] = _num_tiles(ffn, layer, known.get("num_tiles"))
     if ffn == "hierarchical" and "cluster_assignments" not in layer:
         raise ValueError(
             "cluster_assignments must be in the checkpoint of a HierarchicalTriXFFN: the "
             "original makes them, at random, in its first forward pass. Got none."
         )
+    if ffn == "hierarchical":
+        top_k, clusters = (
+            found["top_k_clusters"],
+            int(np.max(layer["cluster_assignments"])),
+        )
+        if not 1 <= top_k <= clusters + 1:
+            raise ValueError(
+                f"top_k_clusters must be at least 1 and at most the {clusters + 1} clusters. Got {top_k}."
+            )
     if ffn == "lookup":
         found["num_clusters"] = int(layer["cluster_assignments"].max()) + 1
     if is_model:
@@ -211,6 +219,22 @@ def _settings(ffn, arrays, layer, is_model, known):
     if missing:
         raise ValueError(f"{missing[0]} must be given: the checkpoint does not say.")
     return found
+
+
+def _num_tiles(ffn, layer, given):
+    """As the checkpoint says, or else as given; None where neither does."""
+    ema = layer.get("ema_signatures")
+    number = given if ema is None else ema.shape[0]
+    if given not in (None, number):
+        raise ValueError(
+            f"num_tiles must be {number}, as the checkpoint says. Got {given}."
+        )
+    rows = layer["weight" if ffn == "linear" else "up_proj.weight"].shape[0]
+    if number is not None and (number < 1 or rows % number):
+        raise ValueError(
+            f"num_tiles must divide the {rows} rows of the checkpoint's matrix. Got {number}."
+        )
+    return number
 
 
 def _signatures(imported):

@@ -153,7 +153,8 @@ def from_tensors(
             ternary = Ternary(jnp.asarray(q, jnp.float32), jnp.asarray(scale))
             flat[path] = ops.pack(ternary, by_row=path[-2] in LOOKED_UP).bits
             table = ".".join((*path[:-2], "router", TILES))
-            if path[-2] == "up" and table not in tensors:
+            is_read = model.config.routing.source != "hash" and table not in tensors
+            if path[-2] == "up" and is_read:
                 flat[(*path[:-2], "signature_sums")] = jnp.asarray(
                     q.sum(axis=-1, dtype=np.int16)
                 )

@@ -197,9 +197,11 @@ class RoutedTiles(nn.Module):
 
     def pack_ternary(self, params: dict, packed: dict) -> dict[str, Array]:
         """What a frozen model keeps beside the packed kernels: the signature sums,
-        integers that fit 16 bits.
+        integers that fit 16 bits. A hash reads none.
         """
         del params
+        if self.settings.routing.source == "hash":
+            return {}
         up = ops.unpack(ops.Packed(**packed["up"]), self.tile_width)
         return {"signature_sums": up.q.sum(axis=-1).astype(jnp.int16)}
 
