@@ -65,7 +65,7 @@ def needs_note(modelled: dict[str, Any]) -> str:
     core = "Nothing has been timed on a core."
     if modelled["core_from"]:
         core = (
-            f"Core hours in bold are **measured** in `{modelled['core_from']}`: the whole run of the fastest seed, evaluations included, "
+            f"Core hours in bold are **measured** in `{modelled['core_from']}`: the fastest seed's whole run, "
             "on a core that others used too. The others are modelled by the multiply-accumulates a second of the same arm there."
         )
     return (

@@ -130,7 +130,7 @@ def answer(runs: Runs) -> str:
     ]
     return (
         f"**A lower loss than a dense FFN of equal parameters: {own.verdict} on TinyShakespeare, tuned; "
-        f"{of_claim(runs, HYPOTHESIS)} on E1 to E4.**\n\n"
+        f"{of_claim(runs, HYPOTHESIS)} on {where_decided(runs)}.**\n\n"
         f"- TinyShakespeare: the original's lookup layer ends {away(own)} a dense FFN with {own.share:.2f} of its FFN's "
         f"parameters, at {losses[0]:.3f}; a model without any FFN ends at {losses[1]:.3f}. `lookup-best` ends "
         f"{away(plane)} one with {plane.share:.2f} times its parameters: {plane.verdict}.\n"
@@ -138,6 +138,17 @@ def answer(runs: Runs) -> str:
         f"{'is' if done == 1 else 'are'} finished{f', {lost} diverged' if lost else ''}. "
         "No run is on FineWeb-Edu or on The Stack: English Wikipedia and Python packages stand for them.\n"
     )
+
+
+def where_decided(runs: Runs) -> str:
+    """The experiments that say it; all where none does."""
+    pair, measures = HYPOTHESIS.pairs[0], HYPOTHESIS.measures
+    names = [
+        n for n, own in runs.items() if of_pair(own, pair, measures) != "undecided"
+    ]
+    if len(names) in (0, len(runs)):
+        return "E1 to E4"
+    return f"{', '.join(f'`{name}`' for name in names)}, untuned"
 
 
 def away(one: Evidence) -> str:
