@@ -234,10 +234,8 @@ def test_demo_report_says_what_rates_were_tuned_for(tmp_path, monkeypatch):
     assert (PRESET.train.steps, PRESET.seed) == demo.SWEPT
     result = write_demo(tmp_path, 1.7, 1.8)
     own = demo._own(read_run(tmp_path / "trix").config)
-    for swept, found in (
-        (own, "each better than its half and double"),
-        ((9, 9), "not of these"),
-    ):
+    best = "each better than its half and double"
+    for swept, found in ((own, best), ((9, 9), "not of these")):
         monkeypatch.setattr(demo, "SWEPT", swept)
         text = demo.write_demo_report(tmp_path, result).read_text("utf-8")
         assert f"swept for {swept[0]} steps of seed {swept[1]}, {found}:" in text
