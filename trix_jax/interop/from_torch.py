@@ -200,13 +200,10 @@ def _settings(ffn, arrays, layer, is_model, known):
             "original makes them, at random, in its first forward pass. Got none."
         )
     if ffn == "hierarchical":
-        top_k, clusters = (
-            found["top_k_clusters"],
-            int(np.max(layer["cluster_assignments"])),
-        )
-        if not 1 <= top_k <= clusters + 1:
+        clusters = int(layer["cluster_assignments"].max()) + 1
+        if not 1 <= (top_k := found["top_k_clusters"]) <= clusters:
             raise ValueError(
-                f"top_k_clusters must be at least 1 and at most the {clusters + 1} clusters. Got {top_k}."
+                f"top_k_clusters must be at least 1 and at most the {clusters} clusters. Got {top_k}."
             )
     if ffn == "lookup":
         found["num_clusters"] = int(layer["cluster_assignments"].max()) + 1
