@@ -44,13 +44,15 @@ def push(
     check_card(directory)
     api = HfApi(endpoint=endpoint)
     api.create_repo(repo, private=private, exist_ok=True)
+    has_card = (directory / CARD).exists()
+    keeps_card = not has_card and CARD in api.list_repo_files(repo)
     done = api.upload_folder(
         repo_id=repo,
         folder_path=directory,
         allow_patterns=[WEIGHTS, CONFIG, TOKENIZER, CARD],
         commit_message="Upload a trix_jax model",
     )
-    if not (directory / CARD).exists() and CARD in api.list_repo_files(repo):
+    if keeps_card:
         warnings.warn(
             f"{repo} keeps the card that it had, and this export has none: its numbers may be of other weights. `trix-jax export --card` writes one.",
             stacklevel=2,
