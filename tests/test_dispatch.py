@@ -202,3 +202,44 @@ def test_round_trip_under_vmap_keeps_every_batch_apart():
     tiles = rng.integers(0, 4, (3, 6, 1)).astype(np.int32)
     _, back = jax.vmap(lambda x, t: round_trip(x, t, 4, 2))(x, tiles)
     np.testing.assert_array_equal(back[:, :, 0], x)
+
+
+# Written out, and in a loop.
+@pytest.mark.parametrize("k", [3, dispatch.READS + 1])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_sums_over_assignments_and_their_gradients_are_those_of_reading_all(k, dtype):
+    tokens, num_tiles = 9, 20
+    rng = np.random.default_rng(3)
+    tiles = np.stack([rng.permutation(num_tiles)[:k] for _ in range(tokens)])
+    plan = dispatch.make_plan(jnp.asarray(tiles, jnp.int32), num_tiles, 2)
+    # Small integers make every product and sum exact.
+    y = rng.integers(-3, 4, (*plan.source.shape, 5))
+    gates, dy = rng.integers(-1, 2, (tokens, k)), rng.integers(-2, 3, (tokens, 5))
+    y, gates = jnp.asarray(y, dtype), jnp.asarray(gates, jnp.float32)
+
+    def gated(y, gates):
+        return dispatch.gated_sum(y, gates, plan)
+
+    def gated_reads(y, gates):
+        return (dispatch.from_blocks(y, plan) * gates[..., None]).sum(axis=1)
+
+    def plain(y):
+        return dispatch.sum_from_blocks(y, plan)
+
+    def plain_reads(y):
+        return dispatch.from_blocks(y, plan).sum(axis=1)
+
+    for ours, reads, args in (
+        (gated, gated_reads, (y, gates)),
+        (plain, plain_reads, (y,)),
+    ):
+        found, pull = jax.vjp(ours, *args)
+        expected, pull_reads = jax.vjp(reads, *args)
+        np.testing.assert_array_equal(found, expected)
+        assert found.dtype == expected.dtype
+        assert np.any(expected)
+        cotangent = jnp.asarray(dy, found.dtype)
+        for a, b in zip(pull(cotangent), pull_reads(cotangent), strict=True):
+            np.testing.assert_array_equal(a, b)
+            assert a.dtype == b.dtype
+            assert np.any(b)

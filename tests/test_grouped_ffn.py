@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from trix_jax.dispatch import make_plan
-from trix_jax.grouped_ffn import Inputs, grouped_ffn
+from trix_jax.grouped_ffn import Inputs, Shapes, grouped_ffn, suits_batches
 from trix_jax.nn.activations import ACTIVATIONS
 
 T, K, D, N, F = 23, 2, 5, 4, 3
@@ -114,3 +114,19 @@ def test_transformed_it_is_the_formula_transformed(name):
         for call in (ours, formula)
     )
     assert_close(found, expected, rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "suits"),
+    [
+        ((128, 32, 96, 2048 * 11), True),
+        ((128, 32, 96, 11), False),  # a decoded token
+        ((512, 128, 64, 8192), False),  # a copy of 256 kB for 64 rows of 2 kB
+        ((1024, 1024, 16, 4 * 8192), False),
+    ],
+)
+def test_weights_are_copied_into_batches_where_they_are_no_larger_than_rows(
+    shapes, suits
+):
+    assert suits_batches(Shapes(jnp.float32, *shapes)) is suits
+    assert not suits_batches(Shapes(jnp.float32, *shapes, activations="int8"))

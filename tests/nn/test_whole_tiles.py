@@ -19,9 +19,10 @@ from trix_jax import (
     TernaryConfig,
     expert_parallel,
     freeze,
+    grouped_ffn,
     ops,
 )
-from trix_jax.nn.tiles import runs_whole
+from trix_jax.nn.tiles import whole_products
 from trix_jax.ternary import Ternary
 from trix_kernels import choice, device
 from trix_kernels.gpu_specs import GPUS
@@ -258,6 +259,30 @@ def test_tiles_spread_over_devices_run_the_kernels():
     assert_same(many(variables["params"], variables["routing"], X, DY), (y, grads))
 
 
+@pytest.mark.parametrize("how", ["masked", "clusters", "channel"])
+def test_batched_products_have_the_numbers_of_tiles_block_after_block(how, monkeypatch):
+    layers = {
+        "masked": LAYER,
+        "clusters": HierarchicalTriXFFN(
+            D, num_tiles=4, tiles_per_token=2, tiles_per_cluster=2, top_k_clusters=2
+        ),
+        "channel": LAYER.clone(ternary=TernaryConfig(granularity="channel")),
+    }
+    layer, given = layers[how], {"mask": MASK} if how == "masked" else {}
+    variables = jax.jit(layer.init)(jax.random.key(0), X)
+    suits, asked = grouped_ffn.suits_batches, []
+    monkeypatch.setattr(
+        grouped_ffn, "suits_batches", lambda s: asked.append(suits(s)) or asked[-1]
+    )
+    found, tiles = pulled(layer, variables, X, DY, **given)
+    assert asked
+    assert all(asked)
+    monkeypatch.setattr(grouped_ffn, "suits_batches", lambda shapes: False)
+    expected, theirs = pulled(layer, variables, X, DY, **given)
+    np.testing.assert_array_equal(tiles, theirs)
+    assert_same(found, expected)
+
+
 H, TILES = jnp.zeros((64, 128), jnp.bfloat16), jnp.zeros((64, 4), jnp.int32)
 FEW = {"h": H[:16], "tiles": TILES[:16]}
 WEIGHTS = Ternary(jnp.zeros((4, 128, 256)), jnp.ones((4, 1, 1)))
@@ -283,19 +308,21 @@ def test_kernels_run_where_they_can_and_a_name_runs_or_says_why_not(
     asked = {"h": H, "tiles": TILES, "up": WEIGHTS, "activations": "float"}
     asked |= {"implementation": None} | given
     with device.assumed(GPUS["h100"]):
-        assert runs_whole(**asked) is (runs is True)
+        kernels = whole_products(**asked) == "mosaic_gpu"
+        assert kernels is (runs is True)
         if isinstance(runs, str):
             with pytest.raises(NotImplementedError, match=runs):
-                runs_whole(**asked | {"implementation": "mosaic_gpu"})
+                whole_products(**asked | {"implementation": "mosaic_gpu"})
     with device.assumed(GPUS["b200"]):
-        assert not runs_whole(**asked | {"implementation": None})
+        assert whole_products(**asked | {"implementation": None}) != "mosaic_gpu"
 
 
 def test_kernels_that_no_gpu_has_timed_run_by_name_alone():
     asked = {"h": H, "tiles": TILES, "up": WEIGHTS, "activations": "float"}
     with device.assumed(GPUS["h100"]):
-        assert not runs_whole(**asked, implementation=None)
-        assert runs_whole(**asked, implementation="mosaic_gpu")
+        assert whole_products(**asked, implementation=None) != "mosaic_gpu"
+        by_name = whole_products(**asked, implementation="mosaic_gpu")
+        assert by_name == "mosaic_gpu"
         assert ops.implementation({}) == "xla, weights not packed"
         asked_by_name = ops.implementation({}, asked="mosaic_gpu")
     assert asked_by_name == "mosaic_gpu where shapes allow, weights not packed"

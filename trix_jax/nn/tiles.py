@@ -59,11 +59,11 @@ def tile_ffn(
     pair: Any = up, down
     how = {"activations": activations, "implementation": implementation}
     is_latent = isinstance(up, Ternary) and isinstance(down, Ternary)
-    if is_latent and runs_whole(h, route.tiles, up, **how):
+    if is_latent and (by := whole_products(h, route.tiles, up, **how)):
         pair = whole(up, latent[0]), whole(down, latent[1])
         if tile_axis is None:
-            return _summed(h, route, pair, act=act, mask=mask)
-        compute = partial(_alone, act=act)
+            return _summed(h, route, pair, act=act, by=by, mask=mask)
+        compute = partial(_alone, act=act, by=by)
     else:
         compute = partial(_outputs, tile_width=shape[1], act=act, **how)
     if tile_axis is None:
@@ -75,41 +75,43 @@ def tile_ffn(
     return (y_TKD * route.gates[..., None]).sum(axis=1).astype(h.dtype)
 
 
-def runs_whole(
+def whole_products(
     h: Float[Array, "T D"],
     tiles: Integer[Array, "T K"],
     up: Ternary,
     activations: Activations,
     implementation: Implementation | None,
-) -> bool:
-    """Whether tiles meet whole weights in the GPU kernels of `grouped_ffn`.
+) -> Implementation | None:
+    """What computes the products of whole weights in `grouped_ffn`; None where tiles are
+    computed block after block.
 
     Raises:
-        NotImplementedError: they were asked for by name and do not run, and why.
+        NotImplementedError: the kernels were asked for by name and do not run, and why.
     """
-    if implementation == "xla":
-        return False
     num_tiles, d, width = up.q.shape
     shapes = grouped_ffn.Shapes(h.dtype, d, width, num_tiles, tiles.size, activations)
-    if implementation is None:
-        return grouped_ffn.default_reason(shapes) is None
-    if reason := grouped_ffn.unsupported_reason(shapes):
-        raise NotImplementedError(f"implementation={implementation!r}: {reason}")
-    return True
+    if implementation == "mosaic_gpu":
+        if reason := grouped_ffn.unsupported_reason(shapes):
+            raise NotImplementedError(f"implementation={implementation!r}: {reason}")
+        return implementation
+    if implementation is None and grouped_ffn.default_reason(shapes) is None:
+        return "mosaic_gpu"
+    return "xla" if grouped_ffn.suits_batches(shapes) else None
 
 
-def _summed(h, route, pair, *, act, mask=None):
+def _summed(h, route, pair, *, act, by, mask=None):
     """The sum over a token's tiles, gated."""
+    rows = grouped_ffn.ROWS if by == "mosaic_gpu" else None
     with jax.named_scope("plan"):
-        plan = dispatch.make_plan(route.tiles, pair[0].shape[0], grouped_ffn.ROWS, mask)
+        plan = dispatch.make_plan(route.tiles, pair[0].shape[0], rows, mask)
     inputs = grouped_ffn.Inputs(h, route.gates, *pair)
-    return grouped_ffn.grouped_ffn(inputs, plan, act, "mosaic_gpu", mask)
+    return grouped_ffn.grouped_ffn(inputs, plan, act, by, mask)
 
 
-def _alone(h, tiles, pair, *, act, mask=None):
+def _alone(h, tiles, pair, *, act, by, mask=None):
     """The output of every token's one tile, `[T, 1, D]`."""
     route = Route(tiles, jnp.ones(tiles.shape, jnp.float32))
-    return _summed(h, route, pair, act=act, mask=mask)[:, None]
+    return _summed(h, route, pair, act=act, by=by, mask=mask)[:, None]
 
 
 def _outputs(
