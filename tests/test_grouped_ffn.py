@@ -121,11 +121,12 @@ def test_transformed_it_is_the_formula_transformed(name):
     [
         ((128, 32, 96, 2048 * 11), True),
         ((128, 32, 96, 11), False),  # a decoded token
-        ((512, 128, 64, 8192), False),  # a copy of 256 kB for 64 rows of 2 kB
+        ((512, 128, 64, 8192), True),
+        ((512, 128, 64, 2048), False),  # a copy of 256 kB for 32 rows of 2.5 kB
         ((1024, 1024, 16, 4 * 8192), False),
     ],
 )
-def test_weights_are_copied_into_batches_where_they_are_no_larger_than_rows(
+def test_weights_are_copied_into_batches_where_they_are_small_beside_rows(
     shapes, suits
 ):
     assert suits_batches(Shapes(jnp.float32, *shapes)) is suits

@@ -36,7 +36,7 @@ from trix_jax.dispatch import (
     sum_from_blocks,
     to_blocks,
 )
-from trix_jax.ternary import Activations
+from trix_jax.ternary import Activations, Ternary
 from trix_jax.typing import Array, Bool, Float
 
 Implementation = Literal["xla", "mosaic_gpu"]
@@ -60,6 +60,7 @@ def grouped_ffn(
     act: Callable,
     implementation: Implementation,
     mask: Bool[Array, " T"] | None = None,
+    factors: tuple[Ternary, Ternary] | None = None,
 ) -> Float[Array, "T D"]:
     """Computes `y_t = sum_k g_tk * (act(x_t @ up_n) @ down_n)` over token t's tiles n, in
     the dtype of `x`.
@@ -72,6 +73,8 @@ def grouped_ffn(
         act: elementwise, one object for one function.
         implementation: of the products.
         mask: of the plan; masked tokens get 0.
+        factors: what `up` and `down` are products of. With them XLA's forward products
+            are `(x @ q) * scale`, bit for bit those of packed weights.
 
     Raises:
         NotImplementedError: the named implementation does not run on this device or these
@@ -80,7 +83,8 @@ def grouped_ffn(
     if mask is not None:  # they have no row, and read that of another
         x, gates = _hide(inputs.x, mask), _hide(inputs.gates, mask)
         inputs = inputs._replace(x=x, gates=gates)
-    y = _differentiable(act, implementation)(*ops.vary_alike((inputs, plan)))
+    fixed = plan, None if implementation == "mosaic_gpu" else factors
+    y = _differentiable(act, implementation)(*ops.vary_alike((inputs, fixed)))
     return y if mask is None else _hide(y, mask)
 
 
@@ -109,20 +113,18 @@ def unsupported_reason(shapes: Shapes) -> str | None:
 
 
 def suits_batches(shapes: Shapes) -> bool:
-    """Whether XLA computes these shapes in batched products: a block's copy of its tile's
-    weights is no larger than its rows. Larger weights, and few rows, go block after block
-    (`trix_kernels.tile_ffn`), which copies none.
+    """Whether XLA computes these shapes in batched products: see `ops.suits_batches`.
+    Larger weights, and few rows, go block after block (`trix_kernels.tile_ffn`).
 
     On two CPU cores (AMD EPYC, jax 0.12.0.1) forward and backward take, in milliseconds,
     batched and block after block (`T, D, F, N, K`): 18 and 35 (2048, 128, 32, 96, 11), 21
-    and 32 (8192, 128, 32, 16, 4), 60 and 94 (8192, 256, 64, 64, 4), but 71 and 74 (8192,
-    512, 128, 64, 1).
+    and 32 (8192, 128, 32, 16, 4), 60 and 94 (8192, 256, 64, 64, 4), 71 and 74 (8192, 512,
+    128, 64, 1).
     """
     if shapes.activations == "int8":
         return False
-    inputs, outputs = shapes.d_model, shapes.tile_width
     rows = block_rows(shapes.assignments, shapes.num_tiles)
-    return inputs * outputs <= rows * (inputs + outputs)
+    return ops.suits_batches(rows, shapes.d_model, shapes.tile_width)
 
 
 def default_reason(shapes: Shapes) -> str | None:
@@ -143,15 +145,20 @@ def _differentiable(act, implementation):
     return ops.with_kept(forward, backward)
 
 
-def _forward(act, implementation, inputs: Inputs, plan: Plan):
+def _forward(act, implementation, inputs: Inputs, fixed: Any):
+    plan, factors = fixed
     how = _How(act, implementation, inputs.up.shape[0])
-    h, a = _up(how, inputs.x, inputs.up, plan)
-    y = _product("forward", how, a, inputs.down, plan)
+    if factors is None:
+        h, a = _up(how, inputs.x, inputs.up, plan)
+        y = _product("forward", how, a, inputs.down, plan)
+    else:
+        h = _scaled(how, inputs.x, inputs.up, factors[0], plan)
+        y = _scaled(how, act(h), inputs.down, factors[1], plan)
     return gated_sum(y, inputs.gates, plan).astype(inputs.x.dtype), h
 
 
 def _backward(act, implementation, primals: Any, dy: Float[Array, "T D"]) -> Inputs:
-    inputs, plan, h = primals
+    inputs, (plan, _), h = primals
     how = _How(act, implementation, inputs.up.shape[0])
     # Or XLA would find the rows of x and act(h) where the way forward has made them, and
     # keep them until now.
@@ -241,6 +248,19 @@ def _product(name, how, left, right, plan):
     has_tokens = 2 in (left.ndim, right.ndim)
     is_fused = has_tokens and how.implementation == "mosaic_gpu"
     return _either(is_fused, fused, plain, left, right, plan)
+
+
+def _scaled(how, x, w, factors, plan):
+    """The forward product of `w` as `(x @ q) * scale`, with the derivatives of `w`'s."""
+
+    def plain(x, w, factors, plan):
+        return _product("forward", how, x, w, plan)
+
+    def scaled(x, w, factors, plan):
+        blocks = to_blocks(x, plan) if x.ndim == 2 else x
+        return ops.blocks_matmul(blocks, factors, plan.block_tile)
+
+    return _either(True, scaled, plain, x, w, factors, plan)
 
 
 def _either(is_fused, fused, plain, *args):

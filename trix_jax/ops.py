@@ -38,6 +38,7 @@ from trix_kernels.grouped_matmul.numbered import (
 from trix_kernels.grouped_matmul.numbered import numbered_outer as numbered_outer
 from trix_kernels.grouped_matmul.products import Groups as Groups
 from trix_kernels.tile_ffn import xla as ffn_xla
+from trix_kernels.tile_ffn.xla import suits_batches as suits_batches
 from trix_kernels.tile_matmul import xla
 from trix_kernels.tile_matmul.api import int8_reason
 from trix_kernels.varying import vary_alike as vary_alike
@@ -260,6 +261,16 @@ def tile_ffn(
         return _matmul(x, w[0][block_tile], w[1][block_tile], activations)
 
     return product(act(product(x, up)), down)
+
+
+def blocks_matmul(
+    x: Float[Array, "M R I"], weights: Ternary, block_tile: Integer[Array, " M"]
+) -> Float[Array, "M R O"]:
+    """Computes `(x_m @ q_n) * scale_n`, `n = block_tile[m]`: what a block meets of packed
+    weights, by XLA.
+    """
+    pair = xla.of_blocks(tuple(weights), block_tile, weights.q.shape[-1])
+    return xla.matmul(x, *pair)
 
 
 def _matmul(x, q, scale, activations: Activations):

@@ -17,6 +17,7 @@ from trix_jax import (
     RoutingConfig,
     SparseTriXFFN,
     TernaryConfig,
+    dispatch,
     expert_parallel,
     freeze,
     grouped_ffn,
@@ -281,6 +282,20 @@ def test_batched_products_have_the_numbers_of_tiles_block_after_block(how, monke
     expected, theirs = pulled(layer, variables, X, DY, **given)
     np.testing.assert_array_equal(tiles, theirs)
     assert_same(found, expected)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_frozen_batches_are_those_of_training_bit_for_bit(granularity):
+    ternary = TernaryConfig(granularity=granularity)
+    layer = SparseTriXFFN(32, tiles_per_token=3, activation="gelu", ternary=ternary)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 64, 32)), jnp.float32)
+    rows = dispatch.block_rows(4 * 64 * 3, layer.num_tiles)
+    assert ops.suits_batches(rows, 32, layer.expansion * 32 // layer.num_tiles)
+    variables = jax.jit(layer.init)(jax.random.key(0), x)
+    run = jax.jit(lambda variables: layer.apply(variables, x)[0])
+    y = run(variables)
+    np.testing.assert_array_equal(run(freeze(layer, variables, x)), y)
+    assert np.any(y)
 
 
 H, TILES = jnp.zeros((64, 128), jnp.bfloat16), jnp.zeros((64, 4), jnp.int32)

@@ -60,18 +60,15 @@ def tile_ffn(
     how = {"activations": activations, "implementation": implementation}
     is_latent = isinstance(up, Ternary) and isinstance(down, Ternary)
     if is_latent and (by := whole_products(h, route.tiles, up, **how)):
-        pair = whole(up, latent[0]), whole(down, latent[1])
-        if tile_axis is None:
-            return _summed(h, route, pair, act=act, by=by, mask=mask)
-        compute = partial(_alone, act=act, by=by)
+        pair = up, down, whole(up, latent[0]), whole(down, latent[1])
+        compute = partial(_summed, act=act, by=by)
     else:
         compute = partial(_outputs, tile_width=shape[1], act=act, **how)
     if tile_axis is None:
-        y_TKD = compute(h, route.tiles, pair, mask=mask)
-    else:
-        y_TKD = expert_parallel.route_tiles(
-            compute, h, route.tiles, pair, shape[0], tile_axis, mask
-        )
+        return compute(h, route, pair, mask=mask)
+    y_TKD = expert_parallel.route_tiles(
+        partial(_alone, compute), h, route.tiles, pair, shape[0], tile_axis, mask
+    )
     return (y_TKD * route.gates[..., None]).sum(axis=1).astype(h.dtype)
 
 
@@ -99,31 +96,28 @@ def whole_products(
     return "xla" if grouped_ffn.suits_batches(shapes) else None
 
 
-def _summed(h, route, pair, *, act, by, mask=None):
-    """The sum over a token's tiles, gated."""
+def _summed(h, route, weights, *, act, by, mask=None):
+    """The sum over a token's tiles, gated, with whole weights."""
+    up, down, *pair = weights
     rows = grouped_ffn.ROWS if by == "mosaic_gpu" else None
     with jax.named_scope("plan"):
-        plan = dispatch.make_plan(route.tiles, pair[0].shape[0], rows, mask)
+        plan = dispatch.make_plan(route.tiles, up.q.shape[0], rows, mask)
     inputs = grouped_ffn.Inputs(h, route.gates, *pair)
-    return grouped_ffn.grouped_ffn(inputs, plan, act, by, mask)
-
-
-def _alone(h, tiles, pair, *, act, by, mask=None):
-    """The output of every token's one tile, `[T, 1, D]`."""
-    route = Route(tiles, jnp.ones(tiles.shape, jnp.float32))
-    return _summed(h, route, pair, act=act, by=by, mask=mask)[:, None]
+    return grouped_ffn.grouped_ffn(inputs, plan, act, by, mask, (up, down))
 
 
 def _outputs(
-    h, tiles, weights, *, tile_width, act, activations, implementation, mask=None
+    h, route, weights, *, tile_width, act, activations, implementation, mask=None
 ):
-    """The output of every chosen tile, `[T, K, D]`."""
+    """The same of any weights, block after block or in one kernel; what masked tokens get
+    means nothing.
+    """
     up, down = weights
     num_tiles = up[0].shape[0]
-    rows = dispatch.block_rows(tiles.size, num_tiles)
+    rows = dispatch.block_rows(route.tiles.size, num_tiles)
     rows = max(rows, ops.least_rows(up))
     with jax.named_scope("plan"):
-        plan = dispatch.make_plan(tiles, num_tiles, rows, mask)
+        plan = dispatch.make_plan(route.tiles, num_tiles, rows, mask)
     y = ops.tile_ffn(
         dispatch.to_blocks(h, plan),
         up,
@@ -135,7 +129,13 @@ def _outputs(
         activations,
         implementation,
     )
-    return dispatch.from_blocks(y, plan)
+    return dispatch.gated_sum(y, route.gates, plan).astype(h.dtype)
+
+
+def _alone(compute, h, tiles, weights, *, mask=None):
+    """The output of every token's one tile, `[T, 1, D]`."""
+    route = Route(tiles, jnp.ones(tiles.shape, jnp.float32))
+    return compute(h, route, weights, mask=mask)[:, None]
 
 
 class RoutedTiles(nn.Module):

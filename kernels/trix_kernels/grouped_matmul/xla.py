@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from trix_kernels.grouped_matmul.products import Groups, Products, summed
+from trix_kernels.tile_matmul.xla import rows_of
 
 
 def forward(
     x: Float[Array, "M R I"], w: Float[Array, "N I O"], groups: Groups
 ) -> Float[Array, "M R O"]:
     """Computes `y[m] = x[m] @ w[n]`, `n = groups.tile[m]`."""
-    # A gather that fills is shared by the cores of a CPU, one that clips is not.
-    w_MIO = w.astype(x.dtype).at[groups.tile].get(mode="fill", fill_value=0)
+    w_MIO = rows_of(w.astype(x.dtype), groups.tile)
     y = jnp.matmul(x, w_MIO, preferred_element_type=summed(x.dtype))
     return y.astype(x.dtype)
 

@@ -4,9 +4,10 @@ cache.
     for each run of blocks of one tile:  take the tile's weights, unpacked if packed
         for each block of the run:       y_m = act(x_m @ up) @ down
 
-A batched matmul would first write a copy of a tile's weights for every block that it
-has, and compute the blocks that hold nothing; here a tile is unpacked once and the
-loop ends with the last block in use. The backward pass runs the same two loops, adds
+A batched matmul first writes a copy of a tile's weights for every block that it has, and
+computes the blocks that hold nothing. Where that copy is small beside the rows it is the
+faster (`suits_batches` in `xla.py`); else a tile is unpacked here once, and the loop ends
+with the last block in use. The backward pass runs the same two loops, adds
 up a tile's gradient beside its weights and computes the hidden layer again.
 
 Blocks wait for each other, so cores have to share one. A product of some million

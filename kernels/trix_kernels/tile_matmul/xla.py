@@ -136,10 +136,19 @@ def of_blocks(
     """
     if not isinstance(weights, Packed):
         q, scale = weights
-        return q[block_tile], scale[block_tile]
+        return rows_of(q, block_tile), scale[block_tile]
     blocks = block_tile.shape[0]
     is_symbolic = not isinstance(blocks, int)  # `jax.export`: any number of them
     if is_symbolic or blocks > weights.bits.shape[0]:  # unpack a tile once, not a block
         q, scale = unpack(weights, features, dtype)
-        return q[block_tile], scale[block_tile]
+        return rows_of(q, block_tile), scale[block_tile]
     return unpack(Packed(*(leaf[block_tile] for leaf in weights)), features, dtype)
+
+
+def rows_of(
+    w: Num[Array, "N I O"], block_tile: Integer[Array, " M"]
+) -> Num[Array, "M I O"]:
+    """The weights of every block. The cores of a CPU share a gather that fills, not one
+    that clips.
+    """
+    return w.at[block_tile].get(mode="fill", fill_value=0)
