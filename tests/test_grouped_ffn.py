@@ -121,8 +121,8 @@ def test_transformed_it_is_the_formula_transformed(name):
     [
         ((128, 32, 96, 2048 * 11), True),
         ((128, 32, 96, 11), False),  # a decoded token
-        ((512, 128, 64, 8192), True),
-        ((512, 128, 64, 2048), False),  # a copy of 256 kB for 32 rows of 2.5 kB
+        ((512, 128, 64, 4 * 8192), True),
+        ((512, 128, 64, 8192), False),  # a copy of 256 kB for 64 rows of 2.5 kB
         ((1024, 1024, 16, 4 * 8192), False),
     ],
 )

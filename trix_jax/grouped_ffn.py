@@ -118,8 +118,8 @@ def suits_batches(shapes: Shapes) -> bool:
 
     On two CPU cores (AMD EPYC, jax 0.12.0.1) forward and backward take, in milliseconds,
     batched and block after block (`T, D, F, N, K`): 18 and 35 (2048, 128, 32, 96, 11), 21
-    and 32 (8192, 128, 32, 16, 4), 60 and 94 (8192, 256, 64, 64, 4), 71 and 74 (8192, 512,
-    128, 64, 1).
+    and 32 (8192, 128, 32, 16, 4), 60 and 94 (8192, 256, 64, 64, 4), but 71 and 74 (8192,
+    512, 128, 64, 1).
     """
     if shapes.activations == "int8":
         return False

@@ -284,7 +284,7 @@ def test_batched_products_have_the_numbers_of_tiles_block_after_block(how, monke
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("granularity", ["tile", "channel"])
 def test_frozen_batches_are_those_of_training_bit_for_bit(granularity):
     ternary = TernaryConfig(granularity=granularity)
     layer = SparseTriXFFN(32, tiles_per_token=3, activation="gelu", ternary=ternary)

@@ -52,14 +52,15 @@ def tile_ffn(
 
 def suits_batches(rows: int, inputs: int, outputs: int) -> bool:
     """Whether blocks of so many rows meet weights `[inputs, outputs]` in batched products
-    on CPUs too: a block's copy of its tile's weights is no larger than twice its rows.
+    on CPUs too: a block's copy of its tile's weights is no larger than its rows.
 
     On two CPU cores (AMD EPYC, jax 0.12.0.1) a frozen layer takes, in milliseconds,
     batched and block after block (`T, D, F, N, K`): 5.4 and 8.0 (2048, 128, 32, 96, 11),
-    20 and 51 (8192, 128, 32, 96, 11), 16 and 28 (8192, 256, 64, 64, 4), 26 and 34 (8192,
-    512, 128, 64, 1), 1.3 and 1.1 (128, 128, 32, 96, 11).
+    20 and 51 (8192, 128, 32, 96, 11), 16 and 28 (8192, 256, 64, 64, 4), 1.3 and 1.1 (128,
+    128, 32, 96, 11). With weights larger than rows there is nothing to gain: 31 to 43 and
+    32 to 39 (8192, 512, 128, 64, 1).
     """
-    return inputs * outputs <= 2 * rows * (inputs + outputs)
+    return inputs * outputs <= rows * (inputs + outputs)
 
 
 @lru_cache(256)
