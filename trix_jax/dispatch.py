@@ -211,36 +211,46 @@ def _copy(plan, x):
 
 def _sum_copies(plan, dy):
     wide = jnp.promote_types(dy.dtype, jnp.float32)
-    return _sum_read(plan, dy, lambda rows, k: rows.astype(wide)).astype(dy.dtype)
+    return _sum_read((plan, jnp.ones((), wide)), dy).astype(dy.dtype)
 
 
 def _gated_sum(fixed, y):
-    plan, gates = fixed
-    return _sum_read(plan, y, lambda rows, k: rows * gates[:, k, None])
+    return _sum_read(fixed, y)
 
 
 @functools.lru_cache
 def _gated_copies(dtype):
     def copies(fixed, dy):
         plan, gates = fixed
-        return (_copy(plan, dy) * _place(plan, gates)[..., None]).astype(dtype)
+        return _put_back(plan, (dy[:, None] * gates[..., None]).astype(dtype))
 
     return copies
 
 
-def _sum_read(plan, y, of_rows):
-    """The sum over k of `of_rows(rows, k)`, `rows` what y has for every token's k-th
-    assignment. One read after the other up to `READS`: a sum over an axis would have
-    XLA write all of them first (1.3 and 0.3 ms for `T=2048, K=11, D=128`, two cores).
+def _sum_read(fixed, y):
+    """The sum over k of what y has for every token's k-th assignment, gated. On CPUs up to
+    `READS` are read one after the other: for a sum over an axis XLA would write all of
+    them first (1.3 and 0.3 ms for `T=2048, K=11, D=128`, two cores).
     """
-    y, count = y.reshape(-1, y.shape[-1]), plan.slot.shape[1]
+    if fixed[0].slot.shape[1] > READS:
+        return _sum_at_once(fixed, y)
+    return jax.lax.platform_dependent(
+        fixed, y, cpu=_sum_one_by_one, default=_sum_at_once
+    )
 
-    def read(k):
-        return of_rows(_at(y, plan.slot[:, k]), k)
 
-    if count <= READS:
-        return functools.reduce(operator.add, map(read, range(count)))
-    return jax.lax.fori_loop(1, count, lambda k, total: total + read(k), read(0))
+def _sum_one_by_one(fixed, y):
+    plan, gates = fixed
+    y, gates = y.reshape(-1, y.shape[-1]), jnp.broadcast_to(gates, plan.slot.shape)
+    reads = range(plan.slot.shape[1])
+    parts = (_at(y, plan.slot[:, k]) * gates[:, k, None] for k in reads)
+    return functools.reduce(operator.add, parts)
+
+
+def _sum_at_once(fixed, y):
+    plan, gates = fixed
+    gates = jnp.broadcast_to(gates, plan.slot.shape)
+    return (_read(plan, y) * gates[..., None]).sum(axis=1)
 
 
 def _read(plan, y):

@@ -79,8 +79,8 @@ def whole_products(
     activations: Activations,
     implementation: Implementation | None,
 ) -> Implementation | None:
-    """What computes the products of whole weights in `grouped_ffn`; None where tiles are
-    computed block after block.
+    """What computes the products of whole weights in `grouped_ffn`: a GPU's kernels, or
+    XLA on a CPU; None where `ops.tile_ffn` computes the tiles.
 
     Raises:
         NotImplementedError: the kernels were asked for by name and do not run, and why.
@@ -93,7 +93,8 @@ def whole_products(
         return implementation
     if implementation is None and grouped_ffn.default_reason(shapes) is None:
         return "mosaic_gpu"
-    return "xla" if grouped_ffn.suits_batches(shapes) else None
+    on_cpu = ops.platform() == "cpu"
+    return "xla" if on_cpu and grouped_ffn.suits_batches(shapes) else None
 
 
 def _summed(h, route, weights, *, act, by, mask=None):
@@ -129,7 +130,11 @@ def _outputs(
         activations,
         implementation,
     )
-    return dispatch.gated_sum(y, route.gates, plan).astype(h.dtype)
+    if ops.platform() == "cpu":
+        y = dispatch.gated_sum(y, route.gates, plan)
+    else:
+        y = (dispatch.from_blocks(y, plan) * route.gates[..., None]).sum(axis=1)
+    return y.astype(h.dtype)
 
 
 def _alone(compute, h, tiles, weights, *, mask=None):
