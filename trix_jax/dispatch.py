@@ -8,8 +8,8 @@ routing, one trace serves all of it, and a tile may take every token or none.
 A plan is one sort, one scatter of A numbers, and counts and sums of a number a tile or
 a block: no loop, which on a GPU would start its kernels anew for every step.
 
-The moves are gathers both ways, forward and backward: `to_blocks` and `from_blocks` are
-each other's transpose.
+The moves are gathers both ways, forward and backward: the transpose of `to_blocks` is
+`sum_from_blocks`, that of `from_blocks` puts every assignment back into its row.
 
 References:
     Gale et al., 2022, "MegaBlocks: Efficient Sparse Training with Mixture-of-Experts",
@@ -88,8 +88,8 @@ def make_plan(
         tiles: the chosen tiles, each in 0..N-1.
         num_tiles: N, the tiles of the layer.
         rows: rows in a block; None takes `block_rows`.
-        mask: False for tokens that take no room. `from_blocks` then reads what another
-            token has for them: take it out.
+        mask: False for tokens that take no room. `from_blocks` and the sums
+            then read what another token has for them: take it out.
     """
     assignments = tiles.size
     rows = rows or block_rows(assignments, num_tiles)
@@ -182,7 +182,7 @@ def gated_sum(
     the wider dtype of the two.
     """
     y, gates, plan = vary_alike((y, gates, plan))
-    return linear_map(_gated_sum, _gated_copies(y.dtype), (plan, gates), y)
+    return linear_map(_sum_read, _gated_copies(y.dtype), (plan, gates), y)
 
 
 def numbers_to_blocks(x: Float[Array, "T K"], plan: Plan) -> Float[Array, "M R"]:
@@ -212,10 +212,6 @@ def _copy(plan, x):
 def _sum_copies(plan, dy):
     wide = jnp.promote_types(dy.dtype, jnp.float32)
     return _sum_read((plan, jnp.ones((), wide)), dy).astype(dy.dtype)
-
-
-def _gated_sum(fixed, y):
-    return _sum_read(fixed, y)
 
 
 @functools.lru_cache

@@ -9,9 +9,9 @@ activation, down-projection and the sum over a token's tiles.
 
 r is the row of token t's k-th tile n in the blocks of a plan. Kept for the backward pass
 are the arguments, h and the plan. The tiles' outputs are not, since the gradient of the
-gates does without (`<dy_t, a_r @ down_n> = <p_r, a_r>`). The six products are
-`trix_kernels.grouped_matmul`'s, so that forward mode and derivatives of derivatives are
-those of the products. The GPU kernels read the rows of x and dy where they lie; XLA copies
+gates does without (`<dy_t, a_r @ down_n> = <p_r, a_r>`). The six products, or
+with `factors` the derivatives of the two forward ones, are `trix_kernels.grouped_matmul`'s,
+so that forward mode and derivatives of derivatives are those of the products. The GPU kernels read the rows of x and dy where they lie; XLA copies
 them into blocks.
 
 References:

@@ -110,8 +110,8 @@ def _summed(h, route, weights, *, act, by, mask=None):
 def _outputs(
     h, route, weights, *, tile_width, act, activations, implementation, mask=None
 ):
-    """The same of any weights, block after block or in one kernel; what masked tokens get
-    means nothing.
+    """The same by `ops.tile_ffn`, of packed weights too; what masked tokens get means
+    nothing.
     """
     up, down = weights
     num_tiles = up[0].shape[0]
