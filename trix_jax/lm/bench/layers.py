@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trix_jax import dispatch, freeze, ops, routing
+from trix_jax import freeze, ops, routing
 from trix_jax.lm.bench.timing import (
     Case,
     Sizes,
@@ -25,7 +25,9 @@ from trix_jax.lm.bench.timing import (
 from trix_jax.nn.activations import squared_relu
 from trix_jax.nn.block import DenseFFN
 from trix_jax.nn.hierarchical_ffn import HierarchicalTriXFFN
+from trix_jax.nn.router import Route
 from trix_jax.nn.sparse_ffn import SparseTriXFFN
+from trix_jax.nn.tiles import tile_ffn
 from trix_jax.ternary import TernaryConfig, hard_ternary
 from trix_jax.typing import Variables
 
@@ -105,7 +107,7 @@ def main_shape(dtype: Any, rounds: int, sizes: Sizes) -> tuple[dict, dict]:
 def packed_vs_unpacked(
     count: int, tiles: int, rounds: int, sizes: Sizes, dtype: Any = jnp.float32
 ) -> float:
-    """The core on the same frozen weights, two bits each or as `dtype`."""
+    """A layer's tiles on the same frozen weights, two bits each or as `dtype`."""
     d, f = sizes.width, sizes.tile_width
     keys = jax.random.split(jax.random.key(2), 2)
     up, down = (
@@ -116,12 +118,9 @@ def packed_vs_unpacked(
 
     @jax.jit
     def layer(x, up, down):
-        plan = dispatch.make_plan(
-            routing.select_tiles(routing.match(x, signature)), tiles
-        )
-        h = dispatch.to_blocks(x, plan)
-        y = ops.tile_ffn(h, up, down, plan.block_tile, (f, d), squared_relu, plan.used)
-        return dispatch.from_blocks(y, plan).sum(axis=1)
+        chosen = routing.select_tiles(routing.match(x, signature))
+        route = Route(chosen, jnp.ones(chosen.shape, jnp.float32))
+        return tile_ffn(x, route, up, down, (tiles, f), squared_relu)
 
     x = tokens(count, d, dtype)
     unpacked = [w._replace(q=w.q.astype(dtype)) for w in (up, down)]
