@@ -1,12 +1,15 @@
 """Routes by hashing: token ids alone decide.
 
-    tiles_t = top_k over n of mix(id_t * N + n)
+    tiles_t = top_k over n of mix(id_t * N + n)        or, with S sets of K tiles,
+    tiles_t = set number mix(id_t) mod S
 
 References:
     Thaler and Ravishankar, 1998, "Using Name-Based Mappings to Increase Hit Rates"
     (rendezvous hashing). Appleby, MurmurHash3 (the finalizer). Roller et al., 2021,
     "Hash Layers For Large Sparse Models", https://arxiv.org/abs/2106.04426.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +31,50 @@ def hash_tiles(
     Raises:
         ValueError: there are no ids.
     """
-    if token_ids is None:
-        raise ValueError(
-            "token_ids must be given to a layer whose routing source is 'hash'. Got None."
-        )
     tiles = jnp.arange(num_tiles, dtype=jnp.uint32)
-    first = token_ids[:, None].astype(jnp.uint32) * jnp.uint32(num_tiles)
+    first = _given(token_ids)[:, None].astype(jnp.uint32) * jnp.uint32(num_tiles)
     return jax.lax.top_k(_mix(first + tiles[None]), k)[1]
+
+
+def hash_sets(
+    token_ids: Integer[Array, " T"] | None, num_sets: int
+) -> Integer[Array, " T"]:
+    """The set of each token, int32.
+
+    Raises:
+        ValueError: there are no ids.
+    """
+    ids = _given(token_ids).astype(jnp.uint32)
+    return (_mix(ids) % jnp.uint32(num_sets)).astype(jnp.int32)
+
+
+@functools.lru_cache
+def tile_sets(num_tiles: int, k: int, num_sets: int) -> Integer[np.ndarray, "S K"]:
+    """The tiles of each set: the k that fewest sets before it have taken, of these the
+    ones whose hash together with the set's number is largest. So a tile is in as many
+    sets as any other, or in one more.
+    """
+    taken = np.zeros(num_tiles, np.int32)
+    sets = np.empty((num_sets, k), np.int32)
+    numbers = np.arange(num_sets * num_tiles, dtype=np.uint32)
+    chance = np.asarray(_mix(numbers)).reshape(num_sets, num_tiles)
+    for tiles, lot in zip(sets, chance, strict=True):
+        tiles[:] = np.lexsort((-lot.astype(np.int64), taken))[:k]
+        taken[tiles] += 1
+    sets.flags.writeable = False
+    return sets
+
+
+def places_in_sets(
+    sets: Integer[np.ndarray, "S K"], num_tiles: int
+) -> Integer[np.ndarray, "N P"]:
+    """`s * K + k` of each set s that a tile is the k-th of, ascending; S * K marks none."""
+    order = np.argsort(sets, axis=None, kind="stable")
+    counts = np.bincount(sets.reshape(-1), minlength=num_tiles)
+    places = np.full((num_tiles, counts.max()), sets.size, np.int32)
+    for row, own in zip(places, np.split(order, np.cumsum(counts)[:-1]), strict=True):
+        row[: own.size] = own
+    return places
 
 
 def pair_ids(
@@ -66,10 +106,18 @@ def layer_ids(
     return jnp.asarray(token_ids).astype(jnp.uint32) + first
 
 
+def _given(token_ids):
+    if token_ids is None:
+        raise ValueError(
+            "token_ids must be given to a layer whose routing source is 'hash'. Got None."
+        )
+    return token_ids
+
+
 def _mix(x):
     """MurmurHash3's finalizer: every bit of the result depends on every bit of x, and 0
     stays 0.
     """
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

@@ -38,6 +38,10 @@ from trix_kernels.grouped_matmul.numbered import (
 from trix_kernels.grouped_matmul.numbered import numbered_outer as numbered_outer
 from trix_kernels.grouped_matmul.products import Groups as Groups
 from trix_kernels.tile_ffn import xla as ffn_xla
+from trix_kernels.tile_ffn.blockwise import Rows as Rows
+from trix_kernels.tile_ffn.sets import Members as Members
+from trix_kernels.tile_ffn.sets import join as join
+from trix_kernels.tile_ffn.sets import sets_ffn as sets_ffn
 from trix_kernels.tile_ffn.xla import suits_batches as suits_batches
 from trix_kernels.tile_matmul import xla
 from trix_kernels.tile_matmul.api import int8_reason

@@ -80,6 +80,10 @@ class RoutingConfig:
             a copy of the embedding's rows; a layer of one's own sees what it is given);
             "routes", the biases as well, so that routes by token are fixed. Balance
             goes on under the first two.
+        hash_sets: with source "hash", S sets of K tiles that tokens are hashed to; None
+            hashes each token to tiles of its own. Tokens of a set meet its tiles together
+            (`trix_jax.tile_sets`), so that a training step copies them once and not K
+            times. S * K must be at least N, or tiles would be in no set.
     """
 
     source: Source = "weights"
@@ -91,6 +95,7 @@ class RoutingConfig:
     balance_over: BalanceOver = "all"
     hold_after: float | None = None
     hold: Hold = "signatures"
+    hash_sets: int | None = None
 
     def __post_init__(self):
         for name, kind in (
@@ -116,6 +121,14 @@ class RoutingConfig:
                 "hold_after must be None with source 'hash', which has no signatures to "
                 f"hold. Got {self.hold_after}."
             )
+        if self.hash_sets is not None:
+            if self.source != "hash":
+                raise ValueError(
+                    f"hash_sets needs source 'hash'. Got {self.source!r} and "
+                    f"{self.hash_sets}."
+                )
+            if self.hash_sets < 1:
+                raise ValueError(f"hash_sets must be at least 1. Got {self.hash_sets}.")
         if self.hold_after is None:
             if self.hold != "signatures":
                 raise ValueError(

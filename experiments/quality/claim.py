@@ -264,10 +264,13 @@ def together(number: int, d_model: int) -> tuple[Arm, ...]:
 
 
 def per_layer(number: int, d_model: int) -> tuple[Arm, ...]:
-    """The hash of `together`, another one in every layer."""
+    """The hash of `together`, another one in every layer; the same to 64 sets of tiles."""
     base = together(number, d_model)[0]
-    name, flags = f"{base.name}-layers", f"{base.flags} --model.hash-per-layer"
-    return (dataclasses.replace(base, name=name, flags=flags, rate_of=None),)
+    flags = f"{base.flags} --model.hash-per-layer"
+    return (
+        Arm(f"{base.name}-layers", flags),
+        Arm(f"{base.name}-sets", f"{flags} --model.routing.hash-sets 64"),
+    )
 
 
 def fixed(number: int, d_model: int) -> tuple[Arm, ...]:
@@ -334,7 +337,8 @@ def claim(d_model: int) -> Setting:
             "together": together(64, d_model),
             "fixed": fixed(64, d_model),
             "read": fixed(64, d_model)[:1],
-            "layers": per_layer(64, d_model),
+            "layers": per_layer(64, d_model)[:1],
+            "sets": (per_layer(96, d_model)[1],),
             "more": tuple(per_layer(number, d_model)[0] for number in MORE),
             "layers-ffn": at_ffn_rates(per_layer(64, d_model)[0])[:2],
             "before": with_losses((*together(64, d_model), *by_activation(d_model))),
@@ -346,6 +350,7 @@ def claim(d_model: int) -> Setting:
             Step("layers", 4),
             Step("more", 1),
             Step("more", 4),
+            Step("sets", 4),
             # By two seeds more, which the curve then needs too.
             Step("layers", 6),
             Step("dense-around", 6),

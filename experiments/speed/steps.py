@@ -60,6 +60,7 @@ TILES = (
     "--model.shared-width"
 )
 HASH = "--model.routing.source hash"
+SETS = f"{HASH} --model.hash-per-layer --model.routing.hash-sets 64"
 ROUTES = "--model.routing.hold-after 0.1 --model.routing.hold routes --model.routing.signature sign"
 
 
@@ -82,6 +83,7 @@ SETTINGS = {
         BODY,
         4096,
         {
+            "tiles-96-hash-eighth-shared-sets": f"{TILES} 32 {SETS}",
             "tiles-96-hash-eighth-shared-layers": f"{TILES} 32 {HASH} --model.hash-per-layer",
             "tiles-64-hash-eighth-shared-layers": f"{FEWER} 32 {HASH} --model.hash-per-layer",
             "tiles-64-hash-eighth-shared": f"{FEWER} 32 {HASH}",
@@ -94,6 +96,7 @@ SETTINGS = {
         f"--model.d-model 64 --model.n-heads 2 {BODY}",
         4096,
         {
+            "tiles-96-hash-eighth-shared-sets": f"{TILES} 16 {SETS}",
             "tiles-96-hash-eighth-shared-layers": f"{TILES} 16 {HASH} --model.hash-per-layer",
             "tiles-64-hash-eighth-shared-layers": f"{FEWER} 16 {HASH} --model.hash-per-layer",
             "tiles-64-held-eighth-shared-routes": f"{FEWER} 16 {ROUTES}",

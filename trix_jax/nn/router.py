@@ -18,7 +18,7 @@ from flax import linen as nn
 
 from trix_jax import balance, routing
 from trix_jax.compiled import together
-from trix_jax.hashing import hash_tiles
+from trix_jax.hashing import hash_sets, hash_tiles, tile_sets
 from trix_jax.nn import misuse, steering
 from trix_jax.nn.settings import TileSettings
 from trix_jax.ops import PACKED
@@ -26,10 +26,13 @@ from trix_jax.typing import Array, Bool, Float, Integer, Scalar
 
 
 class Route(NamedTuple):
-    """Tiles and gates of each token."""
+    """Tiles and gates of each token; its set, where tokens of one set have the same tiles
+    and gates of one.
+    """
 
     tiles: Integer[Array, "T K"]
     gates: Float[Array, "T K"]
+    sets: Integer[Array, " T"] | None = None
 
 
 class Seen(NamedTuple):
@@ -111,9 +114,15 @@ class Router(nn.Module):
                 "steering must not be given to a layer whose routing source is 'hash'."
             )
         s = self.settings
-        tiles = hash_tiles(token_ids, s.num_tiles, s.tiles_per_token)
+        n, k, num_sets = s.num_tiles, s.tiles_per_token, s.routing.hash_sets
+        if num_sets is None:
+            sets, tiles = None, hash_tiles(token_ids, n, k)
+        else:
+            sets = hash_sets(token_ids, num_sets)
+            tiles = jnp.asarray(tile_sets(n, k, num_sets))[sets]
         gates = jnp.ones(tiles.shape, jnp.float32)
-        return _without_scores(tiles, gates, s.num_tiles, mask)
+        route, *more = _without_scores(tiles, gates, n, mask)
+        return route._replace(sets=sets), *more
 
     def _look_up(self, token_ids, mask):
         """Routes from the table that a frozen layer keeps (`trix_jax.nn.route_table`):

@@ -102,6 +102,12 @@ class TileSettings:
             raise ValueError(
                 f"tiles_per_token={self.tiles_per_token} must be at least 1 and at most {what}={choice}."
             )
+        sets = self.routing.hash_sets
+        if sets is not None and sets * self.tiles_per_token < self.num_tiles:
+            raise ValueError(
+                f"hash_sets={sets} sets of tiles_per_token={self.tiles_per_token} must "
+                f"have room for num_tiles={self.num_tiles}."
+            )
         if not 0 <= self.dropout <= 1:
             raise ValueError(f"dropout must be in 0..1. Got {self.dropout}.")
         activation(self.activation)

@@ -82,7 +82,7 @@ def _forward(shape, act, inputs, fixed):
     # A symbolic number of blocks is neither.
     if x.shape[0] in (0, 1) or suits_batches(x.shape[1], x.shape[2], shape[0]):
         return batched(inputs, fixed)
-    cpu = _loop_unless_vmapped(loop, batched)
+    cpu = loop_unless_vmapped(loop, batched)
     return jax.lax.platform_dependent(inputs, fixed, cpu=cpu, default=batched)
 
 
@@ -103,7 +103,7 @@ def _backward(shape, act, primals, dy):
     given, x = (inputs, dy), inputs[0]
     if x.shape[0] == 0 or suits_batches(x.shape[1], x.shape[2], shape[0]):
         return batched(given, fixed)
-    cpu = _loop_unless_vmapped(loop, batched)
+    cpu = loop_unless_vmapped(loop, batched)
     return jax.lax.platform_dependent(given, fixed, cpu=cpu, default=batched)
 
 
@@ -121,7 +121,7 @@ def _batched(rows, weights, shape, act):
     return blockwise.ffn(rows.x, pair, act)
 
 
-def _loop_unless_vmapped(loop, batched):
+def loop_unless_vmapped(loop, batched):
     """`loop(inputs, fixed)`, but `batched` under `vmap`, where the loops of the batch
     would wait for each other. Its derivative to `inputs` is that of `batched`: a loop of
     unknown length has no transpose, and `custom_vmap` none of its own.
