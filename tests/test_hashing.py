@@ -5,7 +5,15 @@ import numpy as np
 import pytest
 
 from trix_jax import RoutingConfig, TransformerConfig
-from trix_jax.hashing import hash_tiles, layer_ids, pair_ids
+from trix_jax.hashing import (
+    hash_sets,
+    hash_tiles,
+    layer_ids,
+    pair_ids,
+    places_in_sets,
+    tile_sets,
+)
+from trix_jax.nn.settings import TileSettings
 
 
 def mixed(x):
@@ -32,6 +40,45 @@ def test_hash_of_ids_and_of_pairs_is_that_of_python():
     assert got.tolist() == [int(pair) for pair in pairs]
     assert got[0] == ids[0]
     np.testing.assert_array_equal(hash_tiles(got, 8, 3), hashed(pairs, 3))
+
+
+def test_sets_of_ids_are_those_of_python():
+    ids = np.asarray([0, 1, 77, 2**31 - 1])
+    assert hash_sets(jnp.asarray(ids), 6).tolist() == [mixed(i) % 6 for i in ids]
+
+
+@pytest.mark.parametrize(("n", "k", "s"), [(96, 11, 64), (8, 8, 3), (5, 2, 3)])
+def test_tiles_are_in_as_many_sets_as_others(n, k, s):
+    sets = tile_sets(n, k, s)
+    assert all(len(set(tiles)) == k for tiles in sets.tolist())
+    times = np.bincount(sets.reshape(-1), minlength=n)
+    assert times.max() - times.min() <= 1
+    assert times.min() >= 1
+    lots = [mixed(tile) for tile in range(n)]
+    assert sets[0].tolist() == np.argsort(-np.asarray(lots))[:k].tolist()
+    places = places_in_sets(sets, n)
+    for tile, own in enumerate(places):
+        found = np.flatnonzero(sets.reshape(-1) == tile)
+        assert own.tolist() == [*found, *[sets.size] * (own.size - found.size)]
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"hash_sets": 4}, "hash_sets needs source 'hash'"),
+        ({"source": "hash", "hash_sets": 0}, "hash_sets must be at least 1"),
+    ],
+)
+def test_sets_that_mean_nothing_are_refused(how, message):
+    with pytest.raises(ValueError, match=message):
+        RoutingConfig(**how)
+
+
+def test_sets_without_room_for_all_tiles_are_refused():
+    routing = RoutingConfig(source="hash", hash_sets=3)
+    TileSettings(num_tiles=6, tiles_per_token=2, routing=routing)
+    with pytest.raises(ValueError, match="must have room for num_tiles=7"):
+        TileSettings(num_tiles=7, tiles_per_token=2, routing=routing)
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "int32"])

@@ -38,6 +38,7 @@ FLOORS = {
         "trix_jax.expert_parallel",
     ),
     "core: an FFN of blocks": ("trix_jax.grouped_ffn",),
+    "core: an FFN of sets of tiles": ("trix_jax.sets_ffn",),
     "core: tokens to signatures; the state that layers keep": (
         "trix_jax.matching",
         "trix_jax.routing_state",

@@ -121,8 +121,8 @@ class Router(nn.Module):
             sets = hash_sets(token_ids, num_sets)
             tiles = jnp.asarray(tile_sets(n, k, num_sets))[sets]
         gates = jnp.ones(tiles.shape, jnp.float32)
-        route, *more = _without_scores(tiles, gates, n, mask)
-        return route._replace(sets=sets), *more
+        route, info, losses = _without_scores(tiles, gates, n, mask)
+        return route._replace(sets=sets), info, losses
 
     def _look_up(self, token_ids, mask):
         """Routes from the table that a frozen layer keeps (`trix_jax.nn.route_table`):

@@ -10,7 +10,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from trix_jax import dispatch, expert_parallel, grouped_ffn, hashing, ops, routing
+from trix_jax import (
+    dispatch,
+    expert_parallel,
+    grouped_ffn,
+    ops,
+    routing,
+    sets_ffn,
+)
 from trix_jax.grouped_ffn import Implementation
 from trix_jax.nn import inputs, misuse
 from trix_jax.nn.activations import activation
@@ -25,8 +32,6 @@ from trix_jax.typing import AnyArray, Array, Bool, Float, Integer, Scalar, Shape
 Aux = dict[str, Float[Array, ""]]
 Latent = tuple[Float[Array, "N D F"] | None, Float[Array, "N F D"] | None]
 Output = tuple[Float[Array, "*B D"], RoutingInfo, Aux]
-
-SET_ROWS = 32  # of a block whose weights stay in the cache
 
 
 def tile_ffn(
@@ -54,7 +59,7 @@ def tile_ffn(
         mask: False for tokens that are not computed; what they get means nothing.
         implementation: see `TileSettings`.
         latent: of `up` and `down`, see `TernaryKernel.latent`.
-        num_sets: of tiles that tokens go to, see `RoutingConfig.hash_sets`.
+        num_sets: see `RoutingConfig.hash_sets`.
 
     Raises:
         NotImplementedError: the named implementation does not run on this device or these
@@ -62,15 +67,17 @@ def tile_ffn(
     """
     pair: Any = up, down
     how = {"activations": activations, "implementation": implementation}
-    if isinstance(up, Ternary) and isinstance(down, Ternary):
-        kernels = whole(up, latent[0]), whole(down, latent[1])
-        sets = None if tile_axis else num_sets
-        if sets and (by := products_of_sets(h, route.tiles, up, sets, **how)):
-            return _of_sets(h, route, kernels, sets, act, by, mask)
-    else:
-        kernels = None
-    if kernels and (by := whole_products(h, route.tiles, up, **how)):
-        pair = up, down, *kernels
+    if num_sets and (sets := route.sets) is not None:
+        k, more = route.tiles.shape[1], (tile_axis, activations, implementation)
+        if by := products_of_sets(h, up, shape, (num_sets, k), *more):
+            wide_up = whole(ops.unpack(up, shape[1]), latent[0])
+            wide_down = whole(ops.unpack(down, h.shape[1]), latent[1])
+            return sets_ffn.sets_ffn(
+                h, sets, wide_up, wide_down, (num_sets, k), act, by, mask
+            )
+    is_latent = isinstance(up, Ternary) and isinstance(down, Ternary)
+    if is_latent and (by := whole_products(h, route.tiles, up, **how)):
+        pair = up, down, whole(up, latent[0]), whole(down, latent[1])
         compute = partial(_summed, act=act, by=by)
     else:
         compute = partial(_outputs, tile_width=shape[1], act=act, **how)
@@ -97,64 +104,35 @@ def whole_products(
     """
     num_tiles, d, width = up.q.shape
     shapes = grouped_ffn.Shapes(h.dtype, d, width, num_tiles, tiles.size, activations)
-    by = _kernels(shapes, implementation)
-    on_cpu = ops.platform() == "cpu"
-    return "xla" if not by and on_cpu and grouped_ffn.suits_batches(shapes) else by
-
-
-def _kernels(shapes, implementation):
-    """The GPU's kernels where they are asked for or the default; else None."""
     if implementation == "mosaic_gpu":
         if reason := grouped_ffn.unsupported_reason(shapes):
             raise NotImplementedError(f"implementation={implementation!r}: {reason}")
         return implementation
-    is_default = implementation is None and not grouped_ffn.default_reason(shapes)
-    return "mosaic_gpu" if is_default else None
+    if implementation is None and grouped_ffn.default_reason(shapes) is None:
+        return "mosaic_gpu"
+    on_cpu = ops.platform() == "cpu"
+    return "xla" if on_cpu and grouped_ffn.suits_batches(shapes) else None
 
 
 def products_of_sets(
     h: Float[Array, "T D"],
-    tiles: Integer[Array, "T K"],
-    up: Ternary,
-    num_sets: int,
+    up: ops.Weights,
+    shape: tuple[int, int],
+    of: tuple[int, int],
+    tile_axis: str | None,
     activations: Activations,
     implementation: Implementation | None,
 ) -> Implementation | None:
-    """What computes the products of the weights of sets: a GPU's kernels, or XLA on a CPU;
-    None where K copies of the tokens are smaller than those of the weights, `T` numbers
-    beside `S F` for each of K tiles and D columns.
-
-    Raises:
-        NotImplementedError: as `whole_products`.
+    """What computes a token's tiles as its set's, see `sets_ffn.products`; None where
+    nothing does: where the tiles are spread over devices, and for packed weights on GPUs,
+    whose kernels read them as they are.
     """
-    _, d, width = up.q.shape
-    tokens, k = tiles.shape
-    if activations == "int8" or not isinstance(tokens, int):
-        return None
-    if num_sets * width > tokens:
-        return None
-    shapes = grouped_ffn.Shapes(h.dtype, d, k * width, num_sets, tokens, activations)
-    on_cpu = ops.platform() == "cpu"
-    return _kernels(shapes, implementation) or ("xla" if on_cpu else None)
-
-
-def _of_sets(h, route, kernels, num_sets, act, by, mask):
-    """The sum over a token's tiles as its set's one wide tile, with whole weights."""
-    num_tiles, k = kernels[0].shape[0], route.tiles.shape[1]
-    rows = grouped_ffn.ROWS if by == "mosaic_gpu" else SET_ROWS
-    with jax.named_scope("plan"):
-        plan = dispatch.make_plan(route.sets[:, None], num_sets, rows, mask)
-    sets = hashing.tile_sets(num_tiles, k, num_sets)
-    places = hashing.places_in_sets(sets, num_tiles)
-    members = ops.Members(jnp.asarray(sets), jnp.asarray(places))
-    if by == "mosaic_gpu":
-        gates = jnp.ones(plan.slot.shape, route.gates.dtype)
-        inputs = grouped_ffn.Inputs(h, gates, *ops.join(*kernels, members))
-        return grouped_ffn.grouped_ffn(inputs, plan, act, by, mask)
-    blocks = dispatch.to_blocks(h, plan)
-    blocks = ops.Rows(blocks, plan.block_tile, plan.used)
-    y = ops.sets_ffn(blocks, *kernels, members, act)
-    return dispatch.sum_from_blocks(y, plan)
+    (num_tiles, width), (num_sets, k) = shape, of
+    sizes = h.shape[1], width, num_tiles, h.shape[0] * k
+    shapes = grouped_ffn.Shapes(h.dtype, *sizes, activations)
+    by = sets_ffn.products(shapes, k, num_sets, implementation)
+    is_packed = isinstance(up, ops.Packed)
+    return None if tile_axis or (is_packed and by == "mosaic_gpu") else by
 
 
 def _summed(h, route, weights, *, act, by, mask=None):
@@ -258,8 +236,8 @@ class RoutedTiles(nn.Module):
         act, mode = activation(s.activation), s.ternary.activations
         how = mode, tokens.mask, s.implementation
         latent = kernels[0].latent(), kernels[1].latent()
-        more = latent, s.routing.hash_sets
-        y = tile_ffn(h, route, up, down, (n, f), act, axis, *how, *more)
+        sets = s.routing.hash_sets
+        y = tile_ffn(h, route, up, down, (n, f), act, axis, *how, latent, sets)
         y = inputs.unflatten(inputs.hide(y, tokens.mask), lead)
         return y, inputs.in_shape_of(info, lead, tokens.mask), aux
 

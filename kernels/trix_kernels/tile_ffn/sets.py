@@ -108,7 +108,8 @@ def _backward(act, primals, dy):
     inputs, fixed = primals
 
     def loop(given, fixed):
-        return _loop_back(act, *given, fixed)
+        inputs, dy = given
+        return _loop_back(act, inputs, dy, fixed)
 
     def batched(given, fixed):
         inputs, dy = given

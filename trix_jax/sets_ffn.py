@@ -1,0 +1,81 @@
+"""The FFN of tiles that tokens choose in sets: a token goes to its set's tiles as to one
+wide tile (`trix_kernels.tile_ffn.sets`), with gates of one.
+
+A GPU's kernels get the weights of sets as those of tiles; on CPUs they are put together
+a few sets at a time.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from trix_jax import dispatch, grouped_ffn, hashing, ops
+from trix_jax.grouped_ffn import Implementation, Shapes
+from trix_jax.typing import Array, Bool, Float, Integer
+
+ROWS = 32  # of a block on CPUs
+
+
+def products(
+    shapes: Shapes, k: int, num_sets: int, implementation: Implementation | None = None
+) -> Implementation | None:
+    """What computes the products of the weights of sets: a GPU's kernels, or XLA on a CPU.
+    None where K copies of the tokens are smaller than those of the weights, `T` numbers
+    beside `S F` for each of K tiles and D columns.
+
+    Args:
+        shapes: of the layer, whose K T assignments are to tiles.
+        implementation: see `TileSettings`.
+    """
+    if shapes.activations == "int8" or not isinstance(shapes.assignments, int):
+        return None
+    tokens, width = shapes.assignments // k, shapes.tile_width
+    if num_sets * width > tokens:
+        return None
+    wide = shapes._replace(tile_width=k * width, num_tiles=num_sets, assignments=tokens)
+    if implementation == "mosaic_gpu":
+        return None if grouped_ffn.unsupported_reason(wide) else implementation
+    if implementation is None and not grouped_ffn.default_reason(wide):
+        return "mosaic_gpu"
+    return "xla" if ops.platform() == "cpu" else None
+
+
+def sets_ffn(
+    x: Float[Array, "T D"],
+    sets: Integer[Array, " T"],
+    up: Float[Array, "N D F"],
+    down: Float[Array, "N F D"],
+    of: tuple[int, int],
+    act: Callable,
+    implementation: Implementation,
+    mask: Bool[Array, " T"] | None = None,
+) -> Float[Array, "T D"]:
+    """Computes `y_t = sum over n in set_t of act(x_t @ up_n) @ down_n`, in the dtype of
+    `x`; the tiles of a set are those of `hashing.tile_sets`.
+
+    Products are of numbers in the dtype of `x`, summed in float32 and rounded to it.
+    Gradients of weights are float32 sums.
+
+    Args:
+        of: S and K.
+        act: elementwise, one object for one function.
+        mask: False for tokens that are not computed; what they get means nothing.
+    """
+    num_sets, k = of
+    on_gpu = implementation == "mosaic_gpu"
+    with jax.named_scope("plan"):
+        rows = grouped_ffn.ROWS if on_gpu else ROWS
+        plan = dispatch.make_plan(sets[:, None], num_sets, rows, mask)
+    tiles = hashing.tile_sets(up.shape[0], k, num_sets)
+    places = hashing.places_in_sets(tiles, up.shape[0])
+    members = ops.Members(jnp.asarray(tiles), jnp.asarray(places))
+    if on_gpu:
+        gates = jnp.ones((x.shape[0], 1), jnp.float32)
+        up, down = ops.join(up, down, members)
+        inputs = grouped_ffn.Inputs(x, gates, up, down)
+        return grouped_ffn.grouped_ffn(inputs, plan, act, implementation, mask)
+    blocks = dispatch.to_blocks(x, plan)
+    rows = ops.Rows(blocks, plan.block_tile, plan.used)
+    y = ops.sets_ffn(rows, up, down, members, act)
+    return dispatch.sum_from_blocks(y, plan)
