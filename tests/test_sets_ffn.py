@@ -13,7 +13,7 @@ from trix_jax import RoutingConfig, SparseTriXFFN, TernaryConfig, freeze, ops
 from trix_jax.grouped_ffn import Shapes
 from trix_jax.hashing import tile_sets
 from trix_jax.nn import tiles as layer_tiles
-from trix_jax.sets_ffn import products, sets_ffn
+from trix_jax.sets_ffn import default_reason, sets_ffn
 
 T, D, N, F, S, K = 150, 6, 7, 3, 4, 3
 DY = jnp.asarray(np.random.default_rng(9).normal(size=(T, D)), jnp.float32)
@@ -137,18 +137,15 @@ def test_transformed_it_is_the_formula_transformed(name):
     assert_close(found, expected, rtol=2e-5)
 
 
-@pytest.mark.parametrize(
-    ("tokens", "how", "by"),
-    [
-        (2048, {}, "xla"),
-        (2047, {}, None),  # copies of weights, 64 * 32 numbers a column, are larger
-        (2048, {"implementation": "mosaic_gpu"}, None),  # not on this host
-    ],
-)
-def test_sets_are_taken_where_weights_are_no_more_than_tokens(tokens, how, by):
-    shapes = Shapes(jnp.float32, 128, 32, 96, 11 * tokens)
-    assert products(shapes, 11, 64, **how) == by
-    assert products(shapes._replace(activations="int8"), 11, 64, **how) is None
+def test_layers_take_sets_where_their_weights_are_no_more_than_tokens(monkeypatch):
+    shapes = Shapes(jnp.float32, 128, 32, 96, 11 * 2048)
+    assert default_reason(shapes, 11, 64) is None
+    fewer = shapes._replace(assignments=11 * 2047)
+    assert "64 * 32 numbers" in default_reason(fewer, 11, 64)
+    rounded = shapes._replace(activations="int8")
+    assert default_reason(rounded, 11, 64).startswith("Int8")
+    monkeypatch.setattr(ops, "platform", lambda: "gpu")
+    assert default_reason(shapes, 11, 64) == "Sets were measured on CPUs alone."
 
 
 def layer_and_input(tokens, dtype=None, **how):
@@ -188,7 +185,7 @@ def test_a_layer_computes_the_sum_over_its_tiles(mode, monkeypatch):
     monkeypatch.setattr(layer_tiles.sets_ffn, "sets_ffn", watched)
     found = run(variables["params"], x)
     assert len(taken) == 1
-    monkeypatch.setattr(layer_tiles.sets_ffn, "products", lambda *_: None)
+    monkeypatch.setattr(layer_tiles.sets_ffn, "default_reason", lambda *_: "not now")
     run.clear_cache()
     expected = run(variables["params"], x)
     assert len(taken) == 1

@@ -1,8 +1,8 @@
 """The FFN of tiles that tokens choose in sets: a token goes to its set's tiles as to one
 wide tile (`trix_kernels.tile_ffn.sets`), with gates of one.
 
-A GPU's kernels get the weights of sets as those of tiles; on CPUs they are put together
-a few sets at a time.
+On CPUs the weights of a few sets are put together at a time. A GPU's kernels get those of
+all sets, as if they were tiles; since that was not measured on one, layers do not do it.
 """
 
 from collections.abc import Callable
@@ -17,28 +17,25 @@ from trix_jax.typing import Array, Bool, Float, Integer
 ROWS = 32  # of a block on CPUs
 
 
-def products(
-    shapes: Shapes, k: int, num_sets: int, implementation: Implementation | None = None
-) -> Implementation | None:
-    """What computes the products of the weights of sets: a GPU's kernels, or XLA on a CPU.
-    None where K copies of the tokens are smaller than those of the weights, `T` numbers
-    beside `S F` for each of K tiles and D columns.
+def default_reason(shapes: Shapes, k: int, num_sets: int) -> str | None:
+    """Why a layer goes to its tiles one by one; None where it takes sets.
 
     Args:
         shapes: of the layer, whose K T assignments are to tiles.
-        implementation: see `TileSettings`.
     """
-    if shapes.activations == "int8" or not isinstance(shapes.assignments, int):
-        return None
+    if ops.platform() != "cpu":
+        return "Sets were measured on CPUs alone."
+    if shapes.activations == "int8":
+        return "Int8 activations are rounded between the products of a tile."
+    if not isinstance(shapes.assignments, int):
+        return "The number of tokens is a symbol."
     tokens, width = shapes.assignments // k, shapes.tile_width
     if num_sets * width > tokens:
-        return None
-    wide = shapes._replace(tile_width=k * width, num_tiles=num_sets, assignments=tokens)
-    if implementation == "mosaic_gpu":
-        return None if grouped_ffn.unsupported_reason(wide) else implementation
-    if implementation is None and not grouped_ffn.default_reason(wide):
-        return "mosaic_gpu"
-    return "xla" if ops.platform() == "cpu" else None
+        return (
+            f"Copies of weights, {num_sets} * {width} numbers for each column and tile of "
+            f"a token, would be larger than those of {tokens} tokens."
+        )
+    return None
 
 
 def sets_ffn(

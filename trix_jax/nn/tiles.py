@@ -67,14 +67,13 @@ def tile_ffn(
     """
     pair: Any = up, down
     how = {"activations": activations, "implementation": implementation}
-    if num_sets and (sets := route.sets) is not None:
-        k, more = route.tiles.shape[1], (tile_axis, activations, implementation)
-        if by := products_of_sets(h, up, shape, (num_sets, k), *more):
+    sets, k = route.sets, route.tiles.shape[1]
+    if sets is not None and num_sets and tile_axis is None:
+        if takes_sets(h, shape, (num_sets, k), **how):
             wide_up = whole(ops.unpack(up, shape[1]), latent[0])
             wide_down = whole(ops.unpack(down, h.shape[1]), latent[1])
-            return sets_ffn.sets_ffn(
-                h, sets, wide_up, wide_down, (num_sets, k), act, by, mask
-            )
+            weights = wide_up, wide_down, (num_sets, k)
+            return sets_ffn.sets_ffn(h, sets, *weights, act, "xla", mask)
     is_latent = isinstance(up, Ternary) and isinstance(down, Ternary)
     if is_latent and (by := whole_products(h, route.tiles, up, **how)):
         pair = up, down, whole(up, latent[0]), whole(down, latent[1])
@@ -114,25 +113,21 @@ def whole_products(
     return "xla" if on_cpu and grouped_ffn.suits_batches(shapes) else None
 
 
-def products_of_sets(
+def takes_sets(
     h: Float[Array, "T D"],
-    up: ops.Weights,
     shape: tuple[int, int],
     of: tuple[int, int],
-    tile_axis: str | None,
     activations: Activations,
     implementation: Implementation | None,
-) -> Implementation | None:
-    """What computes a token's tiles as its set's, see `sets_ffn.products`; None where
-    nothing does: where the tiles are spread over devices, and for packed weights on GPUs,
-    whose kernels read them as they are.
+) -> bool:
+    """Whether a token of one of S sets of K tiles, `of`, meets these as one wide tile: no
+    kernels are asked for, and `sets_ffn.default_reason` knows nothing against it.
     """
     (num_tiles, width), (num_sets, k) = shape, of
     sizes = h.shape[1], width, num_tiles, h.shape[0] * k
     shapes = grouped_ffn.Shapes(h.dtype, *sizes, activations)
-    by = sets_ffn.products(shapes, k, num_sets, implementation)
-    is_packed = isinstance(up, ops.Packed)
-    return None if tile_axis or (is_packed and by == "mosaic_gpu") else by
+    reason = sets_ffn.default_reason(shapes, k, num_sets)
+    return implementation != "mosaic_gpu" and reason is None
 
 
 def _summed(h, route, weights, *, act, by, mask=None):

@@ -10,6 +10,7 @@ class Shapes(NamedTuple):
         name: written into every line of the file.
         tokens, width, tile_width, per_token: T, D, F and K of a layer.
         tiles: each N.
+        sets: of K tiles, see `RoutingConfig.hash_sets`.
         rows: of a block, as the kernels have it.
         checked_tokens: T where numpy is the oracle.
         ceiling: size of the product that shows what the GPU multiplies at best.
@@ -30,6 +31,7 @@ class Shapes(NamedTuple):
     tile_width: int = 256
     per_token: int = 4
     tiles: tuple[int, ...] = (16, 64)
+    sets: int = 64
     rows: int = 128
     checked_tokens: int = 1024
     ceiling: int = 8192
@@ -58,6 +60,7 @@ REHEARSAL = Shapes(
     tile_width=128,
     per_token=2,
     tiles=(4,),
+    sets=3,
     rows=128,
     checked_tokens=12,
     ceiling=16,
