@@ -1,7 +1,7 @@
 """Routes by hashing: token ids alone decide.
 
     tiles_t = top_k over n of mix(id_t * N + n)        or, with S sets of K tiles,
-    tiles_t = set number mix(id_t) mod S
+    tiles_t = those of set mix(id_t) mod S
 
 References:
     Thaler and Ravishankar, 1998, "Using Name-Based Mappings to Increase Hit Rates"
@@ -37,30 +37,42 @@ def hash_tiles(
 
 
 def hash_sets(
-    token_ids: Integer[Array, " T"] | None, num_sets: int
-) -> Integer[Array, " T"]:
-    """The set of each token, int32.
+    token_ids: Integer[Array, " T"] | None, num_sets: int, g: int
+) -> Integer[Array, "T G"]:
+    """One of `num_sets` sets for each of g choices, int32, numbered over all choices:
+    `c * S + mix(id * G + c) mod S`.
 
     Raises:
         ValueError: there are no ids.
     """
-    ids = _given(token_ids).astype(jnp.uint32)
-    return (_mix(ids) % jnp.uint32(num_sets)).astype(jnp.int32)
+    choices = jnp.arange(g, dtype=jnp.uint32)
+    first = _given(token_ids)[:, None].astype(jnp.uint32) * jnp.uint32(g)
+    chosen = _mix(first + choices) % jnp.uint32(num_sets)
+    return (choices * jnp.uint32(num_sets) + chosen).astype(jnp.int32)
 
 
 @functools.lru_cache
-def tile_sets(num_tiles: int, k: int, num_sets: int) -> Integer[np.ndarray, "S K"]:
-    """The tiles of each set: the k that fewest sets before it have taken, of these the
-    ones whose hash together with the set's number is largest. So a tile is in as many
-    sets as any other, or in one more.
+def tile_sets(
+    num_tiles: int, k: int, num_sets: int, g: int
+) -> Integer[np.ndarray, "G*S K/G"]:
+    """The tiles of each set of each of g choices. Choice c is among the tiles `n` with `n
+    mod G = c`, so that no token meets a tile twice.
+
+    A set takes the tiles that fewest sets before it have taken, of these the ones whose
+    hash together with the set's number is largest: a tile is in as many sets as any
+    other of its choice, or in one more.
     """
-    taken = np.zeros(num_tiles, np.int32)
-    sets = np.empty((num_sets, k), np.int32)
-    numbers = np.arange(num_sets * num_tiles, dtype=np.uint32)
-    chance = np.asarray(_mix(numbers)).reshape(num_sets, num_tiles)
-    for tiles, lot in zip(sets, chance, strict=True):
-        tiles[:] = np.lexsort((-lot.astype(np.int64), taken))[:k]
-        taken[tiles] += 1
+    own, each = num_tiles // g, k // g
+    sets = np.empty((g, num_sets, each), np.int32)
+    numbers = np.arange(g * num_sets * own, dtype=np.uint32)
+    chance = -np.asarray(_mix(numbers)).astype(np.int64)
+    for c, lots in enumerate(chance.reshape(g, num_sets, own)):
+        taken = np.zeros(own, np.int32)
+        for tiles, lot in zip(sets[c], lots, strict=True):
+            best = np.lexsort((lot, taken))[:each]
+            taken[best] += 1
+            tiles[:] = best * g + c
+    sets = sets.reshape(-1, each)
     sets.flags.writeable = False
     return sets
 

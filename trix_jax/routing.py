@@ -80,10 +80,12 @@ class RoutingConfig:
             a copy of the embedding's rows; a layer of one's own sees what it is given);
             "routes", the biases as well, so that routes by token are fixed. Balance
             goes on under the first two.
-        hash_sets: with source "hash", S sets of K tiles that tokens are hashed to; None
-            hashes each token to tiles of its own. Tokens of a set meet its tiles together
-            (`trix_jax.tile_sets`), so that a training step copies them once and not K
-            times. S * K must be at least N, or tiles would be in no set.
+        hash_sets: with source "hash", S sets of K / G tiles that tokens are hashed to, G
+            times (`sets_per_token`), each time among N / G other tiles; None hashes each
+            token to tiles of its own. Tokens of a set meet its tiles together
+            (`trix_jax.sets_ffn`), so that they are copied G times and not K times. S * K
+            must be at least N, or tiles would be in no set.
+        sets_per_token: G, a divisor of K and N.
     """
 
     source: Source = "weights"
@@ -96,6 +98,7 @@ class RoutingConfig:
     hold_after: float | None = None
     hold: Hold = "signatures"
     hash_sets: int | None = None
+    sets_per_token: int = 1
 
     def __post_init__(self):
         for name, kind in (
@@ -129,6 +132,10 @@ class RoutingConfig:
                 )
             if self.hash_sets < 1:
                 raise ValueError(f"hash_sets must be at least 1. Got {self.hash_sets}.")
+        elif self.sets_per_token != 1:
+            raise ValueError(
+                f"sets_per_token={self.sets_per_token} needs hash_sets. Got None."
+            )
         if self.hold_after is None:
             if self.hold != "signatures":
                 raise ValueError(

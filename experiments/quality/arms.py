@@ -29,6 +29,20 @@ def dense(width: int, start: float = 4e-3) -> Arm:
     return Arm(f"dense-{width}", f"--arm dense --model.ffn-width {width}", start)
 
 
+def in_sets(arm: Arm) -> tuple[Arm, ...]:
+    """Tokens hashed to sets of tiles, once, twice and three times; then twelve a token."""
+
+    def hashed(sets: int, times: int) -> Arm:
+        flags = f"{arm.flags} --model.routing.hash-sets {sets}"
+        if times > 1:
+            flags += f" --model.routing.sets-per-token {times}"
+            flags += " --model.tiles-per-token 12"
+        name = arm.name.removesuffix("-layers")
+        return Arm(f"{name}-sets-{sets}x{times}", flags)
+
+    return hashed(64, 1), hashed(64, 2), hashed(32, 3)
+
+
 TOP4 = "--arm sparse --model.tiles-per-token 4"
 BY_TOKEN = "--model.router-input embedding"
 

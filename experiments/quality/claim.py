@@ -8,7 +8,7 @@ over the number of tiles.
 
 import dataclasses
 
-from experiments.quality.arms import Arm, dense
+from experiments.quality.arms import Arm, dense, in_sets
 from experiments.quality.design import Setting, Step
 
 PRESET = "experiments/quality/wikipedia.yaml"
@@ -264,13 +264,9 @@ def together(number: int, d_model: int) -> tuple[Arm, ...]:
 
 
 def per_layer(number: int, d_model: int) -> tuple[Arm, ...]:
-    """The hash of `together`, another one in every layer; the same to 64 sets of tiles."""
+    """The hash of `together`, another one in every layer."""
     base = together(number, d_model)[0]
-    flags = f"{base.flags} --model.hash-per-layer"
-    return (
-        Arm(f"{base.name}-layers", flags),
-        Arm(f"{base.name}-sets", f"{flags} --model.routing.hash-sets 64"),
-    )
+    return (Arm(f"{base.name}-layers", f"{base.flags} --model.hash-per-layer"),)
 
 
 def fixed(number: int, d_model: int) -> tuple[Arm, ...]:
@@ -337,8 +333,8 @@ def claim(d_model: int) -> Setting:
             "together": together(64, d_model),
             "fixed": fixed(64, d_model),
             "read": fixed(64, d_model)[:1],
-            "layers": per_layer(64, d_model)[:1],
-            "sets": (per_layer(96, d_model)[1],),
+            "layers": per_layer(64, d_model),
+            "sets": in_sets(*per_layer(96, d_model)),
             "more": tuple(per_layer(number, d_model)[0] for number in MORE),
             "layers-ffn": at_ffn_rates(per_layer(64, d_model)[0])[:2],
             "before": with_losses((*together(64, d_model), *by_activation(d_model))),

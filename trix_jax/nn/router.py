@@ -26,13 +26,13 @@ from trix_jax.typing import Array, Bool, Float, Integer, Scalar
 
 
 class Route(NamedTuple):
-    """Tiles and gates of each token; its set, where tokens of one set have the same tiles
-    and gates of one.
+    """Tiles and gates of each token; its sets of tiles, where tokens choose these, with
+    gates of one.
     """
 
     tiles: Integer[Array, "T K"]
     gates: Float[Array, "T K"]
-    sets: Integer[Array, " T"] | None = None
+    sets: Integer[Array, "T G"] | None = None
 
 
 class Seen(NamedTuple):
@@ -114,12 +114,13 @@ class Router(nn.Module):
                 "steering must not be given to a layer whose routing source is 'hash'."
             )
         s = self.settings
-        n, k, num_sets = s.num_tiles, s.tiles_per_token, s.routing.hash_sets
-        if num_sets is None:
+        n, k, c = s.num_tiles, s.tiles_per_token, s.routing
+        if c.hash_sets is None:
             sets, tiles = None, hash_tiles(token_ids, n, k)
         else:
-            sets = hash_sets(token_ids, num_sets)
-            tiles = jnp.asarray(tile_sets(n, k, num_sets))[sets]
+            sets = hash_sets(token_ids, c.hash_sets, c.sets_per_token)
+            of_each = tile_sets(n, k, c.hash_sets, c.sets_per_token)
+            tiles = jnp.asarray(of_each)[sets].reshape(-1, k)
         gates = jnp.ones(tiles.shape, jnp.float32)
         route, info, losses = _without_scores(tiles, gates, n, mask)
         return route._replace(sets=sets), info, losses

@@ -102,12 +102,8 @@ class TileSettings:
             raise ValueError(
                 f"tiles_per_token={self.tiles_per_token} must be at least 1 and at most {what}={choice}."
             )
-        sets = self.routing.hash_sets
-        if sets is not None and sets * self.tiles_per_token < self.num_tiles:
-            raise ValueError(
-                f"hash_sets={sets} sets of tiles_per_token={self.tiles_per_token} must "
-                f"have room for num_tiles={self.num_tiles}."
-            )
+        if self.routing.hash_sets is not None:
+            self._check_sets(self.routing.hash_sets, self.routing.sets_per_token)
         if not 0 <= self.dropout <= 1:
             raise ValueError(f"dropout must be in 0..1. Got {self.dropout}.")
         activation(self.activation)
@@ -115,6 +111,17 @@ class TileSettings:
             kinds, name = ", ".join(get_args(Implementation)), self.implementation
             raise ValueError(
                 f"implementation must be None or one of {kinds}. Got {name!r}."
+            )
+
+    def _check_sets(self, num_sets, g):
+        check_divides("num_tiles", self.num_tiles, "sets_per_token", g)
+        each = check_divides(
+            "tiles_per_token", self.tiles_per_token, "sets_per_token", g
+        )
+        if num_sets * self.tiles_per_token < self.num_tiles:
+            raise ValueError(
+                f"hash_sets={num_sets} sets of {each} tiles must have room for a {g}th "
+                f"of num_tiles={self.num_tiles}."
             )
 
     @property

@@ -46,7 +46,7 @@ def tile_ffn(
     mask: Bool[Array, " T"] | None = None,
     implementation: Implementation | None = None,
     latent: Latent = (None, None),
-    num_sets: int | None = None,
+    of: sets_ffn.Sets | None = None,
 ) -> Float[Array, "T D"]:
     """Computes `sum_k gate_tk * (act((h_t @ q_up) * s_up) @ q_down) * s_down` over the
     tiles k chosen for token t.
@@ -59,7 +59,7 @@ def tile_ffn(
         mask: False for tokens that are not computed; what they get means nothing.
         implementation: see `TileSettings`.
         latent: of `up` and `down`, see `TernaryKernel.latent`.
-        num_sets: see `RoutingConfig.hash_sets`.
+        of: the sets that tokens choose from, see `RoutingConfig.hash_sets`.
 
     Raises:
         NotImplementedError: the named implementation does not run on this device or these
@@ -67,13 +67,11 @@ def tile_ffn(
     """
     pair: Any = up, down
     how = {"activations": activations, "implementation": implementation}
-    sets, k = route.sets, route.tiles.shape[1]
-    if sets is not None and num_sets and tile_axis is None:
-        if takes_sets(h, shape, (num_sets, k), **how):
+    if of and (sets := route.sets) is not None and tile_axis is None:
+        if takes_sets(h, shape, of, **how):
             wide_up = whole(ops.unpack(up, shape[1]), latent[0])
             wide_down = whole(ops.unpack(down, h.shape[1]), latent[1])
-            weights = wide_up, wide_down, (num_sets, k)
-            return sets_ffn.sets_ffn(h, sets, *weights, act, "xla", mask)
+            return sets_ffn.sets_ffn(h, sets, wide_up, wide_down, of, act, "xla", mask)
     is_latent = isinstance(up, Ternary) and isinstance(down, Ternary)
     if is_latent and (by := whole_products(h, route.tiles, up, **how)):
         pair = up, down, whole(up, latent[0]), whole(down, latent[1])
@@ -116,17 +114,17 @@ def whole_products(
 def takes_sets(
     h: Float[Array, "T D"],
     shape: tuple[int, int],
-    of: tuple[int, int],
+    of: sets_ffn.Sets,
     activations: Activations,
     implementation: Implementation | None,
 ) -> bool:
-    """Whether a token of one of S sets of K tiles, `of`, meets these as one wide tile: no
-    kernels are asked for, and `sets_ffn.default_reason` knows nothing against it.
+    """Whether the tiles of a set are met as one wide tile: no kernels are asked for, and
+    `sets_ffn.default_reason` knows nothing against it.
     """
-    (num_tiles, width), (num_sets, k) = shape, of
-    sizes = h.shape[1], width, num_tiles, h.shape[0] * k
+    (num_tiles, width), assignments = shape, h.shape[0] * of.tiles_per_token
+    sizes = h.shape[1], width, num_tiles, assignments
     shapes = grouped_ffn.Shapes(h.dtype, *sizes, activations)
-    reason = sets_ffn.default_reason(shapes, k, num_sets)
+    reason = sets_ffn.default_reason(shapes, of)
     return implementation != "mosaic_gpu" and reason is None
 
 
@@ -231,8 +229,10 @@ class RoutedTiles(nn.Module):
         act, mode = activation(s.activation), s.ternary.activations
         how = mode, tokens.mask, s.implementation
         latent = kernels[0].latent(), kernels[1].latent()
-        sets = s.routing.hash_sets
-        y = tile_ffn(h, route, up, down, (n, f), act, axis, *how, latent, sets)
+        num_sets, of = s.routing.hash_sets, None
+        if num_sets is not None:
+            of = sets_ffn.Sets(num_sets, s.routing.sets_per_token, s.tiles_per_token)
+        y = tile_ffn(h, route, up, down, (n, f), act, axis, *how, latent, of)
         y = inputs.unflatten(inputs.hide(y, tokens.mask), lead)
         return y, inputs.in_shape_of(info, lead, tokens.mask), aux
 

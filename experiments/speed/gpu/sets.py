@@ -15,7 +15,7 @@ from trix_jax import dispatch
 from trix_jax.grouped_ffn import ROWS, Implementation, Inputs, grouped_ffn
 from trix_jax.hashing import tile_sets
 from trix_jax.nn.activations import squared_relu
-from trix_jax.sets_ffn import sets_ffn
+from trix_jax.sets_ffn import Sets, sets_ffn
 from trix_kernels.grouped_matmul import device_reason
 
 
@@ -34,21 +34,21 @@ def cases(shapes: Shapes, tiles: int) -> dict[str, Case]:
     """The jitted gradients of input and weights, by way."""
     d, f, k = shapes.width, shapes.tile_width, shapes.per_token
     by: Implementation = "xla" if device_reason() else "mosaic_gpu"
-    table = jnp.asarray(tile_sets(tiles, k, shapes.sets))
+    of = Sets(shapes.sets, 1, k)
+    table = jnp.asarray(tile_sets(tiles, k, shapes.sets, 1))
     keys = jax.random.split(jax.random.key(3), 5)
     x, dy = (jax.random.normal(a, (shapes.tokens, d), jnp.bfloat16) for a in keys[:2])
     up = jax.random.normal(keys[2], (tiles, d, f))
     down = jax.random.normal(keys[3], (tiles, f, d))
-    sets = jax.random.randint(keys[4], (shapes.tokens,), 0, shapes.sets)
+    sets = jax.random.randint(keys[4], (shapes.tokens, 1), 0, shapes.sets)
 
     def tile_by_tile(x, up, down, sets):
-        chosen = table[sets]
+        chosen = table[sets[:, 0]]
         plan = dispatch.make_plan(chosen, tiles, ROWS if by == "mosaic_gpu" else None)
         gates = jnp.ones(chosen.shape, jnp.float32)
         return grouped_ffn(Inputs(x, gates, up, down), plan, squared_relu, by)
 
     def in_sets(x, up, down, sets):
-        of = shapes.sets, k
         return sets_ffn(x, sets, up, down, of, squared_relu, by)
 
     def gradients(way, dy, *args):
