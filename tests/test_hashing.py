@@ -44,18 +44,29 @@ def test_hash_of_ids_and_of_pairs_is_that_of_python():
 
 def test_sets_of_ids_are_those_of_python():
     ids = np.asarray([0, 1, 77, 2**31 - 1])
-    assert hash_sets(jnp.asarray(ids), 6).tolist() == [mixed(i) % 6 for i in ids]
+    for g in (1, 3):
+        got = hash_sets(jnp.asarray(ids), 6, g)
+        wanted = [
+            [c * 6 + mixed((int(i) * g + c) % 2**32) % 6 for c in range(g)] for i in ids
+        ]
+        assert got.tolist() == wanted
 
 
-@pytest.mark.parametrize(("n", "k", "s"), [(96, 11, 64), (8, 8, 3), (5, 2, 3)])
-def test_tiles_are_in_as_many_sets_as_others(n, k, s):
-    sets = tile_sets(n, k, s)
-    assert all(len(set(tiles)) == k for tiles in sets.tolist())
-    times = np.bincount(sets.reshape(-1), minlength=n)
-    assert times.max() - times.min() <= 1
-    assert times.min() >= 1
-    lots = [mixed(tile) for tile in range(n)]
-    assert sets[0].tolist() == np.argsort(-np.asarray(lots))[:k].tolist()
+@pytest.mark.parametrize(
+    ("n", "k", "s", "g"),
+    [(96, 11, 64, 1), (8, 8, 3, 1), (5, 2, 3, 1), (96, 12, 32, 3), (8, 4, 5, 4)],
+)
+def test_tiles_are_in_as_many_sets_as_others(n, k, s, g):
+    sets = tile_sets(n, k, s, g)
+    assert sets.shape == (g * s, k // g)
+    assert all(len(set(tiles)) == k // g for tiles in sets.tolist())
+    for choice, own in enumerate(sets.reshape(g, -1)):
+        assert set(own % g) == {choice}
+        times = np.bincount(own // g, minlength=n // g)
+        assert times.max() - times.min() <= 1
+        assert times.min() >= 1
+    lots = [mixed(tile) for tile in range(n // g)]
+    assert sets[0].tolist() == (np.argsort(-np.asarray(lots))[: k // g] * g).tolist()
     places = places_in_sets(sets, n)
     for tile, own in enumerate(places):
         found = np.flatnonzero(sets.reshape(-1) == tile)
@@ -67,6 +78,7 @@ def test_tiles_are_in_as_many_sets_as_others(n, k, s):
     [
         ({"hash_sets": 4}, "hash_sets needs source 'hash'"),
         ({"source": "hash", "hash_sets": 0}, "hash_sets must be at least 1"),
+        ({"source": "hash", "sets_per_token": 2}, "sets_per_token=2 needs hash_sets"),
     ],
 )
 def test_sets_that_mean_nothing_are_refused(how, message):
@@ -79,6 +91,13 @@ def test_sets_without_room_for_all_tiles_are_refused():
     TileSettings(num_tiles=6, tiles_per_token=2, routing=routing)
     with pytest.raises(ValueError, match="must have room for num_tiles=7"):
         TileSettings(num_tiles=7, tiles_per_token=2, routing=routing)
+
+
+@pytest.mark.parametrize(("n", "k", "g"), [(6, 3, 2), (9, 4, 2), (6, 4, 0), (6, 4, -1)])
+def test_choices_that_do_not_divide_are_refused(n, k, g):
+    routing = RoutingConfig(source="hash", hash_sets=8, sets_per_token=g)
+    with pytest.raises(ValueError, match=f"sets_per_token={g} must divide"):
+        TileSettings(num_tiles=n, tiles_per_token=k, routing=routing)
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "int32"])

@@ -11,33 +11,37 @@ import pytest
 
 from trix_jax import RoutingConfig, SparseTriXFFN, TernaryConfig, freeze, ops
 from trix_jax.grouped_ffn import Shapes
-from trix_jax.hashing import tile_sets
+from trix_jax.hashing import places_in_sets, tile_sets
 from trix_jax.nn import tiles as layer_tiles
-from trix_jax.sets_ffn import default_reason, sets_ffn
+from trix_jax.sets_ffn import Sets, default_reason, sets_ffn
 
-T, D, N, F, S, K = 150, 6, 7, 3, 4, 3
+T, D, N, F = 150, 6, 10, 3
+OF = Sets(number=4, per_token=2, tiles_per_token=6)
 DY = jnp.asarray(np.random.default_rng(9).normal(size=(T, D)), jnp.float32)
 MASK = jnp.arange(T) % 5 != 0
 
 
 def drawn(dtype=jnp.float32):
-    """Inputs and sets, one of which no token is in and one of which most are in."""
+    """Inputs and sets, one of which no token is in and one of which most are in, by the
+    first choice.
+    """
     chance = np.random.default_rng(0)
     shapes = (T, D), (N, D, F), (N, F, D)
     x, *weights = (jnp.asarray(chance.normal(size=s), jnp.float32) for s in shapes)
-    sets = chance.choice(S, size=T, p=[0.7, 0.0, 0.1, 0.2])
+    first = chance.choice(4, size=T, p=[0.7, 0.0, 0.1, 0.2])
+    sets = np.stack([first, 4 + chance.choice(4, size=T)], axis=1)
     return (x.astype(dtype), *weights), jnp.asarray(sets, jnp.int32)
 
 
 def ours(inputs, sets, act, mask=None):
     x, up, down = inputs
-    return sets_ffn(x, sets, up, down, (S, K), act, "xla", mask)
+    return sets_ffn(x, sets, up, down, OF, act, "xla", mask)
 
 
 def formula(inputs, sets, act, mask=None):
     del mask
     x, up, down = inputs
-    tiles = jnp.asarray(tile_sets(N, K, S))[sets]
+    tiles = jnp.asarray(tile_sets(N, 6, 4, 2))[sets].reshape(T, 6)
     h = jnp.einsum("td,tkdf->tkf", x, up[tiles])
     return jnp.einsum("tkf,tkfd->td", act(h), down[tiles])
 
@@ -95,14 +99,11 @@ def test_in_bfloat16_products_are_rounded_and_weights_get_float32_sums():
 
 def test_weights_of_sets_are_those_of_one_wide_tile():
     (_, up, down), _ = drawn()
-    sets = tile_sets(N, K, S)
-    places = np.full((N, S), S * K)
-    for n in range(N):
-        found = np.flatnonzero(sets.reshape(-1) == n)
-        places[n, : found.size] = found
+    sets = tile_sets(N, 6, 4, 2)
+    places = places_in_sets(sets, N)
     members = ops.Members(jnp.asarray(sets), jnp.asarray(places))
     wide_up, wide_down = ops.join(up, down, members)
-    for s in range(S):
+    for s in range(len(sets)):
         np.testing.assert_array_equal(wide_up[s], np.hstack(up[sets[s]]))
         np.testing.assert_array_equal(wide_down[s], np.vstack(down[sets[s]]))
     grad = jax.grad(lambda up: (ops.join(up, down, members)[0] ** 2).sum())(up)
@@ -139,22 +140,23 @@ def test_transformed_it_is_the_formula_transformed(name):
 
 def test_layers_take_sets_where_their_weights_are_no_more_than_tokens(monkeypatch):
     shapes = Shapes(jnp.float32, 128, 32, 96, 11 * 2048)
-    assert default_reason(shapes, 11, 64) is None
+    of = Sets(number=64, per_token=1, tiles_per_token=11)
+    assert default_reason(shapes, of) is None
     fewer = shapes._replace(assignments=11 * 2047)
-    assert "64 * 32 numbers" in default_reason(fewer, 11, 64)
+    assert "64 * 32 numbers" in default_reason(fewer, of)
     rounded = shapes._replace(activations="int8")
-    assert default_reason(rounded, 11, 64).startswith("Int8")
+    assert default_reason(rounded, of).startswith("Int8")
     monkeypatch.setattr(ops, "platform", lambda: "gpu")
-    assert default_reason(shapes, 11, 64) == "Sets were measured on CPUs alone."
+    assert default_reason(shapes, of) == "Sets were measured on CPUs alone."
 
 
-def layer_and_input(tokens, dtype=None, **how):
+def layer_and_input(tokens, dtype=None, per_token=2, **how):
     layer = SparseTriXFFN(
         16,
         num_tiles=8,
         expansion=2,
-        tiles_per_token=3,
-        routing=RoutingConfig(source="hash", hash_sets=4),
+        tiles_per_token=4,
+        routing=RoutingConfig(source="hash", hash_sets=4, sets_per_token=per_token),
         dtype=dtype,
         **how,
     )
@@ -163,9 +165,12 @@ def layer_and_input(tokens, dtype=None, **how):
     return layer, layer.init(jax.random.key(2), x, token_ids=ids), x, ids
 
 
-@pytest.mark.parametrize("mode", ["ste", "soft", "none"])
-def test_a_layer_computes_the_sum_over_its_tiles(mode, monkeypatch):
-    layer, variables, x, ids = layer_and_input(64, ternary=TernaryConfig(mode=mode))
+@pytest.mark.parametrize(
+    ("mode", "per_token"), [("ste", 1), ("ste", 2), ("soft", 1), ("none", 4)]
+)
+def test_a_layer_computes_the_sum_over_its_tiles(mode, per_token, monkeypatch):
+    how = {"per_token": per_token, "ternary": TernaryConfig(mode=mode)}
+    layer, variables, x, ids = layer_and_input(64, **how)
 
     @jax.jit
     def run(params, x):

@@ -47,15 +47,15 @@ def hash_sets(
     """
     choices = jnp.arange(g, dtype=jnp.uint32)
     first = _given(token_ids)[:, None].astype(jnp.uint32) * jnp.uint32(g)
-    chosen = _mix(first + choices) % jnp.uint32(num_sets)
-    return (choices * jnp.uint32(num_sets) + chosen).astype(jnp.int32)
+    chosen = _mix(first + choices[None]) % jnp.uint32(num_sets)
+    return ((choices * jnp.uint32(num_sets))[None] + chosen).astype(jnp.int32)
 
 
 @functools.lru_cache
 def tile_sets(
     num_tiles: int, k: int, num_sets: int, g: int
-) -> Integer[np.ndarray, "G*S K/G"]:
-    """The tiles of each set of each of g choices. Choice c is among the tiles `n` with `n
+) -> Integer[np.ndarray, "S each"]:
+    """The tiles of all g * S sets, the S of the first choice first. Choice c is among the tiles `n` with `n
     mod G = c`, so that no token meets a tile twice.
 
     A set takes the tiles that fewest sets before it have taken, of these the ones whose

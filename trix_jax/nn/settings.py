@@ -120,8 +120,8 @@ class TileSettings:
         )
         if num_sets * self.tiles_per_token < self.num_tiles:
             raise ValueError(
-                f"hash_sets={num_sets} sets of {each} tiles must have room for a {g}th "
-                f"of num_tiles={self.num_tiles}."
+                f"hash_sets={num_sets} sets of {each} tiles must have room for "
+                f"num_tiles={self.num_tiles} / sets_per_token={g}."
             )
 
     @property
