@@ -21,6 +21,8 @@ def describe_ffn(config: RunConfig) -> str:
     used = f"{model.tiles_per_token} used by each token"
     used += ", by a hash of its id" if model.routing.source == "hash" else ""
     used += ", another in every layer" if model.hash_per_layer else ""
+    if s := model.routing.hash_sets:
+        used += f", those of {model.routing.sets_per_token} of {s} sets"
     used += f", and a real FFN of {model.shared_width}" if model.shared_width else ""
     return f"{model.ffn} FFNs of {model.num_tiles} tiles, {used}"
 

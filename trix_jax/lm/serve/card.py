@@ -179,6 +179,8 @@ def _addresses(c: TransformerConfig, variables: Variables) -> str:
         text += " and the one before"
     if c.hash_per_layer:
         text += ", another in every layer"
+    if c.routing.hash_sets is not None:
+        text += f", those of {c.routing.sets_per_token} of {c.routing.hash_sets} sets"
     if tables_in(flat):
         by_token = layers_by_token(c)
         where = (

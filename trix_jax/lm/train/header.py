@@ -81,6 +81,8 @@ def ffn_text(model: TransformerConfig) -> str:
     chosen = f"{model.tiles_per_token} a token"
     chosen += " by hash" if model.routing.source == "hash" else ""
     chosen += ", another in every layer" if model.hash_per_layer else ""
+    if s := model.routing.hash_sets:
+        chosen += f", those of {model.routing.sets_per_token} of {s} sets"
     chosen += f", beside a real FFN of {model.shared_width}" * (model.shared_width > 0)
     if model.ffn == "lookup":
         return f"lookup FFN, {_tiles(model)}, {chosen}"
