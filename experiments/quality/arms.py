@@ -40,7 +40,7 @@ def in_sets(arm: Arm) -> tuple[Arm, ...]:
         name = arm.name.removesuffix("-layers")
         return Arm(f"{name}-sets-{sets}x{times}", flags)
 
-    return hashed(64, 1), hashed(64, 2), hashed(32, 3)
+    return hashed(64, 1), hashed(256, 1), hashed(64, 2), hashed(32, 3)
 
 
 TOP4 = "--arm sparse --model.tiles-per-token 4"

@@ -60,7 +60,8 @@ TILES = (
     "--model.shared-width"
 )
 HASH = "--model.routing.source hash"
-SETS = f"{HASH} --model.hash-per-layer --model.routing.hash-sets 64"
+LAYERS = f"{HASH} --model.hash-per-layer"
+SETS = "--model.routing.hash-sets"
 ROUTES = "--model.routing.hold-after 0.1 --model.routing.hold routes --model.routing.signature sign"
 
 
@@ -83,12 +84,23 @@ SETTINGS = {
         BODY,
         4096,
         {
-            "tiles-96-hash-eighth-shared-sets": f"{TILES} 32 {SETS}",
-            "tiles-96-hash-eighth-shared-layers": f"{TILES} 32 {HASH} --model.hash-per-layer",
-            "tiles-64-hash-eighth-shared-layers": f"{FEWER} 32 {HASH} --model.hash-per-layer",
+            "tiles-96-hash-eighth-shared-layers": f"{TILES} 32 {LAYERS}",
+            "tiles-96-hash-eighth-shared-sets-64x1": f"{TILES} 32 {LAYERS} {SETS} 64",
+            "tiles-64-hash-eighth-shared-layers": f"{FEWER} 32 {LAYERS}",
             "tiles-64-hash-eighth-shared": f"{FEWER} 32 {HASH}",
             "tiles-64-held-eighth-shared-routes": f"{FEWER} 32 {ROUTES}",
             **dense(256, 384, 512, 1024, 2048),
+        },
+    ),
+    "wikipedia-128-of-8192": Setting(
+        "experiments/quality/wikipedia.yaml",
+        f"{BODY} --train.batch-size 128",
+        4096,
+        {
+            "tiles-96-hash-eighth-shared-layers": f"{TILES} 32 {LAYERS}",
+            "tiles-96-hash-eighth-shared-sets-64x1": f"{TILES} 32 {LAYERS} {SETS} 64",
+            "tiles-96-hash-eighth-shared-sets-256x1": f"{TILES} 32 {LAYERS} {SETS} 256",
+            **dense(384, 512, 1024),
         },
     ),
     "wikipedia-64": Setting(
@@ -96,9 +108,9 @@ SETTINGS = {
         f"--model.d-model 64 --model.n-heads 2 {BODY}",
         4096,
         {
-            "tiles-96-hash-eighth-shared-sets": f"{TILES} 16 {SETS}",
-            "tiles-96-hash-eighth-shared-layers": f"{TILES} 16 {HASH} --model.hash-per-layer",
-            "tiles-64-hash-eighth-shared-layers": f"{FEWER} 16 {HASH} --model.hash-per-layer",
+            "tiles-96-hash-eighth-shared-layers": f"{TILES} 16 {LAYERS}",
+            "tiles-96-hash-eighth-shared-sets-64x1": f"{TILES} 16 {LAYERS} {SETS} 64",
+            "tiles-64-hash-eighth-shared-layers": f"{FEWER} 16 {LAYERS}",
             "tiles-64-held-eighth-shared-routes": f"{FEWER} 16 {ROUTES}",
             **dense(128, 192, 256, 512, 1024),
         },

@@ -36,7 +36,7 @@ PARTS = {
     "checks": Part("grouped products against the oracles", 50, products.checks),
     "products": Part("grouped products beside cuBLAS", 20, products.times),
     "layer": Part("the layer beside dense FFNs", 45, layer.times),
-    "sets": Part("tiles in sets beside tile by tile", 20, sets.times),
+    "sets": Part("tiles in sets beside tile by tile", 5, sets.times),
     "step": Part("the language model's step", 110, language_model.step),
     "losses": Part("its losses beside XLA's path", 30, language_model.losses),
     "baselines": Part("grouped products by others", 35, baselines.times),
