@@ -140,6 +140,11 @@ def test_a_number_of_tiles_from_numpy_gives_the_same_tiles(kind, no_type_hook):
     ids = jnp.arange(20)
     expected = hash_tiles(ids, 8, 3)
     np.testing.assert_array_equal(hash_tiles(ids, kind(8), 3), expected)
+    expected = hash_sets(ids, 200, 2)
+    np.testing.assert_array_equal(hash_sets(ids, kind(200), kind(2)), expected)
+    expected = tile_sets.__wrapped__(96, 12, 200, 2)
+    numbers = map(kind, (96, 12, 200, 2))
+    np.testing.assert_array_equal(tile_sets.__wrapped__(*numbers), expected)
 
 
 def test_layers_that_would_hash_alike_are_refused():
@@ -157,3 +162,16 @@ def test_layers_that_would_hash_alike_are_refused():
     with pytest.raises(ValueError, match="layers 4 apart share one"):
         TransformerConfig(n_layers=5, **sizes, **how)
     TransformerConfig(n_layers=5, **sizes | {"vocab_size": 2**18 + 1}, **how)
+
+
+def test_layers_that_would_hash_to_sets_alike_are_refused():
+    """Keys are those of ids and choices, not of tiles: 2**31 for two of 2**30 ids."""
+    routing = RoutingConfig(source="hash", hash_sets=8, sets_per_token=2)
+    how = {"routing": routing, "hash_per_layer": True, "ffn": "sparse"}
+    sizes = {"num_tiles": 2**12, "expansion": 2**12, "tiles_per_token": 2**10}
+    TransformerConfig(n_layers=5, vocab_size=2**18, **sizes, **how)
+    ids = jnp.arange(5)
+    one, other = (hash_sets(layer_ids(ids, i, 2**30), 8, 2) for i in (0, 2))
+    assert (one == other).all()
+    with pytest.raises(ValueError, match=r"2 \* vocab_size \* sets_per_token"):
+        TransformerConfig(n_layers=3, vocab_size=2**30, **sizes, **how)

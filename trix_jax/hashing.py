@@ -1,7 +1,10 @@
 """Routes by hashing: token ids alone decide.
 
-    tiles_t = top_k over n of mix(id_t * N + n)        or, with S sets of K tiles,
-    tiles_t = those of set mix(id_t) mod S
+    tiles_t = top_k over n of mix(id_t * N + n)
+
+or, with S sets of K / G tiles for each of G choices c,
+
+    tiles_t = those of the sets mix(id_t * G + c) mod S
 
 References:
     Thaler and Ravishankar, 1998, "Using Name-Based Mappings to Increase Hit Rates"
@@ -55,13 +58,14 @@ def hash_sets(
 def tile_sets(
     num_tiles: int, k: int, num_sets: int, g: int
 ) -> Integer[np.ndarray, "S each"]:
-    """The tiles of all g * S sets, the S of the first choice first. Choice c is among the tiles `n` with `n
-    mod G = c`, so that no token meets a tile twice.
+    """The tiles of all g * S sets, the S of the first choice first. Choice c is among the
+    tiles `n` with `n mod G = c`, so that no token meets a tile twice.
 
     A set takes the tiles that fewest sets before it have taken, of these the ones whose
     hash together with the set's number is largest: a tile is in as many sets as any
     other of its choice, or in one more.
     """
+    num_tiles, k, num_sets, g = map(int, (num_tiles, k, num_sets, g))  # numpy's wrap
     own, each = num_tiles // g, k // g
     sets = np.empty((g, num_sets, each), np.int32)
     numbers = np.arange(g * num_sets * own, dtype=np.uint32)

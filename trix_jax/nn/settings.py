@@ -118,7 +118,7 @@ class TileSettings:
         each = check_divides(
             "tiles_per_token", self.tiles_per_token, "sets_per_token", g
         )
-        if num_sets * self.tiles_per_token < self.num_tiles:
+        if int(num_sets) * int(self.tiles_per_token) < self.num_tiles:
             raise ValueError(
                 f"hash_sets={num_sets} sets of {each} tiles must have room for "
                 f"num_tiles={self.num_tiles} / sets_per_token={g}."

@@ -231,7 +231,8 @@ class RoutedTiles(nn.Module):
         latent = kernels[0].latent(), kernels[1].latent()
         num_sets, of = s.routing.hash_sets, None
         if num_sets is not None:
-            of = sets_ffn.Sets(num_sets, s.routing.sets_per_token, s.tiles_per_token)
+            numbers = num_sets, s.routing.sets_per_token, s.tiles_per_token
+            of = sets_ffn.Sets(*map(int, numbers))
         y = tile_ffn(h, route, up, down, (n, f), act, axis, *how, latent, of)
         y = inputs.unflatten(inputs.hide(y, tokens.mask), lead)
         return y, inputs.in_shape_of(info, lead, tokens.mask), aux

@@ -56,12 +56,14 @@ def check_router_input(config: Any) -> None:
             "hash_per_layer must be False (--model.no-hash-per-layer) where "
             f"routing.source is not 'hash'. Got routing.source={c.routing.source!r}."
         )
-    keys = (c.vocab_size or 1) * c.num_tiles  # of a layer, in the order of 2**32
+    name = "num_tiles" if c.routing.hash_sets is None else "sets_per_token"
+    each = c.num_tiles if name == "num_tiles" else c.routing.sets_per_token
+    keys = (c.vocab_size or 1) * each  # of a layer, in the order of 2**32
     if c.hash_per_layer and (apart := 2**32 // math.gcd(keys, 2**32)) < c.n_layers:
         raise ValueError(
             f"hash_per_layer must give {c.n_layers} layers other hashes, but layers "
-            f"{apart} apart share one: {apart} * vocab_size * num_tiles is a multiple of "
-            f"2**32. Got vocab_size={c.vocab_size} and num_tiles={c.num_tiles}; one more "
+            f"{apart} apart share one: {apart} * vocab_size * {name} is a multiple of "
+            f"2**32. Got vocab_size={c.vocab_size} and {name}={each}; one more "
             "of either ends it."
         )
     if by_hidden and c.routing.hold != "signatures":
