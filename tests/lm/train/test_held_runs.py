@@ -24,7 +24,7 @@ from trix_jax.lm.inspect import look
 from trix_jax.lm.serve.export import WEIGHTS, export
 from trix_jax.lm.serve.generate import SamplingConfig, generate
 from trix_jax.lm.serve.load import load_run
-from trix_jax.lm.train import metrics, parallel
+from trix_jax.lm.train import initial, metrics, parallel
 from trix_jax.lm.train.evaluate import evaluate
 from trix_jax.lm.train.loop import train
 from trix_jax.lm.train.optimizer import make_optimizer
@@ -358,3 +358,27 @@ def test_a_run_from_before_these_settings_loads_and_goes_on(
     assert json.loads((half / "summary.json").read_text())["params"]["routing_bits"]
     model, variables, _ = load_run(half)
     freeze(model, variables, jnp.zeros((1, 4), jnp.int32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changed", [{"after": 0.9}, {"hold": "routes"}, None])
+def test_what_is_held_is_not_held_otherwise_by_a_run_that_starts_there(
+    run, config, changed
+):
+    store = open_store(run / "data")
+    model = {"vocab_size": store.tokenizer.vocab_size, "router_input": "pair"}
+    if changed is None:
+        other = dataclasses.replace(config.model, routing=RoutingConfig(), **model)
+        other = dataclasses.replace(config, model=other)
+    else:
+        other = holding(config, **changed, **model)
+    step = str(run / "checkpoints" / "00000009")
+    with pytest.raises(ValueError, match=r"addresses that are held .*and they stay so"):
+        initial.weights(initial.find(step), other, store, quiet)
+    same = holding(config, **model)
+    found = initial.weights(initial.find(step), same, store, quiet)
+    assert routers(found)["held"]
+    if changed is not None:
+        before = str(run / "checkpoints" / "00000005")
+        found = initial.weights(initial.find(before), other, store, quiet)
+        assert not routers(found)["held"]

@@ -107,10 +107,13 @@ def weights(
 
     Raises:
         ValueError: the source is damaged or an export of packed weights; it has another
-            tokenizer, or arrays of other names, shapes or types, which are listed.
+            tokenizer, or arrays of other names, shapes or types, which are listed; its
+            addresses are held, and the run would hold others, or none.
     """
     _check_tokenizer(source, store)
-    found = _with_places_to_hold(_read(source), config.model)
+    found = _read(source)
+    _check_held(source, found["routing"], config.model)
+    found = _with_places_to_hold(found, config.model)
     check_shapes(source.given, found, config.model)
     what = (
         source.given if source.step is None else f"step {source.step} of {source.given}"
@@ -136,6 +139,29 @@ def _read(source: Source) -> dict[str, Any]:
             "checkpoints."
         )
     return {"params": found["params"], "routing": found.get("routing", {})}
+
+
+def _check_held(
+    source: Source, state: dict[str, Any], model: TransformerConfig
+) -> None:
+    """What is held stays held: another `hold` or `hold_after` would do nothing."""
+    flat: dict[tuple[str, ...], Any] = flatten_dict(dict(state))
+    is_held = any(np.any(value) for path, value in flat.items() if path[-1] == "held")
+    names = "hold_after", "hold"
+    before, now = (
+        {name: getattr(c.routing, name) for name in names}
+        for c in (source.settings.model, model)
+    )
+    if is_held and before != now:
+        was, wanted = (
+            ", ".join(f"routing.{k}={v!r}" for k, v in each.items())
+            for each in (before, now)
+        )
+        raise ValueError(
+            f"init_from={source.given} has addresses that are held ({was}), and they stay "
+            f"so. Got {wanted}. Leave these out, or begin from a step of before: "
+            "RUN/checkpoints/STEP."
+        )
 
 
 def _with_places_to_hold(
