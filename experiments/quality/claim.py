@@ -346,7 +346,6 @@ def claim(d_model: int) -> Setting:
             Step("layers", 4),
             Step("more", 1),
             Step("more", 4),
-            Step("sets", 4),
             # By two seeds more, which the curve then needs too.
             Step("layers", 6),
             Step("dense-around", 6),
@@ -389,6 +388,7 @@ def claim(d_model: int) -> Setting:
             Step("holding-16", 1),
             Step("hash", 6),
             Step("routes", 6),
+            Step("sets", 4),
         ),
     )
 
